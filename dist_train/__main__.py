@@ -1,0 +1,65 @@
+"""python -m dist_train [COMMAND] [--config FILE.yaml] [--section.key value ...]
+
+Without a command it trains. This is the one module that sees all the others.
+"""
+
+import sys
+
+from dist_train import ending
+from dist_train.check import check
+from dist_train.config import Config, load, unknown
+from dist_train.errors import ConfigError
+from dist_train.launcher import Launcher, clean_argv, detect
+
+COMMANDS = ("train", "eval")
+
+
+def main() -> None:
+    """The console script. Ends the process with a code of `ending`."""
+    launcher = Launcher()
+    try:
+        launcher = detect()
+        argv = clean_argv(sys.argv[1:], launcher)
+        command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
+        if command == "train":
+            run(load(argv), launcher)
+        elif command == "eval":
+            from dist_train.tools import eval as tool
+
+            tool.run(argv, launcher)
+        else:
+            raise ConfigError(unknown("command line", command, COMMANDS, "command"))
+        code = ending.OK
+    except ConfigError as error:
+        code = ending.refuse(error, launcher)
+    except SystemExit as error:  # --help
+        code = error.code if isinstance(error.code, int) else ending.FAILED
+    except BaseException as error:
+        code = ending.fail(error, launcher)
+    ending.leave(code)
+
+
+def run(config: Config, launcher: Launcher) -> None:
+    """Trains. What is wrong with the config is said before torch is imported, what is wrong with the data before
+    the ranks are joined."""
+    check(config, launcher)
+
+    from dist_train import assemble, backends, checkpoint, dist, optim, track
+    from dist_train.train import train
+
+    device = dist.resolve_device(config.train.device, launcher.local_rank)
+    dist.set_threads(config.train.threads, launcher.local_world_size)
+    parts = assemble.build(config, device)
+    with dist.joined(launcher, device) as world:
+        tracker = track.Tracker(track.open_folder(config) if world.is_main else None)
+        tracker.say(dist.rank_table(world))
+        backend = backends.create(config, world)
+        model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
+        tracker.say(f"backend {backends.chosen(config.backend.name, world.launcher)}, {parts.describe()}")
+        result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, tracker)
+        checkpoint.save_weights(tracker.folder, backend.state())
+        tracker.finish(config, world, result)
+
+
+if __name__ == "__main__":
+    main()

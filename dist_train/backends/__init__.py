@@ -1,0 +1,29 @@
+"""Backends by name. A row names a class that fulfils `base.Backend`; its module, and with it the library that
+it needs, is imported when it is chosen. To add one: write the class in a file here and add its row."""
+
+from typing import TYPE_CHECKING
+
+from dist_train.lookup import load
+
+if TYPE_CHECKING:
+    from dist_train.backends.base import Backend
+    from dist_train.config import Config
+    from dist_train.dist import World
+
+BACKENDS = {
+    "single": "dist_train.backends.single:Single",
+    "ddp": "dist_train.backends.ddp:DDP",
+}
+
+# What `backend.name: auto` takes under each starter (the names are those of launcher.STARTERS).
+AUTO = {"none": "single", "torchrun": "ddp", "env": "ddp", "srun": "ddp", "mpirun": "ddp", "mpiexec": "ddp"}
+
+
+def chosen(name: str, starter: str) -> str:
+    """The backend's name, with `auto` settled by who started the process."""
+    return AUTO.get(starter, starter) if name == "auto" else name
+
+
+def create(config: "Config", world: "World") -> "Backend":
+    """The backend of a run, in a process whose group has started."""
+    return load(BACKENDS, chosen(config.backend.name, world.launcher), "backend.name")(config, world)

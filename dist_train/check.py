@@ -1,0 +1,248 @@
+"""What a config must satisfy beyond its types. Pure: reads the config, the launcher and the file system, changes
+nothing, and runs before torch is imported and before any process group starts."""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dist_train.backends import BACKENDS, chosen
+from dist_train.config import Config, unknown
+from dist_train.data import DATASETS
+from dist_train.errors import ConfigError
+from dist_train.launcher import Launcher
+from dist_train.lookup import accepts, parameters, torch_optimizers
+from dist_train.models import MODELS
+
+# Given by the package itself, so not for `args`.
+DATA_GIVEN = ("root", "download")
+MODEL_GIVEN = ("input_shape", "classes")
+MODEL_FIELDS = ("hidden", "activation", "dropout")
+OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
+UNFIT_OPTIMIZERS = {
+    "LBFGS": "it evaluates the loss several times a step",
+    "SparseAdam": "it takes sparse gradients only",
+    "Muon": "it takes matrices only, and a model has biases",
+}
+
+
+def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
+    """Raises ConfigError with a line for every mistake.
+
+    Args:
+        config: what to check.
+        launcher: who started the process.
+        writes: the run's folder will be written.
+    """
+    lines: list[str] = []
+    for rule in (_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, *([_folder] if writes else [])):
+        try:
+            lines += rule(config, launcher)
+        except ConfigError as error:
+            lines += error.lines
+    if lines:
+        raise ConfigError(*lines)
+
+
+def _ranges(config: Config, _: Launcher) -> Iterator[str]:
+    t, o, m = config.train, config.optim, config.model
+    at_least = {
+        "train.epochs": (t.epochs, 1),
+        "train.max_steps": (t.max_steps, 1),
+        "train.global_batch_size": (t.global_batch_size, 1),
+        "train.micro_batch_size": (t.micro_batch_size, 1),
+        "train.eval_batch_size": (t.eval_batch_size, 1),
+        "train.eval_every_epochs": (t.eval_every_epochs, 1),
+        "train.eval_every_steps": (t.eval_every_steps, 1),
+        "train.threads": (t.threads, 1),
+        "train.seed": (t.seed, 0),
+        "data.workers": (config.data.workers, 0),
+        "optim.warmup_steps": (o.warmup_steps, 0),
+        "optim.step_size": (o.step_size, 1),
+        "checkpoint.every_steps": (config.checkpoint.every_steps, 1),
+        "checkpoint.keep_last": (config.checkpoint.keep_last, 1),
+        "track.every_steps": (config.track.every_steps, 1),
+    }
+    for path, (value, least) in at_least.items():
+        if value is not None and value < least:
+            yield f"{path}: got {value}, expected at least {least}; for example --{path} {max(least, 1)}"
+    if t.seed >= 2**63:
+        yield f"train.seed: got {t.seed}, expected less than 2**63; for example --train.seed 0"
+    for path, value, zero_fits in (
+        ("optim.lr", o.lr, True),
+        ("optim.weight_decay", o.weight_decay, True),
+        ("optim.momentum", o.momentum, True),
+        ("optim.lr_final", o.lr_final, True),
+        ("optim.gamma", o.gamma, False),
+        ("train.grad_clip", t.grad_clip, False),
+    ):
+        if value is not None and not (math.isfinite(value) and (value > 0 or (zero_fits and value == 0))):
+            bound = "of 0 or more" if zero_fits else "above 0"
+            mend = "; null turns it off" if path == "train.grad_clip" else ""
+            yield f"{path}: got {value}, expected a finite number {bound}{mend}; for example --{path} 0.1"
+    for path, value in (("model.dropout", m.dropout), ("train.label_smoothing", t.label_smoothing)):
+        if value is not None and not 0 <= value < 1:
+            yield f"{path}: got {value}, expected 0 or more and below 1; for example --{path} 0.1"
+    if m.hidden is not None and any(size < 1 for size in m.hidden):
+        yield f"model.hidden: got {m.hidden}, expected sizes of at least 1; for example --model.hidden '[512, 512]'"
+
+
+def _batch(config: Config, launcher: Launcher) -> Iterator[str]:
+    size, world = config.train.global_batch_size, launcher.world_size
+    if size >= 1 and size % world:
+        below, above = size // world * world, (size // world + 1) * world
+        near = f"{below} or {above}" if below else f"{above}"
+        yield (
+            f"train.global_batch_size: got {size} on {world} ranks, expected a multiple of {world}; "
+            f"the nearest are {near}, for example --train.global_batch_size {above}"
+        )
+    micro = config.train.micro_batch_size
+    if micro is not None and micro > size:
+        yield (
+            f"train.micro_batch_size: got {micro}, expected at most train.global_batch_size, which is {size}; "
+            f"leave it out (null) to take a rank's share at once"
+        )
+
+
+def _names(config: Config, _: Launcher) -> Iterator[str]:
+    data, model = config.data, config.model
+    given = {"data.args." + k for k in data.args}
+    yield from _arguments(DATASETS, data.name, "data", data.args, given, DATA_GIVEN)
+    fields = {k: getattr(model, k) for k in MODEL_FIELDS if getattr(model, k) is not None}
+    given = {"model." + k for k in fields} | {"model.args." + k for k in model.args}
+    for key in MODEL_FIELDS:
+        if key in model.args:
+            yield f"model.args.{key}: got {model.args[key]!r}, expected it as model.{key}; write --model.{key}"
+    yield from _arguments(MODELS, model.name, "model", {**fields, **model.args}, given, MODEL_GIVEN)
+    if data.workers and data.name in DATASETS and data.name != "csv_images":
+        yield f"data.workers: got {data.workers}, expected 0: {data.name} is held in memory and needs no workers"
+
+
+def _arguments(
+    registry: dict[str, str], name: str, section: str, values: dict[str, Any], given: set[str], by_us: tuple[str, ...]
+) -> Iterator[str]:
+    """Arguments that `name` does not take, and required ones that are not there."""
+    takes = accepts(registry, name, f"{section}.name")
+    for required in by_us:
+        if required not in takes and "**" not in takes:
+            yield f"{section}.name: got {name!r} that takes {', '.join(takes)}; expected it to take {required!r} as well"
+    ours = [k for k in takes if k not in by_us and k != "**"]
+    for path in sorted(given):
+        key = path.rpartition(".")[2]
+        if key in by_us:
+            yield f"{path}: got {values[key]!r}, but it is set by the package; leave it out"
+        elif key not in takes and "**" not in takes:
+            own = ", ".join(ours) or "no arguments"
+            yield f"{path}: got {values[key]!r}, but {name} does not have it; it takes {own}; leave it out"
+    for key in ours:
+        if takes[key] and key not in values:
+            yield f"{section}.args.{key}: got nothing, expected a value: {name} needs it; write --{section}.args.{key} VALUE"
+
+
+def _loss(config: Config, _: Launcher) -> Iterator[str]:
+    loss, one_hot = config.train.loss, config.data.one_hot
+    if loss == "mse" and not one_hot:
+        yield "train.loss: got mse with data.one_hot false, expected one-hot targets; add --data.one_hot true"
+    if loss == "nll" and one_hot:
+        yield "train.loss: got nll with data.one_hot true, expected class numbers; add --data.one_hot false"
+    if config.train.label_smoothing and loss != "cross_entropy":
+        yield f"train.label_smoothing: got {config.train.label_smoothing} with train.loss {loss}, which does not have it; leave it out"
+
+
+def _optimizer(config: Config, _: Launcher) -> Iterator[str]:
+    optim, known = config.optim, torch_optimizers()
+    names = [n for n in known if n not in UNFIT_OPTIMIZERS]
+    if optim.name in UNFIT_OPTIMIZERS:
+        yield f"optim.name: got {optim.name}, but {UNFIT_OPTIMIZERS[optim.name]}; expected one of {', '.join(names)}"
+        return
+    if optim.name not in known:
+        yield unknown("optim.name", optim.name, names, "optimizer")
+        return
+    takes = parameters(known[optim.name], optim.name) or {}
+    own = [k for k in takes if k not in ("params", *OPTIM_FIELDS)]
+    for key in OPTIM_FIELDS:
+        value = getattr(optim, key)
+        if value is not None and key not in takes:
+            yield f"optim.{key}: got {value}, but torch.optim.{optim.name} does not have it; leave it out (null)"
+    for key, value in optim.args.items():
+        if key in OPTIM_FIELDS:
+            yield f"optim.args.{key}: got {value!r}, expected it as optim.{key}; write --optim.{key}"
+        elif key not in own:
+            yield unknown("optim.args", key, own, f"argument of torch.optim.{optim.name}")
+
+
+def _schedule(config: Config, _: Launcher) -> Iterator[str]:
+    o = config.optim
+    for key in ("step_size", "gamma"):
+        value = getattr(o, key)
+        if o.schedule == "step" and value is None:
+            yield f"optim.{key}: got nothing, but optim.schedule step needs it; for example --optim.{key} {'1000' if key == 'step_size' else '0.1'}"
+        if o.schedule != "step" and value is not None:
+            yield f"optim.{key}: got {value} with optim.schedule {o.schedule}, which does not have it; leave it out"
+    if o.lr_final and o.schedule not in ("linear", "cosine"):
+        yield f"optim.lr_final: got {o.lr_final} with optim.schedule {o.schedule}, which does not have it; leave it out"
+    total = config.train.max_steps
+    if total is not None and o.warmup_steps > total:
+        yield f"optim.warmup_steps: got {o.warmup_steps}, expected at most train.max_steps, which is {total}"
+
+
+def _backend(config: Config, launcher: Launcher) -> Iterator[str]:
+    name, world = config.backend.name, launcher.world_size
+    if name != "auto" and name not in BACKENDS:
+        yield unknown("backend.name", name, ["auto", *BACKENDS], "backend")
+        return
+    backend = chosen(name, launcher.name)
+    if backend not in BACKENDS:
+        yield (
+            f"backend.name: got auto under {launcher.name}, expected one of {', '.join(BACKENDS)}; "
+            f"for example torchrun --nproc_per_node={launcher.local_world_size} -m dist_train"
+        )
+    elif backend == "single" and world > 1:
+        yield (
+            f"backend.name: got single on {world} ranks, expected a backend that joins them; write "
+            f"--backend.name ddp, or start one process with python -m dist_train"
+        )
+    elif backend == "ddp" and launcher.name == "none":
+        yield (
+            "backend.name: got ddp in a process that was started alone, expected a launcher; write "
+            "torchrun --nproc_per_node=2 -m dist_train, or --backend.name single"
+        )
+    if config.backend.zero_stage is not None:
+        yield f"backend.zero_stage: got {config.backend.zero_stage}, but backend {backend} does not have it; leave it out (null)"
+
+
+def run_folder(config: Config) -> Path | None:
+    """The folder of the run as far as the config decides it; None where the time of the start names it."""
+    run = config.run
+    if run.name is not None:
+        return Path(run.dir or "runs") / run.name
+    return Path(run.dir) if run.dir is not None else None
+
+
+def _folder(config: Config, _: Launcher) -> Iterator[str]:
+    if config.run.name is not None and (config.run.name in ("", ".", "..") or "/" in config.run.name):
+        yield f"run.name: got {config.run.name!r}, expected a plain folder name; give the way to it as --run.dir"
+        return
+    folder = run_folder(config)
+    if folder is None:
+        return
+    path = "run.name" if config.run.name is not None else "run.dir"
+    for parent in (folder, *folder.parents):
+        if parent.exists():
+            if not parent.is_dir():
+                yield f"{path}: got {folder}, but {parent} is a file; expected a folder, for example --run.dir runs/new"
+            elif not os.access(parent, os.W_OK):
+                yield f"{path}: got {folder}, but {parent} cannot be written to; expected a folder of your own"
+            break
+    if status_of(folder) == "finished":
+        yield f"{path}: got {folder}, which holds a finished run; expected a new folder, for example --{path} {folder.name}-2"
+
+
+def status_of(folder: Path) -> str | None:
+    """The status in a run's summary; None if it has none."""
+    try:
+        return json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("status")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,130 @@
+"""Ranks and collectives. Every function is the identity in a process without a group, so the loop has no rank test."""
+
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+
+from dist_train.errors import ConfigError
+from dist_train.launcher import Launcher
+
+GROUP_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    launcher: str
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+
+def resolve_device(name: str, local_rank: int) -> torch.device:
+    """The device of a rank: `auto` is the accelerator that torch finds, else the CPU. Raises ConfigError."""
+    # check_available: without it torch 2.14 with CUDA libraries answers cuda on a machine with no GPU.
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] + ([found.type] if found else [])
+    kind = kinds[-1] if name == "auto" else name
+    if kind not in kinds:
+        raise ConfigError(
+            f"train.device: got {name}, but this machine has {' and '.join(kinds)}; expected auto or one of "
+            f"{', '.join(kinds)}, for example --train.device auto"
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"train.device: got {local_rank + 1} or more ranks on a node with {count} {kind} devices, expected at "
+            f"most one rank a device; start {count} processes a node, or add --train.device cpu"
+        )
+    return torch.device(kind, local_rank)
+
+
+def set_threads(threads: int | None, local_size: int) -> None:
+    """Fixes the CPU threads of this rank: the count changes speed, and the last bits of sums."""
+    if threads is None:
+        # torch has taken OMP_NUM_THREADS where it is set, else the cores of the whole machine.
+        shared = 1 if "OMP_NUM_THREADS" in os.environ else local_size
+        threads = max(1, torch.get_num_threads() // shared)
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def joined(launcher: Launcher, device: torch.device) -> Iterator[World]:
+    """Joins the processes that were started together. At the end the group is left after every rank has come there;
+    on an error at once, so that the other ranks notice."""
+    world = World(
+        launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size, device, launcher.name
+    )
+    if launcher.name == "none":
+        yield world
+        return
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    torch_dist.init_process_group(
+        torch_dist.get_default_backend_for_device(device),
+        # torchrun's own store stands behind env://, where its agent already listens on the port
+        init_method="env://" if "RANK" in os.environ else f"tcp://{launcher.master_addr}:{launcher.master_port}",
+        rank=launcher.rank,
+        world_size=launcher.world_size,
+        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+        device_id=device if device.type == "cuda" else None,
+    )
+    yield world
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over the ranks, in place, on every rank. Collective."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. Any object that pickles. Collective."""
+    if not torch_dist.is_initialized():
+        return value
+    box = [value]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` in order of rank, on every rank. Collective."""
+    if not torch_dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def rank_table(world: World) -> str:
+    """Rank, host, process and device of every rank, a line each. Collective."""
+    row = (world.rank, platform.node(), world.local_rank, os.getpid(), f"{world.device} ({device_name(world.device)})")
+    head = ("rank", "host", "local rank", "process", "device")
+    rows = [head, *[tuple(map(str, r)) for r in gather(row)]]
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+
+
+def device_name(device: torch.device) -> str:
+    """The device's model, or how many threads the CPU works with."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -1,0 +1,55 @@
+"""How a process ends: what is said, by which rank, and the exit code. Knows no torch, so a bad config ends at once."""
+
+import os
+import sys
+import time
+import traceback
+
+from dist_train.errors import ConfigError
+from dist_train.launcher import Launcher
+
+OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
+
+# A rank whose error may be only the echo of another's waits this long for that one to be shown first;
+# the launcher ends it meanwhile.
+ECHO_WAIT_S = 3.0
+# How gloo and nccl tell of a peer that is gone.
+LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
+
+
+def leave(code: int) -> None:
+    """Ends the process. Without os._exit gloo's threads abort the interpreter's exit now and then (exit -6)."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def refuse(error: ConfigError, launcher: Launcher) -> int:
+    """Says the user's mistake once, not once a rank: a rank other than 0 speaks only if it is alone with it."""
+    if launcher.rank:
+        time.sleep(ECHO_WAIT_S + 0.2 * launcher.local_rank)
+    for line in error.lines:
+        print(f"dist_train: {line}", file=sys.stderr)
+    return BAD_CONFIG
+
+
+def fail(error: BaseException, launcher: Launcher) -> int:
+    """Shows the traceback with the rank on every line. An echo of another rank's end is a line, after a wait."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"[rank {launcher.rank}] interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if launcher.world_size > 1 and any(sign in str(error).lower() for sign in LOST_PEER):
+        time.sleep(ECHO_WAIT_S)
+        print(f"[rank {launcher.rank}] lost another rank, whose own error stands above or on its node", file=sys.stderr)
+        return FAILED
+    prefix = f"[rank {launcher.rank}] " if launcher.world_size > 1 else ""
+    text = "".join(traceback.format_exception(error))
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    sys.stderr.flush()
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it in its own report
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        handler = get_error_handler()
+        handler.initialize()
+        handler.record_exception(error)
+    return FAILED

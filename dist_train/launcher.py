@@ -1,0 +1,129 @@
+"""Who started this process, and which rank it is: read from the environment, before torch is imported."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dist_train.errors import ConfigError
+
+# The variables in which each starter tells a process its place. The first row that matches decides, so
+# a starter that builds on another (accelerate on torchrun, srun around torchrun) stands before or after it.
+# name: (the variables that show it, rank, world size, local rank, local world size)
+_TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+STARTERS: dict[str, tuple[tuple[str, ...], tuple[str, str, str, str]]] = {
+    "accelerate": (("ACCELERATE_MIXED_PRECISION",), _TORCH),
+    "torchrun": (("TORCHELASTIC_RUN_ID",), _TORCH),
+    "deepspeed": (("CROSS_RANK", "LOCAL_SIZE", "RANK"), ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
+    "env": (("RANK", "WORLD_SIZE"), _TORCH),
+    "mpirun": (
+        ("OMPI_COMM_WORLD_SIZE",),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ),
+    "mpiexec": (("PMI_SIZE", "MPI_LOCALRANKID"), ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")),
+    # SLURM_STEP_NUM_TASKS exists only under srun: an sbatch script itself has SLURM_PROCID=0 but is no rank.
+    "srun": (
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+        ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """The place of this process among those that were started together.
+
+    Args:
+        name: the starter: a key of STARTERS, or "none" for a process that was started alone.
+        rank: 0 <= rank < world_size.
+        world_size: the number of processes.
+        local_rank: the rank among those of this node.
+        local_world_size: the number of processes on this node.
+        master_addr: where rank 0 listens.
+        master_port: the port there.
+    """
+
+    name: str = "none"
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+
+
+def detect(env: Mapping[str, str] = os.environ) -> Launcher:
+    """The launcher that `env` tells of. Raises ConfigError where its variables contradict each other."""
+    for name, (shown_by, keys) in STARTERS.items():
+        if all(key in env for key in shown_by):
+            break
+    else:
+        return Launcher()
+    if name == "accelerate" and "RANK" not in env:
+        # Its MPI way on CPU: the ranks are mpirun's. Its one-process way: no rank at all.
+        keys = STARTERS["mpirun"][1]
+        if keys[0] not in env:
+            return Launcher(name)
+    rank, size = _int(env, keys[0]), _int(env, keys[1])
+    local_rank = _int(env, keys[2], default=rank)
+    local_size = _local_size(env, name, keys[3], size)
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise ConfigError(
+            f"environment: got {keys[0]}={rank}, {keys[1]}={size}, {keys[2]}={local_rank}, "
+            f"{local_size} on this node, expected 0 <= rank < world size and 0 <= local rank < local size; "
+            f"start with torchrun, or unset the variables that another program left behind"
+        )
+    addr, port = _master(env, name, size, local_size)
+    return Launcher(name, rank, size, local_rank, local_size, addr, port)
+
+
+def _int(env: Mapping[str, str], key: str, default: int | None = None) -> int:
+    if key not in env and default is not None:
+        return default
+    try:
+        return int(env[key])
+    except (KeyError, ValueError):
+        raise ConfigError(
+            f"environment: got {key}={env.get(key)!r}, expected an integer; start with torchrun, or unset it"
+        ) from None
+
+
+def _local_size(env: Mapping[str, str], name: str, key: str, size: int) -> int:
+    if name != "srun":
+        return _int(env, key, default=size)
+    # "2(x3),1" means 2, 2, 2, 1 tasks on the nodes of the step; ours is at SLURM_NODEID.
+    counts: list[int] = []
+    for tasks, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get(key, str(size))):
+        counts += [int(tasks)] * int(repeat or 1)
+    return counts[min(_int(env, "SLURM_NODEID", default=0), len(counts) - 1)]
+
+
+def _master(env: Mapping[str, str], name: str, size: int, local_size: int) -> tuple[str, int]:
+    """Where rank 0 listens. The starters of torch's family say it; for srun and mpirun it is derived alike on all."""
+    if "MASTER_PORT" in env:
+        return env.get("MASTER_ADDR", "127.0.0.1"), _int(env, "MASTER_PORT")
+    if name == "srun":
+        job = _int(env, "SLURM_JOB_ID", default=0) * 31 + _int(env, "SLURM_STEP_ID", default=0)
+        return first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")), 20000 + job % 20000
+    if size > local_size:
+        raise ConfigError(
+            f"environment: got {size} ranks on several nodes under {name} without MASTER_ADDR and MASTER_PORT, "
+            f"expected both; for example {name} -x MASTER_ADDR=$(hostname) -x MASTER_PORT=29500 ..."
+        )
+    return "127.0.0.1", 20000 + os.getppid() % 20000  # every rank of one node has the same parent
+
+
+def first_host(nodelist: str) -> str:
+    """The first host of a SLURM node list such as `gpu[03-05,9],login1`."""
+    prefix, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in prefix:
+        return prefix.split(",")[0]
+    numbers, _, tail = rest.partition("]")
+    return prefix + re.split("[-,]", numbers)[0] + tail.split(",")[0]
+
+
+def clean_argv(argv: list[str], launcher: Launcher) -> list[str]:
+    """`argv` without the --local_rank=N that the deepspeed launcher adds to every program's own arguments."""
+    if launcher.name != "deepspeed":
+        return argv
+    return [a for a in argv if not re.fullmatch(r"--local[_-]rank=\d+", a)]

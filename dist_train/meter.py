@@ -1,0 +1,147 @@
+"""Times and losses of a run. Between log points it only keeps references: nothing here waits for the device."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from dist_train import dist
+
+Metrics = dict[str, float | int]
+
+
+class Sink(Protocol):
+    """Who is told of metrics."""
+
+    def log(self, metrics: Metrics, line: str) -> None:
+        """Metrics of a moment, and a line for people about them."""
+
+
+@dataclass
+class Result:
+    """What a run has done so far.
+
+    Args:
+        steps: optimizer steps.
+        epochs: passes over the data, with the part of the last one.
+        samples: samples seen, over all ranks.
+        train_s: seconds of training, evaluation left out.
+        step_ms: durations of steps in milliseconds; on an accelerator, means between log points.
+        evaluation: the newest `eval/loss` and `eval/accuracy`.
+    """
+
+    steps: int = 0
+    epochs: float = 0.0
+    samples: int = 0
+    train_s: float = 0.0
+    step_ms: list[float] = field(default_factory=list)
+    evaluation: dict[str, float] = field(default_factory=dict)
+
+
+class Meter:
+    """Counts a run's steps and tells the tracker of them every `every_steps`, and at the end.
+
+    Args:
+        tracker: takes the metrics.
+        total_steps: of the run.
+        steps_per_epoch: of the plan.
+        every_steps: between log points.
+        device: what the steps run on.
+    """
+
+    def __init__(
+        self, tracker: Sink, total_steps: int, steps_per_epoch: int, every_steps: int, device: torch.device
+    ):
+        self.tracker, self.total_steps, self.steps_per_epoch = tracker, total_steps, steps_per_epoch
+        self.every_steps, self.device = every_steps, device
+        self.result = Result()
+        self.losses: list[torch.Tensor] = []
+        self.counts: list[int] = []
+        self.logged_steps = self.interval_samples = 0
+        self.begin = self.train_begin = self.step_begin = self.interval_begin = time.perf_counter()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, with the part of the current one."""
+        return self.result.steps / self.steps_per_epoch
+
+    def due(self, step: int) -> bool:
+        """Whether metrics are read after this many steps."""
+        return step % self.every_steps == 0 or step == self.total_steps
+
+    def add(self, loss: torch.Tensor, count: int) -> None:
+        """A micro-batch: its part of the loss of a step with `count` samples over all ranks."""
+        self.losses.append(loss.detach())
+        self.counts.append(count)
+
+    def step(self, count: int, lr: float, norm: torch.Tensor | None) -> None:
+        """The end of an optimizer step with `count` samples over all ranks. Collective where it is due."""
+        self.result.steps += 1
+        self.result.samples += count
+        self.interval_samples += count
+        if self.due(self.result.steps):
+            self._log(lr, norm)
+        if self.device.type == "cpu":
+            now = time.perf_counter()
+            self.result.step_ms.append((now - self.step_begin) * 1e3)
+            self.step_begin = now
+
+    def _log(self, lr: float, norm: torch.Tensor | None) -> None:
+        weights = torch.tensor(self.counts, dtype=torch.float64)
+        # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
+        losses = torch.stack(self.losses).to("cpu", torch.float64)  # waits for the device
+        loss = float(dist.sum_((losses * weights).sum())) / self.interval_samples
+        seconds = time.perf_counter() - self.interval_begin
+        steps = self.result.steps - self.logged_steps
+        if self.device.type != "cpu":
+            self.result.step_ms.append(seconds / steps * 1e3)
+        rate = self.interval_samples / seconds
+        self.tracker.log(
+            {
+                "step": self.result.steps,
+                "epoch": self.epoch,
+                "time_s": time.perf_counter() - self.begin,
+                "train/loss": loss,
+                "train/grad_norm": float(norm) if norm is not None else float("nan"),
+                "train/lr": lr,
+                "train/samples_per_s": rate,
+            },
+            f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
+            f"{rate:,.0f} samples/s  ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
+        )
+        self.losses, self.counts, self.interval_samples = [], [], 0
+        self.logged_steps, self.interval_begin = self.result.steps, time.perf_counter()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[dict[str, float]]:
+        """Around an evaluation, which puts its metrics into the dictionary. Its time is not the training's."""
+        start = time.perf_counter()
+        metrics: dict[str, float] = {}
+        yield metrics
+        away = time.perf_counter() - start
+        self.train_begin += away
+        self.step_begin += away
+        self.interval_begin += away
+        self.result.evaluation = metrics
+        self.tracker.log(
+            {"step": self.result.steps, "epoch": self.epoch, "time_s": time.perf_counter() - self.begin} | metrics,
+            f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  "
+            + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()),
+        )
+
+    def finish(self) -> Result:
+        """The result, after the last step."""
+        self.result.epochs = self.epoch
+        self.result.train_s = time.perf_counter() - self.train_begin
+        return self.result
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units: 3.2s, 2m05s, 1h07m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes < 60 else f"{minutes // 60}h{minutes % 60:02d}m"

@@ -1,0 +1,45 @@
+"""A multilayer perceptron, by default that of PyTorch's quickstart: 784-512-512-10 with ReLU."""
+
+import math
+
+import torch
+from torch import nn
+
+from dist_train.errors import ConfigError
+
+
+class MLP(nn.Module):
+    """Flatten, then linear layers with an activation between them.
+
+    Args:
+        input_shape: shape of a sample.
+        classes: number of outputs.
+        hidden: sizes of the hidden layers; none of them makes a linear model.
+        activation: name of a class in torch.nn.
+        dropout: probability of dropping a hidden unit in training.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, ...],
+        classes: int,
+        hidden: list[int] | tuple[int, ...] = (512, 512),
+        activation: str = "ReLU",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        kind = getattr(nn, activation, None)
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ConfigError(f"model.activation: got {activation!r}, expected a class of torch.nn; for example ReLU")
+        layers: list[nn.Module] = [nn.Flatten()]
+        size = math.prod(input_shape)
+        for width in hidden:
+            layers += [nn.Linear(size, width), kind()]
+            if dropout:
+                layers.append(nn.Dropout(dropout))
+            size = width
+        layers.append(nn.Linear(size, classes))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [batch, *input_shape] -> [batch, classes]
+        return self.layers(x)

@@ -1,0 +1,53 @@
+"""The optimizer from its config, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+
+from dist_train.config import OptimConfig
+from dist_train.errors import ConfigError
+
+
+def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """A function from parameters to the optimizer. Backends call it after they have sharded the parameters."""
+    given = {"weight_decay": config.weight_decay, "momentum": config.momentum}
+    settings = {k: v for k, v in given.items() if v is not None} | config.args
+
+    def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        try:
+            return getattr(torch.optim, config.name)(parameters, lr=config.lr, **settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}") from error
+
+    return build
+
+
+def lr_at(config: OptimConfig, step: int, total_steps: int) -> float:
+    """The learning rate of a step.
+
+    The warm-up rises linearly and reaches `lr` at step `warmup_steps`; the decays run from there to `total_steps`.
+
+    Args:
+        config: the schedule.
+        step: optimizer steps done before this one, from 0.
+        total_steps: optimizer steps of the whole run.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    after = step - config.warmup_steps
+    done = after / max(1, total_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.lr + (config.lr_final - config.lr) * done
+    if config.schedule == "cosine":
+        return config.lr_final + (config.lr - config.lr_final) * (1 + math.cos(math.pi * done)) / 2
+    if config.schedule == "step":
+        assert config.step_size is not None and config.gamma is not None  # held by check.py
+        return config.lr * config.gamma ** (after // config.step_size)
+    return config.lr
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Gives every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,137 @@
+"""Which samples make up a step: a pure function of (seed, epoch, step), never of rank, world size or workers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from dist_train.config import TrainConfig
+    from dist_train.dist import World
+
+# Up to here an epoch's order is a permutation held in memory (8 MiB); above, it is computed index by index.
+PERMUTATION_LIMIT = 1 << 20
+ROUNDS = 6
+
+
+def global_indices(
+    n: int, seed: int, epoch: int, step: int, global_batch_size: int, drop_last: bool = False
+) -> np.ndarray:
+    """The samples of a step in the order of the epoch, int64 [batch].
+
+    The last batch of an epoch is smaller where `global_batch_size` does not divide `n`.
+    Time and memory do not depend on `n` above PERMUTATION_LIMIT, nor on `step`.
+
+    Args:
+        n: samples in the data set, at most 2**62.
+        seed: the run's seed.
+        epoch: counts from 0.
+        step: the step within the epoch, 0 <= step < steps_per_epoch(...).
+        global_batch_size: samples of a step over all ranks.
+        drop_last: leave out a smaller last batch.
+
+    Raises:
+        IndexError: the epoch has no such step.
+    """
+    steps = steps_per_epoch(n, global_batch_size, drop_last)
+    if not 0 <= step < steps:
+        raise IndexError(f"step {step} of an epoch with {steps} steps")
+    start = step * global_batch_size
+    stop = min(n, start + global_batch_size)
+    if n <= PERMUTATION_LIMIT:
+        return permutation(n, seed, epoch)[start:stop]
+    return shuffled(np.arange(start, stop, dtype=np.int64), n, seed, epoch)
+
+
+def steps_per_epoch(n: int, global_batch_size: int, drop_last: bool = False) -> int:
+    """Optimizer steps of one pass over `n` samples."""
+    return n // global_batch_size if drop_last else -(-n // global_batch_size)
+
+
+def share(count: int, rank: int, world_size: int) -> slice:
+    """The part of `count` things that a rank takes: contiguous, sizes differ by one at most, empty where count < rank."""
+    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def pieces(count: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Micro-batches of a step with `count` samples: the fewest that keep to the limit, the same number on every rank."""
+    largest = -(-count // world_size)
+    return 1 if micro_batch_size is None else max(1, -(-largest // micro_batch_size))
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of a whole epoch, int64 [n], read-only."""
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(n)
+    order.setflags(write=False)
+    return order
+
+
+def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The samples at `positions` of an epoch's order, int64, without building the order.
+
+    A Feistel network is a keyed bijection on [0, 2**(2 * half)), the least such range that holds n. A value that
+    falls outside [0, n) is put in again until it falls inside (cycle walking; fewer than 4 rounds on average),
+    which keeps it a bijection on [0, n). Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
+    """
+    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    values = positions.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(n)
+    return values.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every output bit depends on every input bit. Source: Vigna, splitmix64.c, 2015."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run over `n` samples, and a rank's part of each."""
+
+    n: int
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int | None
+    drop_last: bool
+    rank: int
+    world_size: int
+
+    @classmethod
+    def of(cls, n: int, cfg: "TrainConfig", world: "World") -> "Plan":
+        """The plan of a run's config for one rank."""
+        return cls(n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last, world.rank, world.size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_per_epoch(self.n, self.global_batch_size, self.drop_last)
+
+    def batch_size(self, step: int) -> int:
+        """Samples of a step of an epoch over all ranks."""
+        return min(self.n - step * self.global_batch_size, self.global_batch_size)
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of a step of an epoch, on every rank."""
+        return pieces(self.batch_size(step), self.world_size, self.micro_batch_size)
+
+    def indices(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
+        """This rank's micro-batches from a step to the end of an epoch: int64 arrays, empty ones included."""
+        for step in range(first_step, self.steps_per_epoch):
+            batch = global_indices(self.n, self.seed, epoch, step, self.global_batch_size, self.drop_last)
+            mine = batch[share(len(batch), self.rank, self.world_size)]
+            count = self.micro_batches(step)
+            for piece in range(count):
+                yield mine[share(len(mine), piece, count)].copy()  # torch takes no read-only array

@@ -1,0 +1,101 @@
+"""The loop, and evaluation. No rank test, no backend's name, no division but by the true number of samples."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from dist_train import dist
+from dist_train.backends.base import Backend
+from dist_train.config import Config, TrainConfig
+from dist_train.data.feed import Feed
+from dist_train.dist import World
+from dist_train.losses import Loss, loss_fn
+from dist_train.meter import Meter, Result
+from dist_train.optim import lr_at, set_lr
+from dist_train.order import Plan, pieces, share
+from dist_train.track import Tracker
+
+
+def train(
+    config: Config, world: World, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer,
+    feed: Feed, test_feed: Feed, tracker: Tracker,
+) -> Result:  # fmt: skip
+    """Trains `model` to the end of the config. Collective.
+
+    Args:
+        config: the run.
+        world: this rank's place.
+        backend: has prepared `model` and `optimizer`.
+        model: from inputs [batch, ...] to outputs [batch, classes].
+        optimizer: its param_groups take the learning rate.
+        feed: the training split.
+        test_feed: the test split.
+        tracker: takes the metrics.
+    """
+    cfg = config.train
+    plan = Plan.of(len(feed.split), cfg, world)
+    total = total_steps(cfg, plan.steps_per_epoch)
+    loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
+    meter = Meter(tracker, total, plan.steps_per_epoch, config.track.every_steps, world.device)
+    while (done := meter.result.steps) < total:
+        epoch = done // plan.steps_per_epoch
+        batches = feed(plan.indices(epoch), epoch)
+        for step in range(min(plan.steps_per_epoch, total - done)):
+            lr = lr_at(config.optim, done + step, total)
+            set_lr(optimizer, lr)
+            count, micro_batches = plan.batch_size(step), plan.micro_batches(step)
+            for i in range(micro_batches):
+                inputs, targets = next(batches)
+                with backend.accumulate(last=i + 1 == micro_batches):
+                    loss = loss_of(model(inputs), targets) / count
+                    backend.backward(loss)
+                meter.add(loss, count)
+            norm = backend.step(cfg.grad_clip, measure=meter.due(done + step + 1))
+            meter.step(count, lr, norm)
+            if evaluation_due(cfg, done + step + 1, total, plan.steps_per_epoch):
+                with meter.evaluating() as result:
+                    result.update(evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world))
+    return meter.finish()
+
+
+def total_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:
+    """Optimizer steps of a run."""
+    total = cfg.epochs * steps_per_epoch
+    return total if cfg.max_steps is None else min(total, cfg.max_steps)
+
+
+def evaluation_due(cfg: TrainConfig, done: int, total: int, steps_per_epoch: int) -> bool:
+    """Whether the model is evaluated after this many steps of the run."""
+    if done == total:
+        return True
+    every_epochs = cfg.eval_every_epochs and cfg.eval_every_epochs * steps_per_epoch
+    return any(every and done % every == 0 for every in (every_epochs, cfg.eval_every_steps))
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loss_of: Loss, feed: Feed, batch_size: int, world: World) -> dict[str, float]:
+    """Mean loss and accuracy over a split, each sample counted once at any world size. Collective.
+
+    Args:
+        model: from inputs [batch, ...] to outputs [batch, classes]. Left in training mode if it was.
+        loss_of: the sum of the loss over a batch.
+        feed: the split.
+        batch_size: samples at once on a rank.
+        world: this rank's place.
+
+    Returns:
+        `eval/loss` and `eval/accuracy`, the same on every rank.
+    """
+    training = model.training
+    model.eval()
+    n = len(feed.split)
+    mine = np.arange(n)[share(n, world.rank, world.size)]
+    count = pieces(n, world.size, batch_size)  # the same on every rank: a sharded model's forward is collective
+    sums = torch.zeros(2, dtype=torch.float64, device=feed.device)
+    for inputs, targets in feed(mine[share(len(mine), i, count)] for i in range(count)):
+        outputs = model(inputs)
+        labels = targets if targets.dim() == 1 else targets.argmax(1)
+        sums += torch.stack([loss_of(outputs, targets), (outputs.argmax(1) == labels).sum()]).double()
+    model.train(training)
+    loss, correct = (dist.sum_(sums) / n).tolist()
+    return {"eval/loss": loss, "eval/accuracy": correct}
