@@ -52,9 +52,7 @@ class Meter:
         device: what the steps run on.
     """
 
-    def __init__(
-        self, tracker: Sink, total_steps: int, steps_per_epoch: int, every_steps: int, device: torch.device
-    ):
+    def __init__(self, tracker: Sink, total_steps: int, steps_per_epoch: int, every_steps: int, device: torch.device):
         self.tracker, self.total_steps, self.steps_per_epoch = tracker, total_steps, steps_per_epoch
         self.every_steps, self.device = every_steps, device
         self.result = Result()

@@ -18,7 +18,9 @@ def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], tor
         try:
             return getattr(torch.optim, config.name)(parameters, lr=config.lr, **settings)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}") from error
+            raise ConfigError(
+                f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}"
+            ) from error
 
     return build
 

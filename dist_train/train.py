@@ -10,15 +10,14 @@ from dist_train.config import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.dist import World
 from dist_train.losses import Loss, loss_fn
-from dist_train.meter import Meter, Result
+from dist_train.meter import Meter, Result, Sink
 from dist_train.optim import lr_at, set_lr
 from dist_train.order import Plan, pieces, share
-from dist_train.track import Tracker
 
 
 def train(
     config: Config, world: World, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer,
-    feed: Feed, test_feed: Feed, tracker: Tracker,
+    feed: Feed, test_feed: Feed, tracker: Sink,
 ) -> Result:  # fmt: skip
     """Trains `model` to the end of the config. Collective.
 

@@ -41,5 +41,6 @@ class MLP(nn.Module):
         layers.append(nn.Linear(size, classes))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [batch, *input_shape] -> [batch, classes]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, classes] of samples [batch, *input_shape]."""
         return self.layers(x)

@@ -34,7 +34,9 @@ def run(argv: list[str], launcher: Launcher) -> None:
     try:
         parts.model.load_state_dict(weights)
     except RuntimeError as error:
-        raise ConfigError(f"model: got another model than the one in {folder}: {' '.join(str(error).split())}") from None
+        raise ConfigError(
+            f"model: got another model than the one in {folder}: {' '.join(str(error).split())}"
+        ) from None
     with dist.joined(launcher, device) as world:
         model, _ = backends.create(config, world).prepare(parts.model, optim.factory(config.optim))
         metrics = evaluate(model, loss_fn(config.train.loss), parts.test_feed, config.train.eval_batch_size, world)

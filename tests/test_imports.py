@@ -1,0 +1,91 @@
+"""Who may see whom: the rooms of the package, read from its imports."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dist_train
+
+ROOT = Path(dist_train.__file__).parent
+MODULES = {
+    "dist_train." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in ROOT.rglob("*.py")
+}
+# Modules that answer before torch is imported: config, its checks, and what they need.
+LIGHT = {"errors", "config", "check", "launcher", "lookup", "ending", "backends", "data", "models"}
+# Which of the package's own modules each may import. Only `__main__` and the tools see everything.
+MAY_IMPORT = {
+    "errors": set(),
+    "config": {"errors"},
+    "lookup": {"errors"},
+    "launcher": {"errors"},
+    "ending": {"errors", "launcher"},
+    "check": {"backends", "config", "data", "errors", "launcher", "lookup", "models"},
+    "dist": {"errors", "launcher"},
+    "order": {"config", "dist"},
+    "losses": set(),
+    "optim": {"config", "errors"},
+    "meter": {"dist"},
+    "checkpoint": {"errors"},
+    "track": {"backends", "check", "config", "dist", "meter"},
+    "assemble": {"config", "data", "data.feed", "data.sets", "errors", "lookup", "models", "optim", "order"},
+    "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order"},
+    "backends": {"backends.base", "config", "dist", "lookup"},
+    "backends.base": {"config", "dist"},
+    "data": {"errors", "data.sets"},
+    "models": {"errors"},
+}
+FREE = {"__main__", "tools", "__init__", ""}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or in a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+            if node.module == "dist_train" or f"{node.module}.{node.names[0].name}" in MODULES:
+                found.discard(node.module)
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def allowed(module: str) -> set[str]:
+    """The rule for a module: its own, else its folder's."""
+    name = module.removeprefix("dist_train").lstrip(".")
+    return MAY_IMPORT[name] if name in MAY_IMPORT else MAY_IMPORT[name.split(".")[0]]
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_in_the_designs_direction(module: str):
+    if module.removeprefix("dist_train").lstrip(".").split(".")[0] in FREE:
+        return
+    own = {name.removeprefix("dist_train.") for name in imports(MODULES[module]) if name.startswith("dist_train.")}
+    assert own <= allowed(module), f"{module} imports {own - allowed(module)}"
+
+
+def test_the_rule_sees_a_wrong_import(tmp_path: Path):
+    planted = tmp_path / "train.py"
+    planted.write_text("def f():\n    from dist_train.backends import ddp\n    import dist_train.track\n")
+    assert imports(planted) == {"dist_train.backends.ddp", "dist_train.track"}
+    assert not imports(planted) <= {f"dist_train.{name}" for name in MAY_IMPORT["train"]}
+
+
+def test_the_loop_tells_no_rank_and_no_backend_apart():
+    words = {n.id for n in ast.walk(ast.parse((ROOT / "train.py").read_text())) if isinstance(n, ast.Name)}
+    names = {n.attr for n in ast.walk(ast.parse((ROOT / "train.py").read_text())) if isinstance(n, ast.Attribute)}
+    assert not {"is_main", "launcher"} & names and not {"single", "DDP", "isinstance"} & words
+
+
+def test_the_light_modules_do_not_import_torch():
+    names = ", ".join(f"dist_train.{name}" for name in sorted(LIGHT))
+    heavy = "{'torch', 'numpy', 'sklearn', 'torchvision'}"
+    code = f"import sys, {names}; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

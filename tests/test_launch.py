@@ -1,0 +1,157 @@
+"""A user's own commands: what is started, what is written, what another start of the same config gives."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+SHORT = ["--train.epochs", "4", "--optim.name", "SGD", "--optim.lr", "0.02", "--track.every_steps", "10"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def start(cwd: Path, *argv: str, nproc: int = 0, timeout_s: float = 120) -> subprocess.CompletedProcess:
+    """The package's command line, as one process or under torchrun."""
+    launcher = [*TORCHRUN, f"--nproc_per_node={nproc}"] if nproc else [sys.executable]
+    command = [*launcher, "-m", "dist_train", *argv]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def lines_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run as one process, and under torchrun with 2 and 4 ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    for nproc in (0, 2, 4):
+        done = start(folder, *SHORT, "--run.dir", f"n{nproc}", nproc=nproc)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("rank  host") == 1 and "results in n" in done.stdout
+    return folder
+
+
+@pytest.mark.parametrize("nproc", [2, 4])
+def test_torchrun_gives_what_one_process_gives(runs: Path, nproc: int):
+    alone, together = lines_of(runs / "n0"), lines_of(runs / f"n{nproc}")
+    assert len(alone) == len(together) > 12
+    for a, b in zip(alone, together, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"time_s", "train/samples_per_s"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-5)
+
+
+def test_what_a_run_writes(runs: Path):
+    metrics = lines_of(runs / "n0")
+    assert {"step", "epoch", "time_s", "train/loss", "train/grad_norm", "train/lr", "train/samples_per_s"} == set(
+        metrics[0]
+    )
+    assert [m["step"] for m in metrics if "train/loss" in m] == [*range(10, 92, 10), 92]
+    assert [m["step"] for m in metrics if "eval/accuracy" in m] == [23, 46, 69, 92]
+    summary = json.loads((runs / "n2/summary.json").read_text())
+    assert summary["status"] == "finished" and summary["backend"] == "ddp" and summary["world_size"] == 2
+    assert summary["steps"] == 92 and summary["epochs"] == 4 and summary["samples"] == 4 * 1438
+    assert summary["eval/accuracy"] == lines_of(runs / "n2")[-1]["eval/accuracy"]
+    assert summary["samples_per_s"] == pytest.approx(summary["samples"] / summary["train_s"])
+    assert 0 < summary["step_ms"]["p50"] <= summary["step_ms"]["p95"]
+    assert {"python", "torch", "dist-train"} <= summary["versions"].keys() and summary["device"] == "cpu"
+
+
+def test_a_finished_run_is_not_overwritten(runs: Path):
+    before = {path: path.read_bytes() for path in (runs / "n0").iterdir()}
+    done = start(runs, *SHORT, "--run.dir", "n0")
+    assert done.returncode == 2 and done.stderr.startswith("dist_train: run.dir: got n0, which holds a finished run")
+    assert before == {path: path.read_bytes() for path in (runs / "n0").iterdir()}
+
+
+def test_training_from_the_resolved_config_repeats_the_run(runs: Path):
+    done = start(runs, "--config", "n0/config.yaml", "--run.dir", "again")
+    assert done.returncode == 0, done.stderr
+    assert yaml.safe_load((runs / "again/config.yaml").read_text())["optim"]["lr"] == 0.02
+    for a, b in zip(lines_of(runs / "n0"), lines_of(runs / "again"), strict=True):
+        assert {k: v for k, v in a.items() if "_s" not in k} == {k: v for k, v in b.items() if "_s" not in k}
+
+
+def test_eval_gives_the_runs_own_result(runs: Path):
+    summary = json.loads((runs / "n2/summary.json").read_text())
+    done = start(runs, "eval", "--run.dir", "n2", nproc=2)
+    assert json.loads(done.stdout) == {name: summary[name] for name in ("eval/loss", "eval/accuracy")}
+    alone = json.loads(start(runs, "eval", "--run.dir", "n2").stdout)
+    assert alone["eval/accuracy"] == summary["eval/accuracy"]
+    assert alone["eval/loss"] == pytest.approx(summary["eval/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda run: (run / "weights.pt").unlink(), "expected the folder of a finished run"),
+        (lambda run: (run / "weights.pt").write_bytes(b"not weights"), "weights.pt, which is damaged"),
+        (lambda run: (run / "config.yaml").unlink(), "with config.yaml in it"),
+    ],
+)
+def test_eval_of_a_damaged_run_says_so(runs: Path, tmp_path: Path, damage, said: str):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for path in (runs / "n0").iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    damage(copy)
+    done = start(runs, "eval", "--run.dir", str(copy))
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+FAILING_MODEL = """
+import os
+from dist_train.models.mlp import MLP
+
+class Fails(MLP):
+    def __init__(self, input_shape, classes):
+        super().__init__(input_shape, classes)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if os.environ["RANK"] == "1" and self.calls == 5:
+            raise RuntimeError("planted on rank 1")
+        return super().forward(x)
+"""
+
+
+def test_a_failure_on_one_rank_ends_all_and_is_shown_first(tmp_path: Path):
+    (tmp_path / "failing.py").write_text(FAILING_MODEL)
+    done = start(tmp_path, "--model.name", "failing:Fails", "--run.dir", "run", nproc=2, timeout_s=60)
+    assert done.returncode != 0
+    ours = [line for line in done.stderr.splitlines() if line.startswith("[rank ")]
+    assert ours[0].startswith("[rank 1]") and "[rank 1] RuntimeError: planted on rank 1" in ours
+    assert not [line for line in ours if line.startswith("[rank 0]") and "Error" in line]
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_a_run_that_did_not_finish_starts_anew(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
+    done = start(tmp_path, "--train.epochs", "1", "--run.dir", "run")
+    assert done.returncode == 0 and "did not finish; it starts anew" in done.stdout
+    assert lines_of(tmp_path / "run")[0]["step"] == 23
+
+
+def test_a_users_own_model_and_data(tmp_path: Path):
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from dist_train.data.sets import Data, InMemory\n"
+        "class Linear(torch.nn.Linear):\n"
+        "    def __init__(self, input_shape, classes, bias=True):\n"
+        "        super().__init__(input_shape[0], classes, bias)\n"
+        "def blobs(root, download, n):\n"
+        "    labels = torch.arange(n) % 2\n"
+        "    images = (labels[:, None] * 200).expand(-1, 3).to(torch.uint8)\n"
+        "    split = InMemory(images, labels)\n"
+        "    return Data(split, split, (3,), ('low', 'high'))\n"
+    )
+    own = ["--model.name", "mine:Linear", "--model.args.bias", "false", "--data.name", "mine:blobs"]
+    done = start(tmp_path, *own, "--data.args.n", "100", "--optim.lr", "0.1", "--run.dir", "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run/summary.json").read_text())["samples"] == 2000
+    assert start(tmp_path, *own, "--run.dir", "b").stderr.startswith("dist_train: data.args.n: got nothing")
