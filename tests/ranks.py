@@ -8,6 +8,7 @@ import faulthandler
 import importlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ class Workers:
     def __init__(self) -> None:
         self.processes: list[subprocess.Popen] = []
         self.links: list[Connection] = []
-        self.folder = tempfile.TemporaryDirectory(prefix="ranks")
+        self.folder = ""
         self.count = itertools.count()
 
     def run(self, fn: Callable, world_size: int, args: tuple, timeout_s: float) -> list[Any]:
@@ -40,7 +41,7 @@ class Workers:
         if not self.processes:
             self._start()
         # A store of its own for each group: nothing of an earlier test is left in it, and no port is taken.
-        store = Path(self.folder.name) / f"store{next(self.count)}"
+        store = Path(self.folder) / f"store{next(self.count)}"
         for rank, link in enumerate(self.links[:world_size]):
             link.send((fn.__module__, fn.__qualname__, args, rank, world_size, str(store)))
         answers: dict[int, Any] = {}
@@ -62,10 +63,11 @@ class Workers:
         return [answers[rank] for rank in range(world_size)]
 
     def _start(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="ranks")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         with Listener(family="AF_UNIX") as listener:
             self.processes = [
-                subprocess.Popen([sys.executable, __file__, listener.address, self.folder.name], env=environment)
+                subprocess.Popen([sys.executable, __file__, listener.address, self.folder], env=environment)
                 for _ in range(MOST_RANKS)
             ]
             by_pid = {}
@@ -81,7 +83,7 @@ class Workers:
         if silent:
             time.sleep(0.5)
             for rank in silent:
-                path = Path(self.folder.name) / f"stack{self.processes[rank].pid}"
+                path = Path(self.folder) / f"stack{self.processes[rank].pid}"
                 stacks += f"\nrank {rank} stands at\n{path.read_text()}"
         self.close()
         raise RankError(reason + stacks)
@@ -94,6 +96,7 @@ class Workers:
             process.wait()
         for link in self.links:
             link.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.processes, self.links = [], []
 
 
@@ -113,7 +116,10 @@ def _work(address: str, folder: str) -> None:
     link = Client(address, family="AF_UNIX")
     link.send(os.getpid())
     while True:
-        module, name, args, rank, world_size, store = link.recv()
+        try:
+            module, name, args, rank, world_size, store = link.recv()
+        except EOFError:  # the tests' process is gone
+            return
         try:
             torch_dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             answer = getattr(importlib.import_module(module), name)(*args)
