@@ -15,7 +15,8 @@ torch.set_num_threads(1)  # as the workers: the number of threads decides the la
 def workers():
     """Ends the worker processes after the last test, and looks for leftovers."""
     yield
-    WORKERS.close()
+    for pool in WORKERS.values():
+        pool.close()
     left = [child for child in _children() if "resource_tracker" not in child]
     assert not left, f"processes left behind: {left}"
 

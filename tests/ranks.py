@@ -1,12 +1,11 @@
-"""Real processes for distributed tests, kept alive between them: starting four costs seconds, a test then none.
+"""Real processes for distributed tests, kept alive between them: starting them costs seconds, a test then none.
 
-`run_ranks(fn, world_size, *args)` calls `fn(*args)` in that many processes, each with a gloo group of the right size,
-and returns what each gave. `fn` is a function of a test module, found again by name in the workers.
+`run_ranks(fn, world_size, *args)` calls `fn(*args)` in that many processes of one gloo group, and returns what each
+gave. `fn` is a function of a test module, found again by name in the workers.
 """
 
 import faulthandler
 import importlib
-import itertools
 import os
 import shutil
 import signal
@@ -20,34 +19,31 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-MOST_RANKS = 4
-
 
 class RankError(AssertionError):
     """A rank raised, died or did not answer in time; the message has its traceback or its stack."""
 
 
 class Workers:
-    """Processes that wait for work. After a failure they are killed, and the next test gets new ones."""
+    """The processes of one group, which wait for work. The group stays as long as they do: DeepSpeed keeps what it
+    has made of it. After a failure they are killed, and the next test gets new ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
         self.processes: list[subprocess.Popen] = []
         self.links: list[Connection] = []
         self.folder = ""
-        self.count = itertools.count()
 
-    def run(self, fn: Callable, world_size: int, args: tuple, timeout_s: float) -> list[Any]:
-        """What `fn(*args)` returns in each of `world_size` processes, by rank. Raises RankError."""
+    def run(self, fn: Callable, args: tuple, timeout_s: float) -> list[Any]:
+        """What `fn(*args)` returns, by rank. Raises RankError."""
         if not self.processes:
             self._start()
-        # A store of its own for each group: nothing of an earlier test is left in it, and no port is taken.
-        store = Path(self.folder) / f"store{next(self.count)}"
-        for rank, link in enumerate(self.links[:world_size]):
-            link.send((fn.__module__, fn.__qualname__, args, rank, world_size, str(store)))
+        for link in self.links:
+            link.send((fn.__module__, fn.__qualname__, args))
         answers: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
-        while len(answers) < world_size:
-            pending = {self.links[r]: r for r in range(world_size) if r not in answers}
+        while len(answers) < self.world_size:
+            pending = {link: rank for rank, link in enumerate(self.links) if rank not in answers}
             ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 self._give_up(f"no answer within {timeout_s} s", sorted(pending.values()))
@@ -58,23 +54,20 @@ class Workers:
                 except EOFError:
                     self._give_up(f"rank {rank} died with code {self.processes[rank].wait()}", [])
                 if not ok:
-                    self._give_up(f"rank {rank} of {world_size} raised\n{answer}", [])
+                    self._give_up(f"rank {rank} of {self.world_size} raised\n{answer}", [])
                 answers[rank] = answer
-        return [answers[rank] for rank in range(world_size)]
+        return [answers[rank] for rank in range(self.world_size)]
 
     def _start(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="ranks")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         with Listener(family="AF_UNIX") as listener:
+            arguments = [sys.executable, __file__, listener.address, self.folder, str(self.world_size)]
             self.processes = [
-                subprocess.Popen([sys.executable, __file__, listener.address, self.folder], env=environment)
-                for _ in range(MOST_RANKS)
+                subprocess.Popen([*arguments, str(rank)], env=environment) for rank in range(self.world_size)
             ]
-            by_pid = {}
-            for _ in self.processes:  # they come in any order
-                link = listener.accept()
-                by_pid[link.recv()] = link
-            self.links = [by_pid[process.pid] for process in self.processes]
+            by_rank = dict(sorted(_greet(listener) for _ in self.processes))  # they come in any order
+            self.links = list(by_rank.values())
 
     def _give_up(self, reason: str, silent: list[int]) -> None:
         for rank in silent:
@@ -82,9 +75,9 @@ class Workers:
         stacks = ""
         if silent:
             time.sleep(0.5)
-            for rank in silent:
-                path = Path(self.folder) / f"stack{self.processes[rank].pid}"
-                stacks += f"\nrank {rank} stands at\n{path.read_text()}"
+            stacks = "".join(
+                f"\nrank {rank} stands at\n{(Path(self.folder) / f'stack{rank}').read_text()}" for rank in silent
+            )
         self.close()
         raise RankError(reason + stacks)
 
@@ -100,31 +93,36 @@ class Workers:
         self.processes, self.links = [], []
 
 
-WORKERS = Workers()
+def _greet(listener: Listener) -> tuple[int, Connection]:
+    link = listener.accept()
+    return link.recv(), link
 
 
-def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 60) -> list[Any]:
+WORKERS = {world_size: Workers(world_size) for world_size in (1, 2, 4)}
+
+
+def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:
     """What `fn(*args)` returns in each of `world_size` real processes with a gloo group, by rank."""
-    return WORKERS.run(fn, world_size, args, timeout_s)
+    return WORKERS[world_size].run(fn, args, timeout_s)
 
 
-def _work(address: str, folder: str) -> None:
+def _work(address: str, folder: str, world_size: int, rank: int) -> None:
     import torch.distributed as torch_dist
 
-    stack = (Path(folder) / f"stack{os.getpid()}").open("w")
+    stack = (Path(folder) / f"stack{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     link = Client(address, family="AF_UNIX")
-    link.send(os.getpid())
+    link.send(rank)
+    # A file as the store: no port is taken that another program may want.
+    torch_dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     while True:
         try:
-            module, name, args, rank, world_size, store = link.recv()
+            module, name, args = link.recv()
         except EOFError:  # the tests' process is gone
             return
         try:
-            torch_dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
             answer = getattr(importlib.import_module(module), name)(*args)
             torch_dist.barrier()
-            torch_dist.destroy_process_group()
         except BaseException:
             link.send((False, traceback.format_exc()))
         else:
@@ -132,4 +130,4 @@ def _work(address: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    _work(*sys.argv[1:])
+    _work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
