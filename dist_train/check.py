@@ -16,6 +16,11 @@ from dist_train.launcher import Launcher
 from dist_train.lookup import accepts, parameters, torch_optimizers
 from dist_train.models import MODELS
 
+# Fields of the product's face that nothing reads yet. A row goes with the feature that reads its field.
+NOT_YET = (
+    *("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.resume", "checkpoint.asynchronous"),
+    *("track.wandb", "track.tensorboard"),
+)
 # Given by the package itself, so not for `args`.
 DATA_GIVEN = ("root", "download")
 MODEL_GIVEN = ("input_shape", "classes")
@@ -37,7 +42,8 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    for rule in (_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, *([_folder] if writes else [])):
+    rules = [_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, _not_yet]
+    for rule in [*rules, _folder] if writes else rules:
         try:
             lines += rule(config, launcher)
         except ConfigError as error:
@@ -61,8 +67,6 @@ def _ranges(config: Config, _: Launcher) -> Iterator[str]:
         "data.workers": (config.data.workers, 0),
         "optim.warmup_steps": (o.warmup_steps, 0),
         "optim.step_size": (o.step_size, 1),
-        "checkpoint.every_steps": (config.checkpoint.every_steps, 1),
-        "checkpoint.keep_last": (config.checkpoint.keep_last, 1),
         "track.every_steps": (config.track.every_steps, 1),
     }
     for path, (value, least) in at_least.items():
@@ -93,10 +97,10 @@ def _batch(config: Config, launcher: Launcher) -> Iterator[str]:
     size, world = config.train.global_batch_size, launcher.world_size
     if size >= 1 and size % world:
         below, above = size // world * world, (size // world + 1) * world
-        near = f"{below} or {above}" if below else f"{above}"
+        nearest = f"the nearest are {below} and {above}" if below else f"the nearest is {above}"
         yield (
             f"train.global_batch_size: got {size} on {world} ranks, expected a multiple of {world}; "
-            f"the nearest are {near}, for example --train.global_batch_size {above}"
+            f"{nearest}, for example --train.global_batch_size {above}"
         )
     micro = config.train.micro_batch_size
     if micro is not None and micro > size:
@@ -116,7 +120,7 @@ def _names(config: Config, _: Launcher) -> Iterator[str]:
         if key in model.args:
             yield f"model.args.{key}: got {model.args[key]!r}, expected it as model.{key}; write --model.{key}"
     yield from _arguments(MODELS, model.name, "model", {**fields, **model.args}, given, MODEL_GIVEN)
-    if data.workers and data.name in DATASETS and data.name != "csv_images":
+    if data.workers > 0 and data.name in DATASETS and data.name != "csv_images":
         yield f"data.workers: got {data.workers}, expected 0: {data.name} is held in memory and needs no workers"
 
 
@@ -125,9 +129,10 @@ def _arguments(
 ) -> Iterator[str]:
     """Arguments that `name` does not take, and required ones that are not there."""
     takes = accepts(registry, name, f"{section}.name")
-    for required in by_us:
-        if required not in takes and "**" not in takes:
-            yield f"{section}.name: got {name!r} that takes {', '.join(takes)}; expected it to take {required!r} as well"
+    missing = [k for k in by_us if k not in takes and "**" not in takes]
+    if missing:
+        own = ", ".join(takes) or "nothing"
+        yield f"{section}.name: got {name!r} that takes {own}, expected it to take {' and '.join(missing)} as well"
     ours = [k for k in takes if k not in by_us and k != "**"]
     for path in sorted(given):
         key = path.rpartition(".")[2]
@@ -138,7 +143,8 @@ def _arguments(
             yield f"{path}: got {values[key]!r}, but {name} does not have it; it takes {own}; leave it out"
     for key in ours:
         if takes[key] and key not in values:
-            yield f"{section}.args.{key}: got nothing, expected a value: {name} needs it; write --{section}.args.{key} VALUE"
+            path = f"{section}.args.{key}"
+            yield f"{path}: got nothing, expected a value: {name} needs it; write --{path} VALUE"
 
 
 def _loss(config: Config, _: Launcher) -> Iterator[str]:
@@ -147,8 +153,9 @@ def _loss(config: Config, _: Launcher) -> Iterator[str]:
         yield "train.loss: got mse with data.one_hot false, expected one-hot targets; add --data.one_hot true"
     if loss == "nll" and one_hot:
         yield "train.loss: got nll with data.one_hot true, expected class numbers; add --data.one_hot false"
-    if config.train.label_smoothing and loss != "cross_entropy":
-        yield f"train.label_smoothing: got {config.train.label_smoothing} with train.loss {loss}, which does not have it; leave it out"
+    smoothing = config.train.label_smoothing
+    if smoothing and loss != "cross_entropy":
+        yield f"train.label_smoothing: got {smoothing} with train.loss {loss}, which does not have it; leave it out"
 
 
 def _optimizer(config: Config, _: Launcher) -> Iterator[str]:
@@ -178,7 +185,8 @@ def _schedule(config: Config, _: Launcher) -> Iterator[str]:
     for key in ("step_size", "gamma"):
         value = getattr(o, key)
         if o.schedule == "step" and value is None:
-            yield f"optim.{key}: got nothing, but optim.schedule step needs it; for example --optim.{key} {'1000' if key == 'step_size' else '0.1'}"
+            example = "1000" if key == "step_size" else "0.1"
+            yield f"optim.{key}: got nothing, but optim.schedule step needs it; for example --optim.{key} {example}"
         if o.schedule != "step" and value is not None:
             yield f"optim.{key}: got {value} with optim.schedule {o.schedule}, which does not have it; leave it out"
     if o.lr_final and o.schedule not in ("linear", "cosine"):
@@ -209,8 +217,18 @@ def _backend(config: Config, launcher: Launcher) -> Iterator[str]:
             "backend.name: got ddp in a process that was started alone, expected a launcher; write "
             "torchrun --nproc_per_node=2 -m dist_train, or --backend.name single"
         )
-    if config.backend.zero_stage is not None:
-        yield f"backend.zero_stage: got {config.backend.zero_stage}, but backend {backend} does not have it; leave it out (null)"
+    stage = config.backend.zero_stage
+    if stage is not None:
+        yield f"backend.zero_stage: got {stage}, but backend {backend} does not have it; leave it out (null)"
+
+
+def _not_yet(config: Config, _: Launcher) -> Iterator[str]:
+    for path in NOT_YET:
+        section, key = path.split(".")
+        value, default = getattr(getattr(config, section), key), getattr(getattr(Config(), section), key)
+        if value != default:
+            got, expected = (v if isinstance(v, str) else json.dumps(v) for v in (value, default))
+            yield f"{path}: got {got}, expected {expected}: this version does not have it; leave it out"
 
 
 def run_folder(config: Config) -> Path | None:
@@ -222,22 +240,29 @@ def run_folder(config: Config) -> Path | None:
 
 
 def _folder(config: Config, _: Launcher) -> Iterator[str]:
-    if config.run.name is not None and (config.run.name in ("", ".", "..") or "/" in config.run.name):
-        yield f"run.name: got {config.run.name!r}, expected a plain folder name; give the way to it as --run.dir"
+    name = config.run.name
+    if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+        yield f"run.name: got {name!r}, expected a plain folder name; give the way to it as --run.dir"
+        return
+    if config.run.dir is not None and (not config.run.dir or "\0" in config.run.dir):
+        yield f"run.dir: got {config.run.dir!r}, expected a folder; for example --run.dir runs/new"
         return
     folder = run_folder(config)
     if folder is None:
         return
     path = "run.name" if config.run.name is not None else "run.dir"
-    for parent in (folder, *folder.parents):
-        if parent.exists():
-            if not parent.is_dir():
-                yield f"{path}: got {folder}, but {parent} is a file; expected a folder, for example --run.dir runs/new"
-            elif not os.access(parent, os.W_OK):
-                yield f"{path}: got {folder}, but {parent} cannot be written to; expected a folder of your own"
-            break
+    try:
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    except OSError as error:  # too long, or behind a folder that cannot be entered
+        yield f"{path}: got a folder that cannot be made ({error}), expected one such as --run.dir runs/new"
+        return
+    if not there.is_dir():
+        yield f"{path}: got {folder}, but {there} is a file; expected a folder, for example --run.dir runs/new"
+    elif not os.access(there, os.W_OK):
+        yield f"{path}: got {folder}, but {there} cannot be written to; expected a folder of your own"
     if status_of(folder) == "finished":
-        yield f"{path}: got {folder}, which holds a finished run; expected a new folder, for example --{path} {folder.name}-2"
+        another = f"--{path} {folder.name if path == 'run.name' else folder}-2"
+        yield f"{path}: got {folder}, which holds a finished run; expected a new folder, for example {another}"
 
 
 def status_of(folder: Path) -> str | None:

@@ -4,12 +4,14 @@ No torch here: `--help` and a mistake in a config answer at once. A config is ne
 What the values must satisfy stands in `check.py`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import re
 import sys
+import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -190,29 +192,71 @@ class Config:
 
 
 def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
-    """The config of a command line. Raises ConfigError. `--help` and `--print_config` print and raise SystemExit(0)."""
+    """The config of a command line. Raises ConfigError. `--help` and `--print_config` print and raise SystemExit(0).
+
+    Args:
+        argv: `--section.key value` or `--section.key=value`, and `--config FILE.yaml`. What stands there as a key wins
+            over every file, wherever `--config` stands. Of several files the later wins, key by key; of one key given
+            twice the later. `--optim.args.eps 1e-6` sets one of the arguments, `--optim.args '{eps: 1e-6}'` all.
+        prog: the name that the help gives to the program.
+    """
+    files, options, asked = _split(argv)
+    if asked == "help":
+        _help(prog)
+        raise SystemExit(0)
+    tree = dataclasses.asdict(Config())
+    for file in files:
+        for section, body in _read(file).items():
+            tree[section] |= body
+    lines: list[str] = []
+    for path, text in options:
+        section, key, *name = path.split(".")
+        hint = fields_of(section)[key]
+        try:
+            if name:
+                tree[section][key] = tree[section][key] | {name[0]: _any_value(text)}
+            elif _is_text(hint):
+                tree[section][key] = _fitting(path, None if text == "null" and _is_optional(hint) else text, hint)
+            else:
+                tree[section][key] = _fitting(path, _any_value(text), hint)
+        except ConfigError as error:
+            lines += error.lines
+    if lines:
+        raise ConfigError(*lines)
+    config = to_config(tree)
+    if asked:
+        print(dump(config), end="")
+        raise SystemExit(0)
+    return config
+
+
+def _help(prog: str) -> None:
+    """Prints the fields with their documentation, types and defaults, which jsonargparse reads from the dataclasses."""
     import jsonargparse
 
-    _check_options(argv)
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(prog=prog, description=Config.__doc__, exit_on_error=False, allow_abbrev=False)
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="YAML file with any of what follows.")
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        usage="%(prog)s [COMMAND] [--config FILE.yaml] [--section.key value ...]",
+        description=Config.__doc__,
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", default=argparse.SUPPRESS, help="YAML file with what follows.")
+    parser.add_argument("--print_config", action="store_true", help="Print the config that results, and end.")
     parser.add_class_arguments(Config, None)
-    try:
-        return to_config(parser.parse_args(argv).as_dict())
-    except jsonargparse.ArgumentError as error:
-        raise ConfigError(_in_one_line(str(error))) from None
+    for action in parser._actions:  # --train FILE and its like, which the parser adds and _split refuses
+        if action.dest in fields_of(""):
+            action.help = argparse.SUPPRESS
+    parser.print_help()
 
 
-def to_config(tree: dict[str, Any]) -> Config:
-    """The dataclasses of a nested dictionary that `load` has checked."""
-    sections = {f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)}
-    return Config(**sections)
+def to_config(tree: dict[str, dict[str, Any]]) -> Config:
+    """The dataclasses of a nested dictionary whose values have been checked."""
+    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})
 
 
 def dump(config: Config) -> str:
     """The config as YAML that `--config` reads back to an equal config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def fields_of(path: str) -> dict[str, Any] | None:
@@ -226,69 +270,206 @@ def fields_of(path: str) -> dict[str, Any] | None:
     return typing.get_type_hints(node) if dataclasses.is_dataclass(node) else None
 
 
-def unknown(path: str, name: str, valid: list[str] | tuple[str, ...], what: str = "key") -> str:
-    """One line about a name that is not among the valid ones."""
-    near = difflib.get_close_matches(name, valid, n=1)
-    hint = f"; did you mean {near[0]}?" if near else ""
+def unknown(path: str, name: str, valid: Sequence[str], what: str = "key", near: Sequence[str] | None = None) -> str:
+    """One line about a name that is not among the valid ones; a suggestion comes from `near`, or from these."""
+    by_lower = {word.lower(): word for word in near or valid}
+    found = near if near and len(near) == 1 else difflib.get_close_matches(name.lower(), by_lower, n=1)
+    found = [by_lower[word.lower()] for word in found]
+    hint = f"; did you mean {found[0]}?" if found else ""
     return f"{path}: got unknown {what} {name!r}, expected one of {', '.join(valid)}{hint}"
 
 
-def _check_options(argv: list[str]) -> None:
-    """Names only, before the parser sees them: the parser would not list the valid ones."""
-    expects_value = False
-    for i, word in enumerate(argv):
-        if not word.startswith("--"):
-            if not expects_value and word != "-h":
-                raise ConfigError(f"command line: got {word!r}, expected --section.key value, or --config FILE.yaml")
-            expects_value = False
+def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]], str]:
+    """The files of `--config`; the other options with their values; and "help" or "print_config" if that is asked for.
+
+    Not argparse's: it would take the -1e-3 of `--optim.lr -1e-3` for an option, and not list the valid names.
+    """
+    files: list[str] = []
+    options: list[tuple[str, str]] = []
+    asked = ""
+    words = iter(argv)
+    for word in words:
+        if word in ("-h", "--help", "--print_config"):
+            asked = "print_config" if word == "--print_config" and asked != "help" else "help"
             continue
-        option, equals, _ = word[2:].partition("=")
-        expects_value = not equals
+        if not word.startswith("--"):
+            raise ConfigError(f"command line: got {word!r}, expected --section.key value, or --config FILE.yaml")
+        option, equals, value = word[2:].partition("=")
+        if option != "config":
+            _check_path(option)
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                if option == "config":
+                    raise ConfigError("--config: got no value, expected a YAML file; write --config FILE.yaml")
+                raise ConfigError(_mismatch(option, "no value"))
         if option == "config":
-            _check_file(word.partition("=")[2] if equals else argv[i + 1] if i + 1 < len(argv) else "")
-        elif option in ("help", "print_config"):
-            expects_value = False
+            files.append(value)
         else:
-            _check_path(option.removesuffix("+"))
+            options.append((option, value))
+    return files, options, asked
 
 
 def _check_path(path: str) -> None:
     section, _, key = path.partition(".")
     sections = list(fields_of(""))
+    if path in ("help", "print_config"):
+        raise ConfigError(f"command line: got --{path} with a value, expected --{path} alone")
     if section not in sections:
-        raise ConfigError(unknown("command line", f"--{path}", [f"--{s}" for s in [*sections, "config", "help"]]))
+        valid = [f"--{name}" for name in (*sections, "config", "print_config", "help")]
+        every = [f"--{s}.{key}" for s in sections for key in fields_of(s)]
+        same = [word for word in every if word.endswith(f".{path}")]  # --lr
+        raise ConfigError(unknown("command line", f"--{path}", valid, near=same or [*every, *valid]))
     valid = fields_of(section)
     name, _, rest = key.partition(".")
     if not name:
         raise ConfigError(f"{section}: got --{section}, expected --{section}.KEY with KEY one of {', '.join(valid)}")
     if name not in valid or (rest and name != "args"):
         raise ConfigError(unknown(section, name if name not in valid else key, list(valid)))
+    if "." in rest:
+        top, _, below = rest.partition(".")
+        whole = f"--{section}.args.{top} '{{{below}: VALUE}}'"
+        raise ConfigError(f"{section}.args: got --{path}, expected the keys below {top} in one value; write {whole}")
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """A key that stands twice is a mistake, not a choice."""
+    """Plain YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a date is text."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands twice")
-        return super().construct_mapping(node, deep)
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":float"))]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-def _check_file(name: str) -> None:
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
+        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
+    ),
+    list("-+.0123456789"),
+)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes the text that _StrictLoader would take for something else."""
+
+    yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
+
+
+# With allow_unicode the emitter writes U+0085 and its like as they are, and the loader reads them as a line's end.
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
+
+
+def _read(name: str) -> dict[str, dict[str, Any]]:
+    """The keys of a YAML file, by section. A section or `args` with nothing below it is the same as none."""
     try:
-        tree = yaml.load(Path(name).read_text(encoding="utf-8"), Loader=_StrictLoader)  # noqa: S506 (a SafeLoader)
+        tree = _parse(Path(name).read_text(encoding="utf-8"), typed=True)
     except OSError as error:
         raise ConfigError(f"--config: got {name!r}, expected a YAML file that can be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         detail = " ".join(str(error).replace('in "<unicode string>", ', "").split())
         raise ConfigError(f"--config: got {name}, expected valid YAML: {detail}") from None
     if not isinstance(tree, dict | None):
-        raise ConfigError(f"--config: got {name} with {tree!r}, expected sections such as `train:` with keys below them")
+        raise ConfigError(f"--config: got {name} with {tree!r}, expected sections such as train: with keys below them")
     lines = list(_unknown_keys(tree or {}, name))
     if lines:
         raise ConfigError(*lines)
+    out: dict[str, dict[str, Any]] = {}
+    for section, body in (tree or {}).items():
+        out[section] = {}
+        for key, value in (body or {}).items():
+            try:
+                if (key, value) != ("args", None):
+                    out[section][key] = _fitting(f"{section}.{key}", value, fields_of(section)[key], f" in {name}")
+            except ConfigError as error:
+                lines += error.lines
+    if lines:
+        raise ConfigError(*lines)
+    return out
+
+
+def _fitting(path: str, value: Any, hint: Any, where: str = "") -> Any:
+    """The value, if it is of its field's type; an integer will do for a float. Raises ConfigError."""
+    for kind in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        origin, args = typing.get_origin(kind), typing.get_args(kind)
+        if kind is float and type(value) is int and abs(value) < 2**1000:
+            return float(value)
+        items_fit = origin is not list or (type(value) is list and all(type(item) is args[0] for item in value))
+        if items_fit and (type(value) is (origin or kind) or (origin is Literal and value in args)):
+            return value
+    shown = repr(value) if isinstance(value, str | list | dict) else yaml.safe_dump(value).split("\n")[0]
+    raise ConfigError(_mismatch(path, (shown if len(shown) < 80 else shown[:76] + "...") + where))
+
+
+def _any_value(text: str) -> Any:
+    """A word of the command line whose type is not known: a YAML value if it is one on its face, else text."""
+    try:
+        value = _parse(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+    starts = {dict: "{", list: "[", str: "'\"", type(None): "n~"}.get(type(value), text[:1])
+    return value if text and text[0] in starts else text
+
+
+def _parse(text: str, typed: bool = False) -> Any:
+    """The value of a YAML text. With `typed` it is a config, whose text fields stay text."""
+    loader = _StrictLoader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _check_nodes(node, ())
+    if typed and isinstance(node, yaml.MappingNode):
+        _keep_text(loader, node)
+    return loader.construct_document(node)
+
+
+def _check_nodes(node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
+    """A key that stands twice is a mistake, not a choice; what holds itself could not be written out again."""
+    if node in above:
+        raise yaml.YAMLError(f"the anchor at line {node.start_mark.line + 1} holds itself")
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice")
+        for _, value in node.value:
+            _check_nodes(value, (*above, node))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_nodes(item, (*above, node))
+
+
+def _keep_text(loader: yaml.SafeLoader, root: yaml.MappingNode) -> None:
+    """Where a field is text, what stands there is text: YAML 1.1 would read `mode: off` as false, `name: 010` as 8."""
+    loader.flatten_mapping(root)
+    for section, body in root.value:
+        if isinstance(body, yaml.MappingNode):
+            loader.flatten_mapping(body)
+            hints = fields_of(section.value) or {}
+            for key, value in body.value:
+                if _is_text(hints.get(key.value)) and value.tag in _MISTAKEN:
+                    value.tag = "tag:yaml.org,2002:str"
+
+
+_MISTAKEN = ["tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"]
+
+
+def _is_text(hint: Any) -> bool:
+    """Whether what stands there is text, whatever it looks like."""
+    return hint in (str, str | None) or typing.get_origin(hint) is Literal
+
+
+def _is_optional(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
 
 
 def _unknown_keys(tree: dict, file: str) -> Iterator[str]:
@@ -296,12 +477,14 @@ def _unknown_keys(tree: dict, file: str) -> Iterator[str]:
     for section, body in tree.items():
         if section not in sections:
             yield unknown(f"{file}", str(section), list(sections), "section")
-        elif not isinstance(body, dict):
+        elif not isinstance(body, dict | None):
             yield f"{section}: got {body!r} in {file}, expected keys below it: {', '.join(fields_of(section))}"
         else:
             valid = fields_of(section)
-            yield from (unknown(f"{section} in {file}", str(k), list(valid)) for k in body if k not in valid)
+            yield from (unknown(f"{section} in {file}", str(k), list(valid)) for k in body or () if k not in valid)
 
+
+# -- messages --------------------------------------------------------------------------------------------------------
 
 _WORDS = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
 
@@ -320,16 +503,16 @@ def describe(hint: Any) -> str:
     return " or ".join(describe(a) for a in args)  # a union
 
 
-def _in_one_line(message: str) -> str:
-    """The parser's error in our form: path, got, expected."""
-    key = re.search(r'Parser key "([^"]+)"|argument --([\w.]+)', message)
-    got = re.search(r"(?:Got value|Given value): (.*)", message)
-    path = (key[1] or key[2]) if key else "command line"
+def _mismatch(path: str, got: str) -> str:
+    """One line about a value that is not of its field's type."""
+    hint = _hint(path)
+    return f"{path}: got {got}, expected {describe(hint)}; for example --{path} {_example(hint)}"
+
+
+def _hint(path: str) -> Any:
+    """The type of the field that a config path leads to or into; None if there is none."""
     section, _, name = path.partition(".")
-    hint = (fields_of(section) or {}).get(name.split(".")[0])
-    if hint is None:
-        return f"{path}: {' '.join(message.split())}"
-    return f"{path}: got {got[1] if got else 'no value'}, expected {describe(hint)}; for example --{path} {_example(hint)}"
+    return (fields_of(section) or {}).get(name.split(".")[0])
 
 
 def _example(hint: Any) -> str:

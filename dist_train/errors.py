@@ -5,5 +5,6 @@ class ConfigError(ValueError):
     """The user's mistake. Each line names the config path, what was got, what is expected and how to mend it."""
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        # a value that is quoted in a line may itself hold a line's end
+        self.lines = tuple(" ".join(line.split("\n")) for line in lines)
+        super().__init__("\n".join(self.lines))

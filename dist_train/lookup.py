@@ -39,7 +39,10 @@ def accepts(registry: Mapping[str, str], name: str, path: str) -> dict[str, bool
     """The arguments of what `load` would give, each with whether it is required. Raises ConfigError if it is absent."""
     module, attribute = reference(registry, name, path)
     file = source_of(module)
-    found = file and parameters(file, attribute)
+    try:
+        found = file and parameters(file, attribute)
+    except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a NUL
+        raise ConfigError(f"{path}: got {name!r}, but {file} is not valid Python: {error}; mend the file") from None
     if found is None:
         where = f"no {attribute!r} in {file}" if file else f"no module {module!r}"
         raise ConfigError(
@@ -53,7 +56,7 @@ def source_of(module: str) -> Path | None:
     """The source file of `module`, or None if there is none. A parent package of a dotted name is imported."""
     try:
         spec = importlib.util.find_spec(module)
-    except (ImportError, ValueError):
+    except Exception:  # the parent is the user's code, and may raise anything
         return None
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
