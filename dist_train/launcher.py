@@ -54,11 +54,16 @@ class Launcher:
 
 def detect(env: Mapping[str, str] = os.environ) -> Launcher:
     """The launcher that `env` tells of. Raises ConfigError where its variables contradict each other."""
-    for name, (shown_by, keys) in STARTERS.items():
-        if all(key in env for key in shown_by):
-            break
-    else:
+    name = next((n for n, (shown_by, _) in STARTERS.items() if all(key in env for key in shown_by)), "none")
+    if name == "none":
+        for key, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
+            if key in env:
+                raise ConfigError(
+                    f"environment: got {key}={env[key]} without {other}, expected both or neither; "
+                    f"start with torchrun, or unset {key} to run one process"
+                )
         return Launcher()
+    keys = STARTERS[name][1]
     if name == "accelerate" and "RANK" not in env:
         # Its MPI way on CPU: the ranks are mpirun's. Its one-process way: no rank at all.
         keys = STARTERS["mpirun"][1]
@@ -92,34 +97,50 @@ def _local_size(env: Mapping[str, str], name: str, key: str, size: int) -> int:
     if name != "srun":
         return _int(env, key, default=size)
     # "2(x3),1" means 2, 2, 2, 1 tasks on the nodes of the step; ours is at SLURM_NODEID.
+    text, node = env.get(key, str(size)), _int(env, "SLURM_NODEID", default=0)
     counts: list[int] = []
-    for tasks, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get(key, str(size))):
-        counts += [int(tasks)] * int(repeat or 1)
-    return counts[min(_int(env, "SLURM_NODEID", default=0), len(counts) - 1)]
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        counts += [int(match[1])] * int(match[2] or 1) if match else []
+    if not 0 <= node < len(counts):
+        raise ConfigError(
+            f"environment: got {key}={text!r} and SLURM_NODEID={node}, expected tasks for every node such as 2(x3),1; "
+            f"start with srun, or unset the variables that another job left behind"
+        )
+    return counts[node]
 
 
 def _master(env: Mapping[str, str], name: str, size: int, local_size: int) -> tuple[str, int]:
     """Where rank 0 listens. The starters of torch's family say it; for srun and mpirun it is derived alike on all."""
     if "MASTER_PORT" in env:
-        return env.get("MASTER_ADDR", "127.0.0.1"), _int(env, "MASTER_PORT")
-    if name == "srun":
+        port = _int(env, "MASTER_PORT")
+    else:
+        # Below 32768, where the ports begin that Linux gives to outgoing connections.
         job = _int(env, "SLURM_JOB_ID", default=0) * 31 + _int(env, "SLURM_STEP_ID", default=0)
-        return first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1")), 20000 + job % 20000
-    if size > local_size:
+        # Every rank of one node has the same parent.
+        port = 20000 + (job if name == "srun" else os.getppid()) % 12000
+    if "MASTER_ADDR" in env:
+        addr = env["MASTER_ADDR"]
+    else:
+        addr = first_host(env.get("SLURM_STEP_NODELIST", "")) if name == "srun" else ""
+    missing = [key for key in ("MASTER_ADDR", "MASTER_PORT") if key not in env]
+    if missing and "RANK" in env:
         raise ConfigError(
-            f"environment: got {size} ranks on several nodes under {name} without MASTER_ADDR and MASTER_PORT, "
+            f"environment: got RANK={env['RANK']} without {' and '.join(missing)}, expected both; start with torchrun, "
+            f"or unset RANK and WORLD_SIZE to run one process"
+        )
+    if missing and size > local_size and name != "srun":
+        raise ConfigError(
+            f"environment: got {size} ranks on several nodes under {name} without {' and '.join(missing)}, "
             f"expected both; for example {name} -x MASTER_ADDR=$(hostname) -x MASTER_PORT=29500 ..."
         )
-    return "127.0.0.1", 20000 + os.getppid() % 20000  # every rank of one node has the same parent
+    return addr or "127.0.0.1", port
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of a SLURM node list such as `gpu[03-05,9],login1`."""
-    prefix, bracket, rest = nodelist.partition("[")
-    if not bracket or "," in prefix:
-        return prefix.split(",")[0]
-    numbers, _, tail = rest.partition("]")
-    return prefix + re.split("[-,]", numbers)[0] + tail.split(",")[0]
+    """The first host of a SLURM node list such as `gpu[03-05,9],login1` or `rack[1-2]node[3-4]`."""
+    first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", nodelist)[0]  # commas within brackets do not part the hosts
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
 
 
 def clean_argv(argv: list[str], launcher: Launcher) -> list[str]:
