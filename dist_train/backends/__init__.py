@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 BACKENDS = {
     "single": "dist_train.backends.single:Single",
     "ddp": "dist_train.backends.ddp:DDP",
+    "fsdp2": "dist_train.backends.fsdp2:FSDP2",
 }
 
 # What `backend.name: auto` takes under each starter (the names are those of launcher.STARTERS).

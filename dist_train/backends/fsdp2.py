@@ -1,0 +1,80 @@
+"""torch's fully_shard (FSDP2): each rank holds a part of every weight; a layer is gathered while it computes."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from dist_train import dist
+from dist_train.backends.base import Backend, OptimizerFactory
+
+
+class FSDP2(Backend):
+    """fully_shard on each layer and on the model, over all ranks."""
+
+    def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """See Backend."""
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        for block in list(blocks(model)):
+            fully_shard(block, mesh=mesh)
+        self.model = fully_shard(model, mesh=mesh)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                # Else the factor is a multiplication before the sum, which gloo does not have.
+                module.set_force_sum_reduction_for_comms(True)
+        self.optimizer = optimizer_fn(self.model.parameters())
+        return self.model, self.optimizer
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        """See Backend."""
+        self.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        loss.backward()
+
+    def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
+        """See Backend."""
+        norm = None
+        if measure or max_norm is not None:
+            shards = [p.grad.to_local() for p in self.model.parameters() if p.grad is not None]
+            # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
+            squares = nn.utils.get_total_norm(shards).double().square()
+            norm = dist.sum_(squares).sqrt().to(shards[0].dtype)
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See Backend."""
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of `model` that are sharded each by itself: the members of its outermost nn.Sequential and
+    nn.ModuleList. Everything else goes with the model, and so does a layer that shares a parameter with another part."""
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    for layer in _layers(model):
+        own = Counter(p for _, p in layer.named_parameters(remove_duplicate=False))
+        if own and all(uses[p] == own[p] for p in own):
+            yield layer
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # has no forward of its own to gather for
+        for member in module.children():
+            yield from _layers(member) if isinstance(member, (nn.ModuleList, nn.ModuleDict)) else [member]
+    elif isinstance(module, nn.Sequential):
+        yield from module.children()
+    else:
+        for child in module.children():
+            yield from _layers(child)
