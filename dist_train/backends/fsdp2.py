@@ -61,7 +61,7 @@ class FSDP2(Backend):
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
     """The layers of `model` that are sharded each by itself: the members of its outermost nn.Sequential and
-    nn.ModuleList. Everything else goes with the model, and so does a layer that shares a parameter with another part."""
+    nn.ModuleList. The rest goes with the model, and so does a layer that shares a parameter with another part."""
     uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
     for layer in _layers(model):
         own = Counter(p for _, p in layer.named_parameters(remove_duplicate=False))
