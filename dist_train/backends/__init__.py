@@ -14,6 +14,7 @@ BACKENDS = {
     "single": "dist_train.backends.single:Single",
     "ddp": "dist_train.backends.ddp:DDP",
     "fsdp2": "dist_train.backends.fsdp2:FSDP2",
+    "accelerate": "dist_train.backends.accelerate:Accelerate",
     "deepspeed": "dist_train.backends.deepspeed:DeepSpeed",
 }
 
