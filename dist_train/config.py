@@ -132,9 +132,11 @@ class BackendConfig:
     """The library that moves gradients and shards state. It changes speed and memory, not the result."""
 
     name: str = "auto"
-    """single, ddp, or auto: ddp under torchrun, srun and mpirun, single alone."""
+    """single, ddp, fsdp2, accelerate, deepspeed, or auto: that of the launcher, ddp under torchrun, srun and mpirun,
+    single alone."""
     zero_stage: int | None = None
-    """ZeRO stage 0-3, for a backend that has it."""
+    """deepspeed: what is shared out among the ranks; 0 nothing (also null), 1 optimizer state, 2 and gradients,
+    3 and weights."""
 
 
 @dataclass(frozen=True)

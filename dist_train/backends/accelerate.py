@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from dist_train.backends.base import Backend, OptimizerFactory, clip, to_cpu
 from dist_train.config import Config
 from dist_train.dist import World
-from dist_train.errors import ConfigError
 
 TYPES = {"cpu": DistributedType.MULTI_CPU, "cuda": DistributedType.MULTI_GPU}
 
@@ -24,11 +23,6 @@ class Accelerate(Backend):
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
         on_cpu = world.device.type == "cpu"
-        if not on_cpu and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-            raise ConfigError(
-                f"train.device: got {config.train.device}, which took {world.device}, under accelerate launch with "
-                f"--cpu; expected both to say the same, for example --train.device cpu"
-            )
         # It reads the environment of torchrun alone, and without it believes every rank to be the only one.
         place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
         os.environ.update({name: str(value) for name, value in place.items()})
