@@ -1,4 +1,4 @@
-"""The configs of the parity matrix, and what the workers run. Apart from the tests, so that workers import no pytest."""
+"""The configs of the parity matrix, and what the workers run: apart from the tests, so that both can import it."""
 
 import torch
 import torch.distributed as torch_dist
