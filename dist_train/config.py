@@ -111,8 +111,8 @@ class TrainConfig:
     """Share of the target that is spread over all classes (cross_entropy)."""
     grad_clip: float | None = None
     """Largest global gradient norm; a larger gradient is scaled down to it."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Type of parameters and arithmetic."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = "float32"
+    """tf32, bfloat16 and float16 are the matrix products' alone; parameters and sums stay float32 (see the README)."""
     seed: int = 0
     """Decides the initial weights and the order of the samples."""
     device: str = "auto"
@@ -143,8 +143,12 @@ class BackendConfig:
 class CompileConfig:
     """torch.compile."""
 
-    mode: Literal["off"] = "off"
-    """off: the model runs as written."""
+    mode: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """off runs the model as written; the others are torch.compile's own."""
+    fullgraph: bool = False
+    """Fail where the model cannot be one graph."""
+    dynamic: bool | None = None
+    """Sizes as variables: true from the start, false never, null once a size has changed."""
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import nn
 
-from dist_train.config import Config
+from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
+from dist_train.precision import LossScale
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -18,10 +19,11 @@ class Backend(ABC):
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
+        self.scale = LossScale() if config.train.precision == "float16" else None
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Shards or wraps `model`, then builds the optimizer.
+        """Compiles, shards or wraps `model`, then builds the optimizer.
 
         Returns:
             The model to call, and the optimizer whose `param_groups` hold the learning rate.
@@ -53,15 +55,52 @@ class Backend(ABC):
         """The weights by the model's own names, on the CPU, on rank 0; the other ranks may get none."""
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, measure: bool) -> torch.Tensor | None:
-    """The norm of whole gradients, and clipping by it: for backends whose ranks each hold all of the gradient."""
-    if max_norm is None and not measure:
-        return None
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def whole_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of the gradients, on a rank that holds all of them."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    norm_of: Callable[[list[nn.Parameter]], torch.Tensor],
+    max_norm: float | None,
+    measure: bool,
+    scale: LossScale | None,
+) -> torch.Tensor | None:
+    """The step of a backend whose gradients are in `parameters`: takes the loss's scale out, clips, updates, clears.
+
+    Args:
+        optimizer: of the parameters.
+        parameters: with the gradient of the step.
+        norm_of: the global norm of their gradients.
+        max_norm: see Backend.step.
+        measure: see Backend.step.
+        scale: of the loss; None where it is not scaled.
+    """
+    parameters, norm = list(parameters), None
+    if measure or scale or max_norm is not None:
+        norm = norm_of(parameters)
+    if scale:
+        norm = norm / scale.factor
+        finite = bool(norm.isfinite())  # waits for the device: whether there is a step depends on it
+        if finite:
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor)
+        scale.saw(finite)
+        if not finite:
+            optimizer.zero_grad()
+            return norm
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad()
     return norm
+
+
+def compile_(model: nn.Module, config: CompileConfig) -> None:
+    """torch.compile of the module's forward, in place: the names of its parameters stay as they are."""
+    if config.mode != "off":
+        model.compile(mode=config.mode, fullgraph=config.fullgraph, dynamic=config.dynamic)
 
 
 def to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

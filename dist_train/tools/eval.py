@@ -39,6 +39,8 @@ def run(argv: list[str], launcher: Launcher) -> None:
         ) from None
     with dist.joined(launcher, device) as world:
         model, _ = backends.create(config, world).prepare(parts.model, optim.factory(config.optim))
-        metrics = evaluate(model, loss_fn(config.train.loss), parts.test_feed, config.train.eval_batch_size, world)
+        metrics = evaluate(
+            model, loss_fn(config.train.loss), parts.test_feed, config.train.eval_batch_size, world, parts.precision
+        )
         if world.is_main:
             print(json.dumps(metrics))
