@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.backends.base import Backend, OptimizerFactory, clip, to_cpu
+from dist_train.backends.base import Backend, OptimizerFactory, compile_, to_cpu, update, whole_norm
 from dist_train.config import Config
 from dist_train.dist import World
 
@@ -42,6 +42,7 @@ class Accelerate(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         self.bare = model
+        compile_(model, self.config.compile)
         self.model = self.accelerator.prepare(model)
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.
         assert type(self.model) is DistributedDataParallel, f"accelerate: got {type(self.model)}, expected DDP"
@@ -55,14 +56,12 @@ class Accelerate(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        self.accelerator.backward(loss * self.world.size)  # DDP divides the sum over ranks by their number
+        # DDP divides the sum over ranks by their number. The scale is ours, as its own looks at one rank's gradients.
+        self.accelerator.backward(loss * (self.world.size * (self.scale.factor if self.scale else 1.0)))
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        norm = clip(self.bare.parameters(), max_norm, measure)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return update(self.optimizer, self.bare.parameters(), whole_norm, max_norm, measure, self.scale)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""

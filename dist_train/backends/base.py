@@ -60,6 +60,21 @@ def whole_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
+def clip(
+    parameters: list[nn.Parameter],
+    norm_of: Callable[[list[nn.Parameter]], torch.Tensor],
+    max_norm: float | None,
+    measure: bool,
+) -> torch.Tensor | None:
+    """The global norm of the gradients, and clipping by it; see Backend.step."""
+    if max_norm is None and not measure:
+        return None
+    norm = norm_of(parameters)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
 def update(
     optimizer: torch.optim.Optimizer,
     parameters: Iterable[nn.Parameter],
@@ -78,21 +93,15 @@ def update(
         measure: see Backend.step.
         scale: of the loss; None where it is not scaled.
     """
-    parameters, norm = list(parameters), None
-    if measure or scale or max_norm is not None:
-        norm = norm_of(parameters)
+    parameters = list(parameters)
     if scale:
-        norm = norm / scale.factor
-        finite = bool(norm.isfinite())  # waits for the device: whether there is a step depends on it
-        if finite:
-            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor)
+    norm = clip(parameters, norm_of, max_norm, measure or scale is not None)
+    finite = scale is None or bool(norm.isfinite())  # a scale waits for the device: whether there is a step depends on it
+    if scale:
         scale.saw(finite)
-        if not finite:
-            optimizer.zero_grad()
-            return norm
-    if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    optimizer.step()
+    if finite:
+        optimizer.step()
     optimizer.zero_grad()
     return norm
 

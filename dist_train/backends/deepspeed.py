@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.backends.base import Backend, OptimizerFactory, clip, to_cpu
+from dist_train.backends.base import Backend, OptimizerFactory, clip, compile_, to_cpu, whole_norm
 from dist_train.config import Config
 from dist_train.dist import World
 
@@ -26,11 +26,17 @@ class DeepSpeed(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         self.bare = model
+        if self.stage < 3:
+            compile_(model, self.config.compile)
         self.optimizer = optimizer_fn(model.parameters())
         weights = sum(p.numel() for p in model.parameters())
         self.engine, *_ = self.library.initialize(
             model=model, optimizer=self.optimizer, config=engine_config(self.config, weights), dist_init_required=False
         )
+        cfg = self.config.compile
+        if self.stage == 3 and cfg.mode != "off":  # after its hooks, which gather the weights, are in place
+            options = {"mode": cfg.mode, "fullgraph": cfg.fullgraph, "dynamic": cfg.dynamic}
+            self.engine.compile(compile_kwargs=options)
         return self.engine, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -46,7 +52,7 @@ class DeepSpeed(Backend):
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
         if self.stage == 0:
-            norm = clip(self.bare.parameters(), max_norm, measure)
+            norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure)
             self.engine.step()
             return norm
         assert max_norm == self.config.train.grad_clip  # what the engine was told

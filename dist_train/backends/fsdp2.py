@@ -1,7 +1,7 @@
 """torch's fully_shard (FSDP2): each rank holds a part of every weight; a layer is gathered while it computes."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dist_train import dist
-from dist_train.backends.base import Backend, OptimizerFactory
+from dist_train.backends.base import Backend, OptimizerFactory, compile_, update
 
 
 class FSDP2(Backend):
@@ -21,6 +21,7 @@ class FSDP2(Backend):
         """See Backend."""
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         for block in list(blocks(model)):
+            compile_(block, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
             fully_shard(block, mesh=mesh)
         self.model = fully_shard(model, mesh=mesh)
         for module in self.model.modules():
@@ -38,25 +39,23 @@ class FSDP2(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        loss.backward()
+        (loss * self.scale.factor if self.scale else loss).backward()
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        norm = None
-        if measure or max_norm is not None:
-            shards = [p.grad.to_local() for p in self.model.parameters() if p.grad is not None]
-            # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
-            squares = nn.utils.get_total_norm(shards).double().square()
-            norm = dist.sum_(squares).sqrt().to(shards[0].dtype)
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), max_norm, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return update(self.optimizer, self.model.parameters(), sharded_norm, max_norm, measure, self.scale)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def sharded_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of gradients of which each rank holds a part. Collective."""
+    shards = [p.grad.to_local() for p in parameters if p.grad is not None]
+    # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
+    squares = nn.utils.get_total_norm(shards).double().square()
+    return dist.sum_(squares).sqrt().to(shards[0].dtype)
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
