@@ -1,7 +1,8 @@
 """The seam: what the loop asks of a backend, and nothing more."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -11,6 +12,7 @@ from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
 from dist_train.precision import LossScale
 
+RECOMPILE_LIMIT = 128
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -97,7 +99,9 @@ def update(
     if scale:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor)
     norm = clip(parameters, norm_of, max_norm, measure or scale is not None)
-    finite = scale is None or bool(norm.isfinite())  # a scale waits for the device: whether there is a step depends on it
+    finite = scale is None or bool(
+        norm.isfinite()
+    )  # a scale waits for the device: whether there is a step depends on it
     if scale:
         scale.saw(finite)
     if finite:
@@ -106,12 +110,42 @@ def update(
     return norm
 
 
-def compile_(model: nn.Module, config: CompileConfig) -> None:
-    """torch.compile of the module's forward, in place: the names of its parameters stay as they are."""
-    if config.mode != "off":
-        model.compile(mode=config.mode, fullgraph=config.fullgraph, dynamic=config.dynamic)
+def compile_(module: nn.Module, config: CompileConfig) -> None:
+    """torch.compile of the module's forward, in place: the names of its parameters stay as they are, and the hooks
+    that a library puts around forward stay outside of the graph."""
+    if config.mode == "off":
+        return
+    inner = module.forward
+
+    def forward(*args, **kwargs):  # of ours: a forward of torch.nn, such as nn.Linear's, is passed over in silence
+        return inner(*args, **kwargs)
+
+    # Every layer that is compiled by itself is an entry of the one cache of the function above.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    module.forward = torch.compile(forward, mode=config.mode, fullgraph=config.fullgraph, dynamic=config.dynamic)
 
 
 def to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy that later steps do not change."""
     return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of `model` that are sharded each by itself: the members of its outermost nn.Sequential and
+    nn.ModuleList. The rest goes with the model, and so does a layer that shares a parameter with another part."""
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    for layer in _layers(model):
+        own = Counter(p for _, p in layer.named_parameters(remove_duplicate=False))
+        if own and all(uses[p] == own[p] for p in own):
+            yield layer
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # has no forward of its own to gather for
+        for member in module.children():
+            yield from _layers(member) if isinstance(member, (nn.ModuleList, nn.ModuleDict)) else [member]
+    elif isinstance(module, nn.Sequential):
+        yield from module.children()
+    else:
+        for child in module.children():
+            yield from _layers(child)

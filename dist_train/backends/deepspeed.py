@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train.backends.base import Backend, OptimizerFactory, clip, compile_, to_cpu, whole_norm
+from dist_train.backends.base import Backend, OptimizerFactory, blocks, clip, compile_, to_cpu, whole_norm
 from dist_train.config import Config
 from dist_train.dist import World
 
@@ -26,17 +26,14 @@ class DeepSpeed(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         self.bare = model
-        if self.stage < 3:
-            compile_(model, self.config.compile)
+        # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
+        for part in blocks(model) if self.stage == 3 else [model]:
+            compile_(part, self.config.compile)
         self.optimizer = optimizer_fn(model.parameters())
         weights = sum(p.numel() for p in model.parameters())
         self.engine, *_ = self.library.initialize(
             model=model, optimizer=self.optimizer, config=engine_config(self.config, weights), dist_init_required=False
         )
-        cfg = self.config.compile
-        if self.stage == 3 and cfg.mode != "off":  # after its hooks, which gather the weights, are in place
-            options = {"mode": cfg.mode, "fullgraph": cfg.fullgraph, "dynamic": cfg.dynamic}
-            self.engine.compile(compile_kwargs=options)
         return self.engine, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:

@@ -1,7 +1,6 @@
 """torch's fully_shard (FSDP2): each rank holds a part of every weight; a layer is gathered while it computes."""
 
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from dist_train import dist
-from dist_train.backends.base import Backend, OptimizerFactory, compile_, update
+from dist_train.backends.base import Backend, OptimizerFactory, blocks, compile_, update
 
 
 class FSDP2(Backend):
@@ -56,24 +55,3 @@ def sharded_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
     squares = nn.utils.get_total_norm(shards).double().square()
     return dist.sum_(squares).sqrt().to(shards[0].dtype)
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of `model` that are sharded each by itself: the members of its outermost nn.Sequential and
-    nn.ModuleList. The rest goes with the model, and so does a layer that shares a parameter with another part."""
-    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
-    for layer in _layers(model):
-        own = Counter(p for _, p in layer.named_parameters(remove_duplicate=False))
-        if own and all(uses[p] == own[p] for p in own):
-            yield layer
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # has no forward of its own to gather for
-        for member in module.children():
-            yield from _layers(member) if isinstance(member, (nn.ModuleList, nn.ModuleDict)) else [member]
-    elif isinstance(module, nn.Sequential):
-        yield from module.children()
-    else:
-        for child in module.children():
-            yield from _layers(child)
