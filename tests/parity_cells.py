@@ -5,7 +5,7 @@ import torch.distributed as torch_dist
 
 from dist_train.config import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
 from dist_train.dist import World
-from dist_train.tools.parity import Trajectory, trajectory
+from dist_train.tools.trajectory import Trajectory, trajectory
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-9}
 STEPS = 24

@@ -16,7 +16,7 @@ from dist_train.backends.ddp import DDP
 from dist_train.backends.fsdp2 import FSDP2
 from dist_train.backends.single import Single
 from dist_train.config import BackendConfig, Config
-from dist_train.tools.parity import Trajectory, difference
+from dist_train.tools.trajectory import Trajectory, difference
 
 from ranks import run_ranks
 

@@ -12,7 +12,7 @@ from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
 
-def run(argv: list[str], launcher: Launcher) -> None:
+def run(argv: list[str], launcher: Launcher) -> int:
     """Prints `eval/loss` and `eval/accuracy` as a line of JSON."""
     given = load(argv)
     folder = run_folder(given)
@@ -44,3 +44,4 @@ def run(argv: list[str], launcher: Launcher) -> None:
         )
         if world.is_main:
             print(json.dumps(metrics))
+    return 0

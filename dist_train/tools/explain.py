@@ -10,7 +10,7 @@ from dist_train.config import load
 from dist_train.launcher import Launcher
 
 
-def run(argv: list[str], launcher: Launcher) -> None:
+def run(argv: list[str], launcher: Launcher) -> int:
     """Prints the number of graphs and of breaks, and each break with its reason and place."""
     config = load(argv, "python -m dist_train explain")
     check(config, launcher, writes=False)
@@ -31,3 +31,4 @@ def run(argv: list[str], launcher: Launcher) -> None:
         print(f"break {number}: {' '.join(reason.reason.split()).partition(' Hint:')[0]}")
         for frame in reason.user_stack:
             print(f"  {os.path.relpath(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}")
+    return 0
