@@ -137,6 +137,10 @@ class BackendConfig:
     zero_stage: int | None = None
     """deepspeed: what is shared out among the ranks; 0 nothing (also null), 1 optimizer state, 2 and gradients,
     3 and weights."""
+    offload: bool = False
+    """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
+    config: str | None = None
+    """deepspeed: JSON file with more of its own settings, for what has no place in this config."""
 
 
 @dataclass(frozen=True)

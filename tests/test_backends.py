@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -121,6 +122,50 @@ def test_a_step_that_deepspeed_would_leave_out_is_an_error(stage: int):
         run_ranks(step_on_nan, 1, stage)
 
 
+def formats(cell: Config) -> list[torch.dtype]:
+    """In a worker: the format of a layer's output, with no autocast around the call."""
+    backend = backends.create(cell, this_world())
+    layer = nn.Linear(2, 2)
+    seen = []
+    layer.register_forward_hook(lambda _, args, output: seen.append(output.dtype))
+    model, _ = backend.prepare(nn.Sequential(layer), optim.factory(OptimConfig()))
+    model(torch.ones(1, 2))
+    return seen
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_deepspeed_autocasts_within_its_engine(stage: int):
+    """The engine turns off the autocast that is around it, on an accelerator."""
+    cell = config(f"deepspeed:{stage}")
+    assert run_ranks(formats, 1, cell)[0] == [torch.float32]
+    cell = dataclasses.replace(cell, train=dataclasses.replace(cell.train, precision="bfloat16"))
+    assert run_ranks(formats, 1, cell)[0] == [torch.bfloat16]
+
+
+def engine_settings(extra: str) -> dict:
+    """In a worker: what DeepSpeed made of our settings and those of a file."""
+    cell = config("deepspeed:2", clips=True)
+    cell = dataclasses.replace(cell, backend=dataclasses.replace(cell.backend, config=extra))
+    backend = backends.create(cell, this_world())
+    backend.prepare(nn.Linear(2, 2), optim.factory(OptimConfig()))
+    made = backend.engine._config
+    zero = made.zero_config
+    return {
+        "stage": zero.stage, "overlap_comm": zero.overlap_comm, "reduce_bucket_size": zero.reduce_bucket_size,
+        "allgather_bucket_size": zero.allgather_bucket_size, "clipping": made.gradient_clipping,
+        "memory_breakdown": made.memory_breakdown, "untested": made.zero_allow_untested_optimizer,
+    }  # fmt: skip
+
+
+def test_a_file_adds_to_deepspeeds_settings(tmp_path: Path):
+    extra = tmp_path / "extra.json"
+    zero = {"overlap_comm": True, "reduce_bucket_size": 77}
+    extra.write_text(json.dumps({"memory_breakdown": True, "zero_optimization": zero}))
+    made = run_ranks(engine_settings, 1, str(extra))[0]
+    assert (made["overlap_comm"], made["reduce_bucket_size"], made["memory_breakdown"]) == (True, 77, True)
+    assert (made["stage"], made["allgather_bucket_size"], made["clipping"], made["untested"]) == (2, 6, 0.2, True)
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -135,6 +180,12 @@ REFUSED = {
     "zero_stage: got 4, expected one of 0, 1, 2, 3": (_config("deepspeed", 4), {}),
     "precision: got float64 with backend deepspeed": (_config("deepspeed", train=TrainConfig(precision="float64")), {}),
     "got Adafactor.*flattens": (_config("deepspeed", 1, optim=OptimConfig("Adafactor")), {}),
+    "precision: got float16 with backend deepspeed": (_config("deepspeed", train=TrainConfig(precision="float16")), {}),
+    "offload: got true, but backend ddp": (Config(backend=BackendConfig("ddp", offload=True)), {}),
+    "offload: got true, but backend accelerate": (Config(backend=BackendConfig("accelerate", offload=True)), {}),
+    "offload: got true at ZeRO stage 0": (Config(backend=BackendConfig("deepspeed", offload=True)), {}),
+    "config: got extra.json, but backend fsdp2": (Config(backend=BackendConfig("fsdp2", config="extra.json")), {}),
+    "config: got 'no.json', expected.*No such file": (Config(backend=BackendConfig("deepspeed", config="no.json")), {}),
     "got Rprop": (_config("fsdp2", optim=OptimConfig("Rprop")), {}),
     "got --mixed_precision": (_config(), {"ACCELERATE_MIXED_PRECISION": "bf16"}),
     "got --dynamo_backend": (_config(), {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}),
@@ -152,6 +203,55 @@ def test_refused_by_name(line: str, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, cell.backend.name, None)  # as if it were not installed
     with pytest.raises(ConfigError, match=line):
         raise ConfigError(*problems(cell, TORCHRUN, env))
+
+
+def _lines_on(text: str, folder: Path) -> list[str]:
+    """What is said about a file for DeepSpeed with this text."""
+    file = folder / "extra.json"
+    file.write_text(text)
+    return list(problems(Config(backend=BackendConfig("deepspeed", config=str(file))), TORCHRUN, {}))
+
+
+OUR_KEYS = {
+    '{"train_batch_size": 64}': "set train.global_batch_size",
+    '{"train_micro_batch_size_per_gpu": 8}': "set train.micro_batch_size",
+    '{"gradient_accumulation_steps": 1}': "set train.micro_batch_size",
+    '{"gradient_clipping": 1.0}': "set train.grad_clip",
+    '{"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}': "set optim.name",
+    '{"scheduler": {"type": "WarmupLR"}}': "set optim.schedule",
+    '{"fp16": {"enabled": "auto"}}': "set train.precision",
+    '{"bf16": {"enabled": true}}': "set train.precision",
+    '{"zero_optimization": {"stage": 1}}': "set backend.zero_stage",
+    '{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}': "set backend.offload",
+}
+
+
+@pytest.mark.parametrize("text", OUR_KEYS)
+def test_a_key_of_ours_in_deepspeeds_file_is_refused(text: str, tmp_path: Path):
+    tree = json.loads(text)
+    name = ".".join([*tree, *tree.get("zero_optimization", {})])
+    (line,) = _lines_on(text, tmp_path)
+    assert line.startswith(f"{name} in ") and OUR_KEYS[text] in line
+
+
+WRONG_FILES = {
+    "{": "expected valid JSON",
+    '{"steps_per_print": 1, "steps_per_print": 2}': "'steps_per_print' stands twice",
+    "[1]": r"with \[1\], expected an object",
+    '{"zero_optimization": true}': "zero_optimization in .*: got true, expected an object",
+    '{"zero_optimization": {"reduce_bucket_size": "auto"}}': "^zero_optimization.reduce_bucket_size in .*: got 'auto'",
+    '{"x": [{"y": "auto"}]}': r"^x\[0\].y in .*: got 'auto'",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_FILES)
+def test_a_wrong_file_for_deepspeed_is_refused(text: str, tmp_path: Path):
+    (line,) = _lines_on(text, tmp_path)
+    assert re.search(WRONG_FILES[text], line) and "\n" not in line
+
+
+def test_a_file_for_deepspeed_is_accepted(tmp_path: Path):
+    assert _lines_on('{"wall_clock_breakdown": true, "zero_optimization": {"overlap_comm": true}}', tmp_path) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "assemble": {"config", "data", "data.feed", "data.sets", "errors", "lookup", "models", "optim", "order", "precision"},
     "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order", "precision"},
     "backends": {"backends.base", "config", "dist", "lookup"},
+    "backends.deepspeed": {"backends.base", "config", "dist", "precision"},
     "backends.base": {"config", "dist", "precision"},
     "backends.rules": {"backends", "config", "launcher"},
     "data": {"errors", "data.sets"},

@@ -1,9 +1,11 @@
 """DeepSpeed's engine, ZeRO stages 0 to 3: optimizer state (1), gradients (2) and weights (3) are shared out."""
 
+import json
 import logging
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import nn
 from dist_train.backends.base import Backend, OptimizerFactory, blocks, clip, compile_, to_cpu, whole_norm
 from dist_train.config import Config
 from dist_train.dist import World
+from dist_train.precision import Precision
 
 
 class DeepSpeed(Backend):
@@ -29,10 +32,14 @@ class DeepSpeed(Backend):
         # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
         for part in blocks(model) if self.stage == 3 else [model]:
             compile_(part, self.config.compile)
+        _autocast_within(model, Precision(self.config.train.precision, self.world.device))
         self.optimizer = optimizer_fn(model.parameters())
         weights = sum(p.numel() for p in model.parameters())
         self.engine, *_ = self.library.initialize(
-            model=model, optimizer=self.optimizer, config=engine_config(self.config, weights), dist_init_required=False
+            model=model,
+            optimizer=self.optimizer,
+            config=engine_config(self.config, weights, self.world.device),
+            dist_init_required=False,
         )
         return self.engine, self.optimizer
 
@@ -70,19 +77,23 @@ class DeepSpeed(Backend):
         return state
 
 
-def engine_config(config: Config, weights: int) -> dict[str, Any]:
-    """DeepSpeed's JSON for a run.
+def engine_config(config: Config, weights: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's JSON for a run: ours, and what the file of backend.config adds to it.
 
     Args:
-        config: of the run.
+        config: of the run. `rules` has checked that its file decides nothing that the config decides.
         weights: number of elements in the model.
+        device: of this rank.
     """
     stage = config.backend.zero_stage or 0
     bucket = min(weights, 500_000_000)  # its default is the larger one, which it allocates for a small model as well
     zero = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero = {"stage": 3, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
-    return {
+    if config.backend.offload:
+        # Pinned memory is for copies to an accelerator; where the device is the CPU, this changes nothing.
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
+    ours = {
         # The loop owns batches: it divides the loss, and says which micro-batch is the last of a step.
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -90,8 +101,28 @@ def engine_config(config: Config, weights: int) -> dict[str, Any]:
         "gradient_clipping": (config.train.grad_clip or 0.0) if stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first, and differs in the last bits
         "steps_per_print": None,
     }
+    file = config.backend.config
+    return ours if file is None else _merged(ours, json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def _merged(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`ours` with the keys of `extra`, object by object. What both have is a default of ours."""
+    nested = {k: _merged(v, extra[k]) for k, v in ours.items() if isinstance(v, dict) and k in extra}
+    return ours | extra | nested
+
+
+def _autocast_within(model: nn.Module, precision: Precision) -> None:
+    """Enters autocast in the model's own forward: on an accelerator the engine turns off what is around its own."""
+    inner = model.forward
+
+    def forward(*args, **kwargs):
+        with precision.autocast():
+            return inner(*args, **kwargs)
+
+    model.forward = forward
 
 
 def _import(world: World) -> Any:
@@ -103,7 +134,9 @@ def _import(world: World) -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
-    deepspeed.utils.logger.addFilter(lambda record: "untested optimizer" not in record.getMessage())  # all of torch's
+    # Every optimizer of torch's is untested, and autocast is entered within the model.
+    beside_the_point = ("untested optimizer", "torch.autocast is enabled outside")
+    deepspeed.utils.logger.addFilter(lambda record: not any(said in record.getMessage() for said in beside_the_point))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # its own calls
     # A faster all-reduce between processes of one machine, compiled at the first run: 44 s for milliseconds.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
