@@ -1,5 +1,6 @@
 """The seam: what the loop asks of a backend, and nothing more."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -120,6 +121,8 @@ def compile_(module: nn.Module, config: CompileConfig) -> None:
     def forward(*args, **kwargs):  # of ours: a forward of torch.nn, such as nn.Linear's, is passed over in silence
         return inner(*args, **kwargs)
 
+    # Where torch was built for CUDA, the compiler says on a machine without a GPU that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # Every layer that is compiled by itself is an entry of the one cache of the function above.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     module.forward = torch.compile(forward, mode=config.mode, fullgraph=config.fullgraph, dynamic=config.dynamic)
