@@ -3,6 +3,7 @@
 Without a command it trains. This is the one module that sees all the others.
 """
 
+import importlib
 import sys
 
 from dist_train import ending
@@ -11,7 +12,7 @@ from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
 
-COMMANDS = ("train", "eval")
+TOOLS = ("eval", "explain", "parity")
 
 
 def main() -> None:
@@ -22,14 +23,11 @@ def main() -> None:
         argv = clean_argv(sys.argv[1:], launcher)
         command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
         if command == "train":
-            run(load(argv), launcher)
-        elif command == "eval":
-            from dist_train.tools import eval as tool
-
-            tool.run(argv, launcher)
+            code = run(load(argv), launcher)
+        elif command in TOOLS:
+            code = importlib.import_module(f"dist_train.tools.{command}").run(argv, launcher)
         else:
-            raise ConfigError(unknown("command line", command, COMMANDS, "command"))
-        code = ending.OK
+            raise ConfigError(unknown("command line", command, ("train", *TOOLS), "command"))
     except ConfigError as error:
         code = ending.refuse(error, launcher)
     except SystemExit as error:  # --help
@@ -39,7 +37,7 @@ def main() -> None:
     ending.leave(code)
 
 
-def run(config: Config, launcher: Launcher) -> None:
+def run(config: Config, launcher: Launcher) -> int:
     """Trains. What is wrong with the config is said before torch is imported, what is wrong with the data before
     the ranks are joined."""
     check(config, launcher)
@@ -59,6 +57,7 @@ def run(config: Config, launcher: Launcher) -> None:
         result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, tracker)
         checkpoint.save_weights(tracker.folder, backend.state())
         tracker.finish(config, world, result)
+    return ending.OK
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ from dist_train.errors import ConfigError
 from dist_train.lookup import load
 from dist_train.models import MODELS
 from dist_train.order import steps_per_epoch
-
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from dist_train.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -27,12 +26,14 @@ class Parts:
         model: on the device, with the initial weights of the seed.
         feed: batches of the training split.
         test_feed: batches of the test split.
+        precision: the formats of the run.
     """
 
     data: Data
     model: nn.Module
     feed: Feed
     test_feed: Feed
+    precision: Precision
 
     def describe(self) -> str:
         """A line for people."""
@@ -42,7 +43,9 @@ class Parts:
 
 def build(config: Config, device: torch.device) -> Parts:
     """Reads the data and builds the model. Raises ConfigError for what only doing so can show."""
-    cfg, dtype = config.data, DTYPES[config.train.precision]
+    precision = Precision(config.train.precision, device)
+    precision.apply()
+    cfg, dtype = config.data, precision.dtype
     data = _call(load(DATASETS, cfg.name, "data.name"), "data.args", root=cfg.root, download=cfg.download, **cfg.args)
     if steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last) == 0:
         raise ConfigError(
@@ -55,7 +58,7 @@ def build(config: Config, device: torch.device) -> Parts:
         Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed)
         for split in (data.train, data.test)
     ]
-    return Parts(data, model, *feeds)
+    return Parts(data, model, *feeds, precision)
 
 
 def build_model(config: Config, data: Data) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dist_train.backends import BACKENDS, chosen
+from dist_train.backends import rules
 from dist_train.config import Config, unknown
 from dist_train.data import DATASETS
 from dist_train.errors import ConfigError
@@ -197,29 +197,7 @@ def _schedule(config: Config, _: Launcher) -> Iterator[str]:
 
 
 def _backend(config: Config, launcher: Launcher) -> Iterator[str]:
-    name, world = config.backend.name, launcher.world_size
-    if name != "auto" and name not in BACKENDS:
-        yield unknown("backend.name", name, ["auto", *BACKENDS], "backend")
-        return
-    backend = chosen(name, launcher.name)
-    if backend not in BACKENDS:
-        yield (
-            f"backend.name: got auto under {launcher.name}, expected one of {', '.join(BACKENDS)}; "
-            f"for example torchrun --nproc_per_node={launcher.local_world_size} -m dist_train"
-        )
-    elif backend == "single" and world > 1:
-        yield (
-            f"backend.name: got single on {world} ranks, expected a backend that joins them; write "
-            f"--backend.name ddp, or start one process with python -m dist_train"
-        )
-    elif backend == "ddp" and launcher.name == "none":
-        yield (
-            "backend.name: got ddp in a process that was started alone, expected a launcher; write "
-            "torchrun --nproc_per_node=2 -m dist_train, or --backend.name single"
-        )
-    stage = config.backend.zero_stage
-    if stage is not None:
-        yield f"backend.zero_stage: got {stage}, but backend {backend} does not have it; leave it out (null)"
+    return rules.problems(config, launcher)
 
 
 def _not_yet(config: Config, _: Launcher) -> Iterator[str]:

@@ -113,8 +113,8 @@ class TrainConfig:
     """Share of the target that is spread over all classes (cross_entropy)."""
     grad_clip: float | None = None
     """Largest global gradient norm; a larger gradient is scaled down to it."""
-    precision: Literal["float32", "float64"] = "float32"
-    """Type of parameters and arithmetic."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = "float32"
+    """tf32, bfloat16 and float16 are the matrix products' alone; parameters and sums stay float32 (see the README)."""
     seed: int = 0
     """Decides the initial weights and the order of the samples."""
     device: str = "auto"
@@ -134,17 +134,27 @@ class BackendConfig:
     """The library that moves gradients and shards state. It changes speed and memory, not the result."""
 
     name: str = "auto"
-    """single, ddp, or auto: ddp under torchrun, srun and mpirun, single alone."""
+    """single, ddp, fsdp2, accelerate, deepspeed, or auto: that of the launcher, ddp under torchrun, srun and mpirun,
+    single alone."""
     zero_stage: int | None = None
-    """ZeRO stage 0-3, for a backend that has it."""
+    """deepspeed: what is shared out among the ranks; 0 nothing (also null), 1 optimizer state, 2 and gradients,
+    3 and weights."""
+    offload: bool = False
+    """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
+    config: str | None = None
+    """deepspeed: JSON file with more of its own settings, for what has no place in this config."""
 
 
 @dataclass(frozen=True)
 class CompileConfig:
     """torch.compile."""
 
-    mode: Literal["off"] = "off"
-    """off: the model runs as written."""
+    mode: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """off runs the model as written; the others are torch.compile's own."""
+    fullgraph: bool = False
+    """Fail where the model cannot be one graph."""
+    dynamic: bool | None = None
+    """Sizes as variables: true from the start, false never, null once a size has changed."""
 
 
 @dataclass(frozen=True)

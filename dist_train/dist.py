@@ -39,6 +39,8 @@ def resolve_device(name: str, local_rank: int) -> torch.device:
     # check_available: without it torch 2.14 with CUDA libraries answers cuda on a machine with no GPU.
     found = torch.accelerator.current_accelerator(check_available=True)
     kinds = ["cpu"] + ([found.type] if found else [])
+    if name == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        name = "cpu"  # accelerate launch --cpu
     kind = kinds[-1] if name == "auto" else name
     if kind not in kinds:
         raise ConfigError(

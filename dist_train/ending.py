@@ -13,6 +13,12 @@ OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
 # A rank whose error may be only the echo of another's waits this long for that one to be shown first;
 # the launcher ends it meanwhile.
 ECHO_WAIT_S = 3.0
+# What of a compiler's failure its own message leaves out.
+MINIFIER = (
+    "to get a minified reproduction of a compiler's failure: set TORCHDYNAMO_REPRO_AFTER=aot (or dynamo, where that "
+    "writes nothing), run again, then run torch_compile_debug/*/minifier/minifier_launcher.py; --compile.mode off "
+    "trains without the compiler, and python -m dist_train explain shows where the model's graph breaks"
+)
 # How gloo and nccl tell of a peer that is gone.
 LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pipe", "remote process exited")
 
@@ -44,7 +50,8 @@ def fail(error: BaseException, launcher: Launcher) -> int:
         return FAILED
     prefix = f"[rank {launcher.rank}] " if launcher.world_size > 1 else ""
     text = "".join(traceback.format_exception(error))
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in text.splitlines()))
+    lines = text.splitlines() + ([MINIFIER] if _from_compiler(error) else [])
+    sys.stderr.write("".join(f"{prefix}{line}\n" for line in lines))
     sys.stderr.flush()
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it in its own report
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -53,3 +60,11 @@ def fail(error: BaseException, launcher: Launcher) -> int:
         handler.initialize()
         handler.record_exception(error)
     return FAILED
+
+
+def _from_compiler(error: BaseException | None) -> bool:
+    while error is not None:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -65,10 +65,13 @@ def detect(env: Mapping[str, str] = os.environ) -> Launcher:
         return Launcher()
     keys = STARTERS[name][1]
     if name == "accelerate" and "RANK" not in env:
-        # Its MPI way on CPU: the ranks are mpirun's. Its one-process way: no rank at all.
-        keys = STARTERS["mpirun"][1]
-        if keys[0] not in env:
+        # Its MPI way on CPU: the ranks are MPI's. Its one-process way: no rank at all.
+        rows = [STARTERS[mpi] for mpi in ("mpirun", "mpiexec")]
+        mpi = [row_keys for shown_by, row_keys in rows if all(key in env for key in shown_by)]
+        if not mpi:
+            _expect_one_process(env)
             return Launcher(name)
+        keys = mpi[0]
     rank, size = _int(env, keys[0]), _int(env, keys[1])
     local_rank = _int(env, keys[2], default=rank)
     local_size = _local_size(env, name, keys[3], size)
@@ -80,6 +83,17 @@ def detect(env: Mapping[str, str] = os.environ) -> Launcher:
         )
     addr, port = _master(env, name, size, local_size)
     return Launcher(name, rank, size, local_rank, local_size, addr, port)
+
+
+def _expect_one_process(env: Mapping[str, str]) -> None:
+    """Raises ConfigError where accelerate launch was told of several processes: only then does it set the port."""
+    if "MASTER_PORT" in env:
+        raise ConfigError(
+            "accelerate launch: got --num_processes above 1, but it started one process, as it does without GPUs; "
+            "write accelerate launch --cpu --num_processes 2 --num_machines 1 --mpirun_hostfile FILE -m dist_train "
+            "(FILE with a line such as `localhost slots=2`), or torchrun --nproc_per_node=2 -m dist_train "
+            "--backend.name accelerate"
+        )
 
 
 def _int(env: Mapping[str, str], key: str, default: int | None = None) -> int:
@@ -114,6 +128,12 @@ def _master(env: Mapping[str, str], name: str, size: int, local_size: int) -> tu
     """Where rank 0 listens. The starters of torch's family say it; for srun and mpirun it is derived alike on all."""
     if "MASTER_PORT" in env:
         port = _int(env, "MASTER_PORT")
+    elif name == "accelerate":
+        raise ConfigError(
+            f"accelerate launch: got {size} ranks of MPI with an accelerate launch each, expected one that "
+            f"starts MPI; write accelerate launch --cpu --num_processes {size} --num_machines 1 "
+            f"--mpirun_hostfile FILE -m dist_train"
+        )
     else:
         # Below 32768, where the ports begin that Linux gives to outgoing connections.
         job = _int(env, "SLURM_JOB_ID", default=0) * 31 + _int(env, "SLURM_STEP_ID", default=0)

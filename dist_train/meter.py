@@ -30,6 +30,11 @@ class Result:
         samples: samples seen, over all ranks.
         train_s: seconds of training, evaluation left out.
         step_ms: durations of steps in milliseconds; on an accelerator, means between log points.
+        first_step_s: seconds of the first step, its compilation included; on an accelerator, until it was launched.
+        graphs: what torch.compile made, on the rank that made most.
+        recompilations: of these, those of steps after the first epoch and of evaluations after the first one, which
+            have shown every shape of the run.
+        cached_graphs: of these, those that an earlier run had left in torch's cache.
         evaluation: the newest `eval/loss` and `eval/accuracy`.
     """
 
@@ -38,6 +43,10 @@ class Result:
     samples: int = 0
     train_s: float = 0.0
     step_ms: list[float] = field(default_factory=list)
+    first_step_s: float = 0.0
+    graphs: int = 0
+    recompilations: int = 0
+    cached_graphs: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)
 
 
@@ -59,6 +68,7 @@ class Meter:
         self.losses: list[torch.Tensor] = []
         self.counts: list[int] = []
         self.logged_steps = self.interval_samples = 0
+        self.compiled = Compiled()
         self.begin = self.train_begin = self.step_begin = self.interval_begin = time.perf_counter()
 
     @property
@@ -80,6 +90,10 @@ class Meter:
         self.result.steps += 1
         self.result.samples += count
         self.interval_samples += count
+        if self.result.steps == 1:
+            self.result.first_step_s = time.perf_counter() - self.step_begin
+        if self.result.steps == self.steps_per_epoch:
+            self.compiled.first_epoch_over()
         if self.due(self.result.steps):
             self._log(lr, norm)
         if self.device.type == "cpu":
@@ -118,7 +132,8 @@ class Meter:
         """Around an evaluation, which puts its metrics into the dictionary. Its time is not the training's."""
         start = time.perf_counter()
         metrics: dict[str, float] = {}
-        yield metrics
+        with self.compiled.evaluating():
+            yield metrics
         away = time.perf_counter() - start
         self.train_begin += away
         self.step_begin += away
@@ -131,10 +146,51 @@ class Meter:
         )
 
     def finish(self) -> Result:
-        """The result, after the last step."""
+        """The result, after the last step. Collective."""
         self.result.epochs = self.epoch
         self.result.train_s = time.perf_counter() - self.train_begin
+        # The ranks' shares of a ragged batch differ, and so may what they compile.
+        most = [max(counts) for counts in zip(*dist.gather(self.compiled.counts()), strict=True)]
+        self.result.graphs, self.result.recompilations, self.result.cached_graphs = most
         return self.result
+
+
+class Compiled:
+    """Counts what torch.compile makes during a run; see Result. The process may have compiled before."""
+
+    def __init__(self) -> None:
+        self.graphs, self.cached = _graphs(), _cached()
+        self.evaluated = 0  # graphs of evaluations
+        self.first_epoch: int | None = None  # graphs of its steps
+        self.first_evaluation: int | None = None
+
+    def first_epoch_over(self) -> None:
+        """After the last step of the first epoch."""
+        self.first_epoch = _graphs() - self.graphs - self.evaluated
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around an evaluation."""
+        before = _graphs()
+        yield
+        self.evaluated += _graphs() - before
+        if self.first_evaluation is None:
+            self.first_evaluation = self.evaluated
+
+    def counts(self) -> tuple[int, int, int]:
+        """Graphs, recompilations and graphs from the cache, so far."""
+        graphs = _graphs() - self.graphs
+        trained = graphs - self.evaluated
+        again = trained - (trained if self.first_epoch is None else self.first_epoch)
+        return graphs, again + self.evaluated - (self.first_evaluation or 0), _cached() - self.cached
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _cached() -> int:
+    return torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def duration(seconds: float) -> str:

@@ -61,6 +61,8 @@ class Tracker:
             "train_s": result.train_s,
             "samples_per_s": result.samples / result.train_s,
             **result.evaluation,
+            "first_step_s": result.first_step_s,
+            **_compiled(config, result),
             "step_ms": {
                 "p50": statistics.median(result.step_ms),
                 "p95": quantiles[18] if quantiles else result.step_ms[0],
@@ -72,12 +74,24 @@ class Tracker:
             "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
             "git_commit": _git_commit(),
         }
+        if config.compile.mode != "off" and (result.recompilations or not result.graphs):
+            self.say(
+                f"compile: {result.graphs} graphs, {result.recompilations} of them after the first epoch and evaluation; "
+                f"TORCH_LOGS=recompiles shows why, python -m dist_train explain where the model breaks"
+            )
         write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.say(
             f"finished: accuracy {result.evaluation['eval/accuracy']:.2%}, loss {result.evaluation['eval/loss']:.4f}, "
             f"{result.steps} steps in {duration(result.train_s)}, {summary['samples_per_s']:,.0f} samples/s\n"
             f"results in {self.folder}"
         )
+
+
+def _compiled(config: Config, result: Result) -> dict[str, dict[str, float]]:
+    if config.compile.mode == "off":
+        return {}
+    names = ("graphs", "recompilations", "cached_graphs", "first_step_s")
+    return {"compile": {name: getattr(result, name) for name in names}}
 
 
 def open_folder(config: Config) -> Path:

@@ -13,6 +13,7 @@ from dist_train.losses import Loss, loss_fn
 from dist_train.meter import Meter, Result, Sink
 from dist_train.optim import lr_at, set_lr
 from dist_train.order import Plan, pieces, share
+from dist_train.precision import Precision
 
 
 def train(
@@ -34,6 +35,7 @@ def train(
     cfg = config.train
     plan = Plan.of(len(feed.split), cfg, world)
     total = total_steps(cfg, plan.steps_per_epoch)
+    precision = Precision(cfg.precision, world.device)
     loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
     meter = Meter(tracker, total, plan.steps_per_epoch, config.track.every_steps, world.device)
     while (done := meter.result.steps) < total:
@@ -46,14 +48,16 @@ def train(
             for i in range(micro_batches):
                 inputs, targets = next(batches)
                 with backend.accumulate(last=i + 1 == micro_batches):
-                    loss = loss_of(model(inputs), targets) / count
+                    with precision.autocast():
+                        outputs = model(inputs)
+                    loss = loss_of(outputs.to(precision.dtype), targets) / count
                     backend.backward(loss)
                 meter.add(loss, count)
             norm = backend.step(cfg.grad_clip, measure=meter.due(done + step + 1))
             meter.step(count, lr, norm)
             if evaluation_due(cfg, done + step + 1, total, plan.steps_per_epoch):
                 with meter.evaluating() as result:
-                    result.update(evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world))
+                    result.update(evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision))
     return meter.finish()
 
 
@@ -72,7 +76,9 @@ def evaluation_due(cfg: TrainConfig, done: int, total: int, steps_per_epoch: int
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loss_of: Loss, feed: Feed, batch_size: int, world: World) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, loss_of: Loss, feed: Feed, batch_size: int, world: World, precision: Precision
+) -> dict[str, float]:
     """Mean loss and accuracy over a split, each sample counted once at any world size. Collective.
 
     Args:
@@ -81,6 +87,7 @@ def evaluate(model: nn.Module, loss_of: Loss, feed: Feed, batch_size: int, world
         feed: the split.
         batch_size: samples at once on a rank.
         world: this rank's place.
+        precision: the formats of the forward pass.
 
     Returns:
         `eval/loss` and `eval/accuracy`, the same on every rank.
@@ -92,7 +99,8 @@ def evaluate(model: nn.Module, loss_of: Loss, feed: Feed, batch_size: int, world
     count = pieces(n, world.size, batch_size)  # the same on every rank: a sharded model's forward is collective
     sums = torch.zeros(2, dtype=torch.float64, device=feed.device)
     for inputs, targets in feed(mine[share(len(mine), i, count)] for i in range(count)):
-        outputs = model(inputs)
+        with precision.autocast():
+            outputs = model(inputs).to(precision.dtype)
         labels = targets if targets.dim() == 1 else targets.argmax(1)
         sums += torch.stack([loss_of(outputs, targets), (outputs.argmax(1) == labels).sum()]).double()
     model.train(training)

@@ -15,7 +15,7 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 # Modules that answer before torch is imported: config, its checks, and what they need.
-LIGHT = {"errors", "config", "check", "launcher", "lookup", "ending", "backends", "data", "models"}
+LIGHT = {"errors", "config", "check", "launcher", "lookup", "ending", "backends", "backends.rules", "data", "models"}
 # Which of the package's own modules each may import. Only `__main__` and the tools see everything.
 MAY_IMPORT = {
     "errors": set(),
@@ -23,18 +23,21 @@ MAY_IMPORT = {
     "lookup": {"errors"},
     "launcher": {"errors"},
     "ending": {"errors", "launcher"},
-    "check": {"backends", "config", "data", "errors", "launcher", "lookup", "models"},
+    "check": {"backends", "backends.rules", "config", "data", "errors", "launcher", "lookup", "models"},
     "dist": {"errors", "launcher"},
     "order": {"config", "dist"},
     "losses": set(),
+    "precision": {"errors"},
     "optim": {"config", "errors"},
     "meter": {"dist"},
     "checkpoint": {"errors"},
     "track": {"backends", "check", "config", "dist", "meter"},
-    "assemble": {"config", "data", "data.feed", "data.sets", "errors", "lookup", "models", "optim", "order"},
-    "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order"},
+    "assemble": {"config", "data", "data.feed", "data.sets", "errors", "lookup", "models", "optim", "order", "precision"},
+    "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order", "precision"},
     "backends": {"backends.base", "config", "dist", "lookup"},
-    "backends.base": {"config", "dist"},
+    "backends.deepspeed": {"backends.base", "config", "dist", "precision"},
+    "backends.base": {"config", "dist", "precision"},
+    "backends.rules": {"backends", "config", "launcher"},
     "data": {"errors", "data.sets"},
     "models": {"errors"},
 }

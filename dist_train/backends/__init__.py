@@ -1,5 +1,6 @@
 """Backends by name. A row names a class that fulfils `base.Backend`; its module, and with it the library that
-it needs, is imported when it is chosen. To add one: write the class in a file here and add its row."""
+it needs, is imported when it is chosen. To add one: write the class in a file here and add its row; what it asks of
+the config stands in `rules.py`."""
 
 from typing import TYPE_CHECKING
 
@@ -13,15 +14,30 @@ if TYPE_CHECKING:
 BACKENDS = {
     "single": "dist_train.backends.single:Single",
     "ddp": "dist_train.backends.ddp:DDP",
+    "fsdp2": "dist_train.backends.fsdp2:FSDP2",
+    "accelerate": "dist_train.backends.accelerate:Accelerate",
+    "deepspeed": "dist_train.backends.deepspeed:DeepSpeed",
 }
 
+# The package that a backend needs beside torch; our extra has the same name.
+LIBRARIES = {"accelerate": "accelerate", "deepspeed": "deepspeed"}
+
 # What `backend.name: auto` takes under each starter (the names are those of launcher.STARTERS).
-AUTO = {"none": "single", "torchrun": "ddp", "env": "ddp", "srun": "ddp", "mpirun": "ddp", "mpiexec": "ddp"}
+AUTO = {
+    "none": "single",
+    "torchrun": "ddp",
+    "env": "ddp",
+    "srun": "ddp",
+    "mpirun": "ddp",
+    "mpiexec": "ddp",
+    "accelerate": "accelerate",
+    "deepspeed": "deepspeed",
+}
 
 
 def chosen(name: str, starter: str) -> str:
     """The backend's name, with `auto` settled by who started the process."""
-    return AUTO.get(starter, starter) if name == "auto" else name
+    return AUTO[starter] if name == "auto" else name
 
 
 def create(config: "Config", world: "World") -> "Backend":

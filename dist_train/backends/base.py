@@ -1,15 +1,19 @@
 """The seam: what the loop asks of a backend, and nothing more."""
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
-from dist_train.config import Config
+from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
+from dist_train.precision import LossScale
 
+RECOMPILE_LIMIT = 128
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -18,10 +22,11 @@ class Backend(ABC):
 
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
+        self.scale = LossScale() if config.train.precision == "float16" else None
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """Shards or wraps `model`, then builds the optimizer.
+        """Compiles, shards or wraps `model`, then builds the optimizer.
 
         Returns:
             The model to call, and the optimizer whose `param_groups` hold the learning rate.
@@ -53,17 +58,97 @@ class Backend(ABC):
         """The weights by the model's own names, on the CPU, on rank 0; the other ranks may get none."""
 
 
-def clip(parameters: Iterable[nn.Parameter], max_norm: float | None, measure: bool) -> torch.Tensor | None:
-    """The norm of whole gradients, and clipping by it: for backends whose ranks each hold all of the gradient."""
+def whole_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of the gradients, on a rank that holds all of them."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def clip(
+    parameters: list[nn.Parameter],
+    norm_of: Callable[[list[nn.Parameter]], torch.Tensor],
+    max_norm: float | None,
+    measure: bool,
+) -> torch.Tensor | None:
+    """The global norm of the gradients, and clipping by it; see Backend.step."""
     if max_norm is None and not measure:
         return None
-    parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm_of(parameters)
     if max_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: Iterable[nn.Parameter],
+    norm_of: Callable[[list[nn.Parameter]], torch.Tensor],
+    max_norm: float | None,
+    measure: bool,
+    scale: LossScale | None,
+) -> torch.Tensor | None:
+    """The step of a backend whose gradients are in `parameters`: takes the loss's scale out, clips, updates, clears.
+
+    Args:
+        optimizer: of the parameters.
+        parameters: with the gradient of the step.
+        norm_of: the global norm of their gradients.
+        max_norm: see Backend.step.
+        measure: see Backend.step.
+        scale: of the loss; None where it is not scaled.
+    """
+    parameters = list(parameters)
+    if scale:
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor)
+    norm = clip(parameters, norm_of, max_norm, measure or scale is not None)
+    finite = scale is None or bool(
+        norm.isfinite()
+    )  # a scale waits for the device: whether there is a step depends on it
+    if scale:
+        scale.saw(finite)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def compile_(module: nn.Module, config: CompileConfig) -> None:
+    """torch.compile of the module's forward, in place: the names of its parameters stay as they are, and the hooks
+    that a library puts around forward stay outside of the graph."""
+    if config.mode == "off":
+        return
+    inner = module.forward
+
+    def forward(*args, **kwargs):  # of ours: a forward of torch.nn, such as nn.Linear's, is passed over in silence
+        return inner(*args, **kwargs)
+
+    # Where torch was built for CUDA, the compiler says on a machine without a GPU that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # Every layer that is compiled by itself is an entry of the one cache of the function above.
+    torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+    module.forward = torch.compile(forward, mode=config.mode, fullgraph=config.fullgraph, dynamic=config.dynamic)
+
+
 def to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy that later steps do not change."""
     return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The layers of `model` that are sharded each by itself: the members of its outermost nn.Sequential and
+    nn.ModuleList. The rest goes with the model, and so does a layer that shares a parameter with another part."""
+    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
+    for layer in _layers(model):
+        own = Counter(p for _, p in layer.named_parameters(remove_duplicate=False))
+        if own and all(uses[p] == own[p] for p in own):
+            yield layer
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # has no forward of its own to gather for
+        for member in module.children():
+            yield from _layers(member) if isinstance(member, (nn.ModuleList, nn.ModuleDict)) else [member]
+    elif isinstance(module, nn.Sequential):
+        yield from module.children()
+    else:
+        for child in module.children():
+            yield from _layers(child)

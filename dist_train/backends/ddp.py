@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.backends.base import Backend, OptimizerFactory, clip, to_cpu
+from dist_train.backends.base import Backend, OptimizerFactory, compile_, to_cpu, update, whole_norm
 
 
 class DDP(Backend):
@@ -16,6 +16,7 @@ class DDP(Backend):
         """See Backend."""
         device = self.world.device
         self.bare = model
+        compile_(model, self.config.compile)  # inside DDP, which then sees one graph and overlaps as before
         self.model = DistributedDataParallel(
             model, device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
         )
@@ -28,14 +29,12 @@ class DDP(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        (loss * self.world.size).backward()  # DDP divides the sum over ranks by their number
+        # DDP divides the sum over ranks by their number
+        (loss * (self.world.size * (self.scale.factor if self.scale else 1.0))).backward()
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        norm = clip(self.bare.parameters(), max_norm, measure)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return update(self.optimizer, self.bare.parameters(), whole_norm, max_norm, measure, self.scale)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""

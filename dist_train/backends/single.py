@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from dist_train.backends.base import Backend, OptimizerFactory, clip, to_cpu
+from dist_train.backends.base import Backend, OptimizerFactory, compile_, to_cpu, update, whole_norm
 
 
 class Single(Backend):
@@ -13,6 +13,7 @@ class Single(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
+        compile_(model, self.config.compile)
         self.model, self.optimizer = model, optimizer_fn(model.parameters())
         return self.model, self.optimizer
 
@@ -22,14 +23,11 @@ class Single(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        loss.backward()
+        (loss * self.scale.factor if self.scale else loss).backward()
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        norm = clip(self.model.parameters(), max_norm, measure)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
+        return update(self.optimizer, self.model.parameters(), whole_norm, max_norm, measure, self.scale)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""

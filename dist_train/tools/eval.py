@@ -12,7 +12,7 @@ from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
 
-def run(argv: list[str], launcher: Launcher) -> None:
+def run(argv: list[str], launcher: Launcher) -> int:
     """Prints `eval/loss` and `eval/accuracy` as a line of JSON."""
     given = load(argv)
     folder = run_folder(given)
@@ -39,6 +39,9 @@ def run(argv: list[str], launcher: Launcher) -> None:
         ) from None
     with dist.joined(launcher, device) as world:
         model, _ = backends.create(config, world).prepare(parts.model, optim.factory(config.optim))
-        metrics = evaluate(model, loss_fn(config.train.loss), parts.test_feed, config.train.eval_batch_size, world)
+        metrics = evaluate(
+            model, loss_fn(config.train.loss), parts.test_feed, config.train.eval_batch_size, world, parts.precision
+        )
         if world.is_main:
             print(json.dumps(metrics))
+    return 0

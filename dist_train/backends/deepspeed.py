@@ -1,0 +1,143 @@
+"""DeepSpeed's engine, ZeRO stages 0 to 3: optimizer state (1), gradients (2) and weights (3) are shared out."""
+
+import json
+import logging
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train.backends.base import Backend, OptimizerFactory, blocks, clip, compile_, to_cpu, whole_norm
+from dist_train.config import Config
+from dist_train.dist import World
+from dist_train.precision import Precision
+
+
+class DeepSpeed(Backend):
+    """A DeepSpeed engine around our own optimizer. At stages 2 and 3 gradients are reduced in every micro-batch, as
+    they are stored in parts; the sum is the same."""
+
+    def __init__(self, config: Config, world: World):
+        super().__init__(config, world)
+        self.library = _import(world)
+        self.stage = config.backend.zero_stage or 0
+
+    def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """See Backend."""
+        self.bare = model
+        # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
+        for part in blocks(model) if self.stage == 3 else [model]:
+            compile_(part, self.config.compile)
+        _autocast_within(model, Precision(self.config.train.precision, self.world.device))
+        self.optimizer = optimizer_fn(model.parameters())
+        weights = sum(p.numel() for p in model.parameters())
+        self.engine, *_ = self.library.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=engine_config(self.config, weights, self.world.device),
+            dist_init_required=False,
+        )
+        return self.engine, self.optimizer
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        """See Backend."""
+        self.engine.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        # DeepSpeed divides the sum over ranks by their number. Its own way to a sum does not exist at stage 3.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
+        """See Backend."""
+        if self.stage == 0:
+            norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure)
+            self.engine.step()
+            return norm
+        assert max_norm == self.config.train.grad_clip  # what the engine was told
+        self.engine.step()
+        if not self.engine.was_step_applied():
+            raise FloatingPointError("the gradient is not finite: DeepSpeed leaves out such a step without a word")
+        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See Backend."""
+        if self.stage < 3:
+            return to_cpu(self.bare.state_dict())
+        state = {}
+        for name, value in self.bare.state_dict(keep_vars=True).items():
+            with self.library.zero.GatheredParameters([value], enabled=isinstance(value, nn.Parameter)):
+                if self.world.is_main:
+                    state[name] = value.detach().cpu().clone()
+        return state
+
+
+def engine_config(config: Config, weights: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's JSON for a run: ours, and what the file of backend.config adds to it.
+
+    Args:
+        config: of the run. `rules` has checked that its file decides nothing that the config decides.
+        weights: number of elements in the model.
+        device: of this rank.
+    """
+    stage = config.backend.zero_stage or 0
+    bucket = min(weights, 500_000_000)  # its default is the larger one, which it allocates for a small model as well
+    zero = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if stage == 3:
+        zero = {"stage": 3, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+    if config.backend.offload:
+        # Pinned memory is for copies to an accelerator; where the device is the CPU, this changes nothing.
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
+    ours = {
+        # The loop owns batches: it divides the loss, and says which micro-batch is the last of a step.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        # Its default is 1.0, not off. At stage 0 its norm is not to be had, so we clip ourselves.
+        "gradient_clipping": (config.train.grad_clip or 0.0) if stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first, and differs in the last bits
+        "steps_per_print": None,
+    }
+    file = config.backend.config
+    return ours if file is None else _merged(ours, json.loads(Path(file).read_text(encoding="utf-8")))
+
+
+def _merged(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    """`ours` with the keys of `extra`, object by object. What both have is a default of ours."""
+    nested = {k: _merged(v, extra[k]) for k, v in ours.items() if isinstance(v, dict) and k in extra}
+    return ours | extra | nested
+
+
+def _autocast_within(model: nn.Module, precision: Precision) -> None:
+    """Enters autocast in the model's own forward: on an accelerator the engine turns off what is around its own."""
+    inner = model.forward
+
+    def forward(*args, **kwargs):
+        with precision.autocast():
+            return inner(*args, **kwargs)
+
+    model.forward = forward
+
+
+def _import(world: World) -> Any:
+    """The library, with what it says about itself silenced at the source, and no compiler started."""
+    if world.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else it looks for one, and prints what it found
+    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it reads no other launcher's variable
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    # Every optimizer of torch's is untested, and autocast is entered within the model.
+    beside_the_point = ("untested optimizer", "torch.autocast is enabled outside")
+    deepspeed.utils.logger.addFilter(lambda record: not any(said in record.getMessage() for said in beside_the_point))
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # its own calls
+    # A faster all-reduce between processes of one machine, compiled at the first run: 44 s for milliseconds.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,57 @@
+"""torch's fully_shard (FSDP2): each rank holds a part of every weight; a layer is gathered while it computes."""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from dist_train import dist
+from dist_train.backends.base import Backend, OptimizerFactory, blocks, compile_, update
+
+
+class FSDP2(Backend):
+    """fully_shard on each layer and on the model, over all ranks."""
+
+    def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """See Backend."""
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        for block in list(blocks(model)):
+            compile_(block, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
+            fully_shard(block, mesh=mesh)
+        self.model = fully_shard(model, mesh=mesh)
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                # Else the factor is a multiplication before the sum, which gloo does not have.
+                module.set_force_sum_reduction_for_comms(True)
+        self.optimizer = optimizer_fn(self.model.parameters())
+        return self.model, self.optimizer
+
+    def accumulate(self, last: bool) -> AbstractContextManager:
+        """See Backend."""
+        self.model.set_requires_gradient_sync(last)
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        (loss * self.scale.factor if self.scale else loss).backward()
+
+    def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
+        """See Backend."""
+        return update(self.optimizer, self.model.parameters(), sharded_norm, max_norm, measure, self.scale)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """See Backend."""
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def sharded_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """The norm of gradients of which each rank holds a part. Collective."""
+    shards = [p.grad.to_local() for p in parameters if p.grad is not None]
+    # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
+    squares = nn.utils.get_total_norm(shards).double().square()
+    return dist.sum_(squares).sqrt().to(shards[0].dtype)

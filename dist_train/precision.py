@@ -1,0 +1,71 @@
+"""Number formats. What each name means, in every backend:
+
+| precision | parameters, optimizer state, gradients, their sums over ranks, loss | matrix products |
+|-----------|-----------------------------------------------------------------------|-----------------|
+| float32   | float32                                                               | float32         |
+| tf32      | float32                                                               | tf32 (CUDA)     |
+| bfloat16  | float32                                                               | bfloat16        |
+| float16   | float32, with a scaled loss                                           | float16         |
+| float64   | float64                                                               | float64         |
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from dist_train.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """A row of the table.
+
+    Args:
+        name: train.precision.
+        device: of this rank.
+    """
+
+    name: str
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of parameters, inputs, loss and gradients."""
+        return torch.float64 if self.name == "float64" else torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        """Around forward: matrix products in the short format, and what needs range in float32."""
+        if self.name in ("bfloat16", "float16"):
+            return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
+        return nullcontext()
+
+    def apply(self) -> None:
+        """Sets what torch holds for the process. Raises ConfigError where the device does not have the format."""
+        if self.name == "tf32" and self.device.type != "cuda":
+            raise ConfigError(
+                f"train.precision: got tf32 on {self.device.type}, expected a CUDA device, whose matrix units have it; "
+                f"write --train.precision float32"
+            )
+        torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+
+
+class LossScale:
+    """Keeps float16 gradients in range: the loss is multiplied by a factor that halves after a gradient that is not
+    finite, whose step is left out, and doubles after `GROWTH_STEPS` finite ones. The rule of torch.amp.GradScaler, by
+    the global norm, which is the same on every rank and under every backend.
+    """
+
+    GROWTH_STEPS = 2000
+
+    def __init__(self) -> None:
+        self.factor = 2.0**16
+        self.finite_steps = 0
+
+    def saw(self, finite: bool) -> None:
+        """The gradient of a step was finite, or not."""
+        self.finite_steps = self.finite_steps + 1 if finite else 0
+        if not finite:
+            self.factor = max(1.0, self.factor / 2)
+        elif self.finite_steps == self.GROWTH_STEPS:
+            self.factor, self.finite_steps = self.factor * 2, 0

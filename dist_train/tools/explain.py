@@ -1,0 +1,34 @@
+"""python -m dist_train explain [--config FILE.yaml] [--section.key value ...]: where torch.compile breaks the graph.
+
+Traces the model on one micro-batch, without compiling or training it.
+"""
+
+import os
+
+from dist_train.check import check
+from dist_train.config import load
+from dist_train.launcher import Launcher
+
+
+def run(argv: list[str], launcher: Launcher) -> int:
+    """Prints the number of graphs and of breaks, and each break with its reason and place."""
+    config = load(argv, "python -m dist_train explain")
+    check(config, launcher, writes=False)
+
+    import torch
+
+    from dist_train import assemble, dist
+    from dist_train.order import Plan
+
+    device = dist.resolve_device(config.train.device, launcher.local_rank)
+    parts = assemble.build(config, device)
+    plan = Plan(len(parts.feed.split), 0, config.train.global_batch_size, config.train.micro_batch_size, False, 0, 1)
+    inputs, _ = next(parts.feed(plan.indices(0)))
+    with parts.precision.autocast():
+        found = torch._dynamo.explain(parts.model)(inputs)
+    print(f"graphs {found.graph_count}, breaks {found.graph_break_count}, operations {found.op_count}")
+    for number, reason in enumerate(found.break_reasons, start=1):
+        print(f"break {number}: {' '.join(reason.reason.split()).partition(' Hint:')[0]}")
+        for frame in reason.user_stack:
+            print(f"  {os.path.relpath(frame.filename)}:{frame.lineno} in {frame.name}: {frame.line}")
+    return 0
