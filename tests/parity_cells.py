@@ -47,8 +47,13 @@ def config(
     )
 
 
+ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
+
+
 def this_world() -> World:
-    """The worker's place."""
+    """The worker's place; that of a process alone without a group."""
+    if not torch_dist.is_initialized():
+        return ALONE
     rank, size = torch_dist.get_rank(), torch_dist.get_world_size()
     return World(rank, size, rank, size, torch.device("cpu"), "torchrun")
 
@@ -60,4 +65,4 @@ def run_cells(cells: list[Config]) -> list[Trajectory]:
 
 def run_single(cell: Config) -> Trajectory:
     """The same run in one process without a group."""
-    return trajectory(cell, World(0, 1, 0, 1, torch.device("cpu"), "none"))
+    return trajectory(cell, ALONE)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_cells import BACKENDS, config, this_world
 from torch import nn
 
 from dist_train import backends, optim
@@ -22,6 +21,7 @@ from dist_train.config import BackendConfig, Config, OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
 
+from parity_cells import BACKENDS, config, this_world
 from ranks import RankError, run_ranks
 
 TORCHRUN = Launcher("torchrun", world_size=2)

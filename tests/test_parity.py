@@ -8,7 +8,6 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as torch_dist
-from parity_cells import BACKENDS, TOLERANCE, config, run_cells, run_single
 from torch import nn
 
 from dist_train import dist, optim
@@ -18,6 +17,7 @@ from dist_train.backends.single import Single
 from dist_train.config import BackendConfig, Config
 from dist_train.tools.trajectory import Trajectory, difference
 
+from parity_cells import BACKENDS, TOLERANCE, config, run_cells, run_single
 from ranks import run_ranks
 
 # A covering part of the product: every pair of (optimizer, accumulation, clipping, precision) is there.
