@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dist_train.check import NOT_YET, check
-from dist_train.config import Config, dump, fields_of, load
+from dist_train.config import Config, DataConfig, OptimConfig, dump, fields_of, load
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
@@ -471,10 +471,38 @@ CONFIGS = st.builds(
 )
 
 
+# What YAML's writers and readers get wrong, in fields that are text and in those that may be anything.
+HARD = [
+    "\x85",
+    "\u2028",
+    "\ufeff",
+    "\0",
+    "a\n\n b\r\n ",
+    " a ",
+    "1e-3",
+    ".5",
+    "08",
+    "1:30",
+    "0x1F",
+    "1_0",
+    "=",
+    "<<",
+    "~",
+    "No",
+    "&a",
+]
+HARD += ["- a", "#", "2024-01-02", "!!x", "%a", "@", "{", "", "ä 数", 50 * "long  words "]
+HARD_CONFIG = Config(
+    data=DataConfig(root="\x85".join(HARD), args={"texts": HARD} | {text: text for text in HARD}),
+    optim=OptimConfig(lr=5e-324, weight_decay=1e16, momentum=-0.0, lr_final=math.inf, gamma=1e-7),
+)
+
+
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 @given(config=CONFIGS)
+@example(config=HARD_CONFIG)
 def test_what_is_dumped_reads_back_equal(config: Config, tmp_path: Path):
     path = tmp_path / "config.yaml"
     path.write_text(dump(config), encoding="utf-8", newline="")

@@ -2,10 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -231,22 +231,25 @@ def test_a_word_of_the_deepspeed_launcher_is_taken_out():
     assert clean_argv(argv, detect(TORCHRUN)) == argv
 
 
-PLACE = (
-    "import dataclasses, json; from dist_train.launcher import detect; print(json.dumps(dataclasses.asdict(detect())))"
-)
+# To a file of its own: mpirun may mix the lines of its ranks.
+PLACE = """
+import dataclasses, json, pathlib, sys
+from dist_train.launcher import detect
+place = detect()
+pathlib.Path(sys.argv[1], str(place.rank)).write_text(json.dumps(dataclasses.asdict(place)))
+"""
 
 
 @pytest.mark.skipif(shutil.which("mpirun") is None, reason="mpirun is not installed")
-def test_a_real_mpirun():
+def test_a_real_mpirun(tmp_path: Path):
     env = os.environ | {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
-    command = ["mpirun", "-n", "3", sys.executable, "-c", PLACE]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60, check=True)
-    # The ranks' lines may run into each other, as all of them write to one pipe.
-    places = sorted(map(json.loads, re.findall(r"{[^}]*}", done.stdout)), key=lambda place: place["rank"])
+    command = ["mpirun", "-n", "3", sys.executable, "-c", PLACE, str(tmp_path)]
+    subprocess.run(command, env=env, capture_output=True, timeout=60, check=True)
+    places = [json.loads(file.read_text()) for file in sorted(tmp_path.iterdir())]
     assert [(p["rank"], p["world_size"], p["local_rank"], p["local_world_size"]) for p in places] == [
         (rank, 3, rank, 3) for rank in range(3)
     ]
