@@ -12,16 +12,19 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from dist_train import backends, optim
-from dist_train.backends.fsdp2 import blocks
+from dist_train.backends import fsdp2
+from dist_train.backends.base import blocks
 from dist_train.backends.rules import problems
 from dist_train.check import check
 from dist_train.config import BackendConfig, Config, OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
+from dist_train.tools.trajectory import difference
 
-from parity_cells import BACKENDS, config, this_world
+from parity_cells import BACKENDS, TOLERANCE, config, run_cells, run_single, this_world
 from ranks import RankError, run_ranks
 
 TORCHRUN = Launcher("torchrun", world_size=2)
@@ -166,6 +169,39 @@ def test_a_file_adds_to_deepspeeds_settings(tmp_path: Path):
     assert (made["stage"], made["allgather_bucket_size"], made["clipping"], made["untested"]) == (2, 6, 0.2, True)
 
 
+def _offloaded(cell: Config) -> Config:
+    return dataclasses.replace(cell, backend=dataclasses.replace(cell.backend, offload=True))
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed:1", "deepspeed:2", "deepspeed:3"])
+def test_offloaded_is_the_same_as_single(backend: str):
+    cell = config(backend, "AdamW", micro_batch_size=8, clips=True)
+    run = run_ranks(run_cells, 2, [_offloaded(cell)])[0][0]
+    found = difference(run, run_single(dataclasses.replace(cell, backend=BackendConfig("single"))))
+    assert found.worst < TOLERANCE["float32"], found
+
+
+def offloads(cell: Config) -> bool:
+    """In a worker: whether the library was told to offload, whole: each layer and the model."""
+    told = []
+    original = fsdp2.fully_shard
+    fsdp2.fully_shard = lambda *a, **kw: told.append(kw["offload_policy"]) or original(*a, **kw)  # it still shards
+    try:
+        backend = backends.create(cell, this_world())
+        backend.prepare(nn.Sequential(nn.Linear(2, 2)), optim.factory(OptimConfig()))
+    finally:
+        fsdp2.fully_shard = original
+    if cell.backend.name == "fsdp2":
+        return len(told) == 2 and all(isinstance(policy, CPUOffloadPolicy) for policy in told)
+    return backend.engine.zero_cpu_offload() and not backend.engine.zero_force_ds_cpu_optimizer()
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed:1", "deepspeed:3"])
+def test_the_library_is_told_to_offload(backend: str):
+    assert run_ranks(offloads, 1, _offloaded(config(backend)))[0] is True
+    assert run_ranks(offloads, 1, config(backend))[0] is False
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
@@ -252,6 +288,11 @@ def test_a_wrong_file_for_deepspeed_is_refused(text: str, tmp_path: Path):
 
 def test_a_file_for_deepspeed_is_accepted(tmp_path: Path):
     assert _lines_on('{"wall_clock_breakdown": true, "zero_optimization": {"overlap_comm": true}}', tmp_path) == []
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed:1", "deepspeed:2", "deepspeed:3"])
+def test_offload_is_not_refused(backend: str):
+    assert list(problems(_offloaded(config(backend)), TORCHRUN, {})) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

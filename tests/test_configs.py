@@ -8,12 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from runs import train_here
 
 from dist_train.check import check
 from dist_train.config import BackendConfig, Config, load
 from dist_train.launcher import STARTERS, Launcher
-
-from runs import train_here
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))

@@ -19,7 +19,12 @@ from dist_train.precision import Precision
 
 class DeepSpeed(Backend):
     """A DeepSpeed engine around our own optimizer. At stages 2 and 3 gradients are reduced in every micro-batch, as
-    they are stored in parts; the sum is the same."""
+    they are stored in parts; the sum is the same.
+
+    With backend.offload the optimizer's state and step are on the CPU, by torch's own optimizer: DeepSpeed's would be
+    compiled first, and is another program than the one of the other backends. Where the device is the CPU itself,
+    nothing moves, and results differ by rounding alone.
+    """
 
     def __init__(self, config: Config, world: World):
         super().__init__(config, world)
@@ -101,7 +106,7 @@ def engine_config(config: Config, weights: int, device: torch.device) -> dict[st
         "gradient_clipping": (config.train.grad_clip or 0.0) if stage else 0.0,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # its own would be compiled first, and differs in the last bits
+        "zero_force_ds_cpu_optimizer": False,  # with offload, it asks for its own
         "steps_per_print": None,
     }
     file = config.backend.config

@@ -7,22 +7,29 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from dist_train import dist
 from dist_train.backends.base import Backend, OptimizerFactory, blocks, compile_, update
 
 
 class FSDP2(Backend):
-    """fully_shard on each layer and on the model, over all ranks."""
+    """fully_shard on each layer and on the model, over all ranks.
+
+    With backend.offload the shards of weights and gradients live on the CPU with the optimizer's state, and a layer's
+    weights go to the device while it computes. Where the device is the CPU itself, nothing moves.
+    """
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        offload = OffloadPolicy()
+        if self.config.backend.offload:
+            offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device
         for block in list(blocks(model)):
             compile_(block, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
-            fully_shard(block, mesh=mesh)
-        self.model = fully_shard(model, mesh=mesh)
+            fully_shard(block, mesh=mesh, offload_policy=offload)
+        self.model = fully_shard(model, mesh=mesh, offload_policy=offload)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -42,16 +49,16 @@ class FSDP2(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.model.parameters(), sharded_norm, max_norm, measure, self.scale)
+        return update(self.optimizer, self.model.parameters(), self._norm, max_norm, measure, self.scale)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
-
-def sharded_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """The norm of gradients of which each rank holds a part. Collective."""
-    shards = [p.grad.to_local() for p in parameters if p.grad is not None]
-    # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
-    squares = nn.utils.get_total_norm(shards).double().square()
-    return dist.sum_(squares).sqrt().to(shards[0].dtype)
+    def _norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+        """The norm of gradients of which each rank holds a part, on the device. Collective."""
+        shards = [p.grad.to_local() for p in parameters if p.grad is not None]
+        # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
+        squares = nn.utils.get_total_norm(shards).double().square()
+        # Offloaded shards are on the CPU, where an accelerator's group does not sum.
+        return dist.sum_(squares.to(self.world.device)).sqrt().to(shards[0].dtype)
