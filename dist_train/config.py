@@ -7,8 +7,6 @@ What the values must satisfy stands in `check.py`.
 import argparse
 import dataclasses
 import difflib
-import re
-import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -18,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from dist_train import strict_yaml
 from dist_train.errors import ConfigError
 
 
@@ -266,7 +265,7 @@ def to_config(tree: dict[str, dict[str, Any]]) -> Config:
 
 def dump(config: Config) -> str:
     """The config as YAML that `--config` reads back to an equal config."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(dataclasses.asdict(config), Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
 
 
 def fields_of(path: str) -> dict[str, Any] | None:
@@ -345,44 +344,10 @@ def _check_path(path: str) -> None:
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Plain YAML in which 1e-3 is a number (YAML 1.1 wants 1.0e-3) and a date is text."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, form) for tag, form in forms if not tag.endswith((":timestamp", ":float"))]
-        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+]?[0-9]+)?"
-        r"|[0-9][0-9_]*[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))$|\.(?:nan|NaN|NAN)$"
-    ),
-    list("-+.0123456789"),
-)
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes the text that _StrictLoader would take for something else."""
-
-    yaml_implicit_resolvers = _StrictLoader.yaml_implicit_resolvers
-
-
-# With allow_unicode the emitter writes U+0085 and its like as they are, and the loader reads them as a line's end.
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar(
-        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
-    ),
-)
-
-
 def _read(name: str) -> dict[str, dict[str, Any]]:
     """The keys of a YAML file, by section. A section or `args` with nothing below it is the same as none."""
     try:
-        tree = _parse(Path(name).read_text(encoding="utf-8"), typed=True)
+        tree = strict_yaml.parse(Path(name).read_text(encoding="utf-8"), _is_text_at)
     except OSError as error:
         raise ConfigError(f"--config: got {name!r}, expected a YAML file that can be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:
@@ -423,54 +388,15 @@ def _fitting(path: str, value: Any, hint: Any, where: str = "") -> Any:
 def _any_value(text: str) -> Any:
     """A word of the command line whose type is not known: a YAML value if it is one on its face, else text."""
     try:
-        value = _parse(text)
+        value = strict_yaml.parse(text)
     except (yaml.YAMLError, ValueError):
         return text
     starts = {dict: "{", list: "[", str: "'\"", type(None): "n~"}.get(type(value), text[:1])
     return value if text and text[0] in starts else text
 
 
-def _parse(text: str, typed: bool = False) -> Any:
-    """The value of a YAML text. With `typed` it is a config, whose text fields stay text."""
-    loader = _StrictLoader(text)
-    node = loader.get_single_node()
-    if node is None:
-        return None
-    _check_nodes(node, ())
-    if typed and isinstance(node, yaml.MappingNode):
-        _keep_text(loader, node)
-    return loader.construct_document(node)
-
-
-def _check_nodes(node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
-    """A key that stands twice is a mistake, not a choice; what holds itself could not be written out again."""
-    if node in above:
-        raise yaml.YAMLError(f"the anchor at line {node.start_mark.line + 1} holds itself")
-    if isinstance(node, yaml.MappingNode):
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} stands twice")
-        for _, value in node.value:
-            _check_nodes(value, (*above, node))
-    elif isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_nodes(item, (*above, node))
-
-
-def _keep_text(loader: yaml.SafeLoader, root: yaml.MappingNode) -> None:
-    """Where a field is text, what stands there is text: YAML 1.1 would read `mode: off` as false, `name: 010` as 8."""
-    loader.flatten_mapping(root)
-    for section, body in root.value:
-        if isinstance(body, yaml.MappingNode):
-            loader.flatten_mapping(body)
-            hints = fields_of(section.value) or {}
-            for key, value in body.value:
-                if _is_text(hints.get(key.value)) and value.tag in _MISTAKEN:
-                    value.tag = "tag:yaml.org,2002:str"
-
-
-_MISTAKEN = ["tag:yaml.org,2002:bool", "tag:yaml.org,2002:int", "tag:yaml.org,2002:float"]
+def _is_text_at(section: str, key: str) -> bool:
+    return _is_text((fields_of(section) or {}).get(key))
 
 
 def _is_text(hint: Any) -> bool:
@@ -535,7 +461,3 @@ def _example(hint: Any) -> str:
     if typing.get_origin(hint) is dict:
         return "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])
-
-
-if __name__ == "__main__":  # python -m dist_train.config: the resolved config of a command line
-    print(dump(load(sys.argv[1:])), end="")

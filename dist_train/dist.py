@@ -100,13 +100,12 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def from_main(value: Any) -> Any:
-    """Rank 0's `value`, on every rank. Any object that pickles. Collective."""
+def sum_number(value: float, device: torch.device) -> float:
+    """The sum of a number over the ranks, on every rank. Collective. The number goes by way of the device, as nccl
+    knows no other tensors."""
     if not torch_dist.is_initialized():
         return value
-    box = [value]
-    torch_dist.broadcast_object_list(box, src=0)
-    return box[0]
+    return float(sum_(torch.tensor(value, dtype=torch.float64, device=device)))
 
 
 def gather(value: Any) -> list[Any]:

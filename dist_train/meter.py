@@ -105,7 +105,7 @@ class Meter:
         weights = torch.tensor(self.counts, dtype=torch.float64)
         # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
         losses = torch.stack(self.losses).to("cpu", torch.float64)  # waits for the device
-        loss = float(dist.sum_((losses * weights).sum())) / self.interval_samples
+        loss = dist.sum_number(float((losses * weights).sum()), self.device) / self.interval_samples
         seconds = time.perf_counter() - self.interval_begin
         steps = self.result.steps - self.logged_steps
         if self.device.type != "cpu":

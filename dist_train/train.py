@@ -97,12 +97,13 @@ def evaluate(
     n = len(feed.split)
     mine = np.arange(n)[share(n, world.rank, world.size)]
     count = pieces(n, world.size, batch_size)  # the same on every rank: a sharded model's forward is collective
-    sums = torch.zeros(2, dtype=torch.float64, device=feed.device)
+    wide = torch.float32 if feed.device.type == "mps" else torch.float64  # that device has nothing wider
+    sums = torch.zeros(2, dtype=wide, device=feed.device)
     for inputs, targets in feed(mine[share(len(mine), i, count)] for i in range(count)):
         with precision.autocast():
             outputs = model(inputs).to(precision.dtype)
         labels = targets if targets.dim() == 1 else targets.argmax(1)
-        sums += torch.stack([loss_of(outputs, targets), (outputs.argmax(1) == labels).sum()]).double()
+        sums += torch.stack([loss_of(outputs, targets), (outputs.argmax(1) == labels).sum()]).to(wide)
     model.train(training)
     loss, correct = (dist.sum_(sums) / n).tolist()
     return {"eval/loss": loss, "eval/accuracy": correct}

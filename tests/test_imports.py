@@ -15,11 +15,24 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 # Modules that answer before torch is imported: config, its checks, and what they need.
-LIGHT = {"errors", "config", "check", "launcher", "lookup", "ending", "backends", "backends.rules", "data", "models"}
+LIGHT = {
+    "errors",
+    "config",
+    "strict_yaml",
+    "check",
+    "launcher",
+    "lookup",
+    "ending",
+    "backends",
+    "backends.rules",
+    "data",
+    "models",
+}
 # Which of the package's own modules each may import. Only `__main__` and the tools see everything.
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "strict_yaml"},
+    "strict_yaml": set(),
     "lookup": {"errors"},
     "launcher": {"errors"},
     "ending": {"errors", "launcher"},

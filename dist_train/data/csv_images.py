@@ -126,12 +126,16 @@ def _read(path: Path, key: str) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             lines = [(i, line) for i, line in enumerate(csv.reader(file), start=1) if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"data.args.{key}: got {path}, expected an annotations CSV that can be read: {error}") from None
+        raise ConfigError(
+            f"data.args.{key}: got {path}, expected an annotations CSV that can be read: {error}"
+        ) from None
     for i, line in lines:
         if len(line) < 2:
             raise ConfigError(f"{path} line {i}: got {','.join(line)!r}, expected an image path, a comma and a label")
     if len(lines) < 2:
-        raise ConfigError(f"data.args.{key}: got {path} without rows, expected a header line and lines of path and label")
+        raise ConfigError(
+            f"data.args.{key}: got {path} without rows, expected a header line and lines of path and label"
+        )
     return [(str(path), i, line[0], line[1].strip()) for i, line in lines[1:]]
 
 
@@ -151,7 +155,11 @@ def _callable(reference: str | None, key: str) -> Callable | None:
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"data.args.{key}: got {reference!r}, expected module:attribute of a callable: {error}") from None
+        raise ConfigError(
+            f"data.args.{key}: got {reference!r}, expected module:attribute of a callable: {error}"
+        ) from None
     if not callable(found):
-        raise ConfigError(f"data.args.{key}: got {reference!r}, which is no callable; expected a function or a transform")
+        raise ConfigError(
+            f"data.args.{key}: got {reference!r}, which is no callable; expected a function or a transform"
+        )
     return found
