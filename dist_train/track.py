@@ -76,8 +76,8 @@ class Tracker:
         }
         if config.compile.mode != "off" and (result.recompilations or not result.graphs):
             self.say(
-                f"compile: {result.graphs} graphs, {result.recompilations} of them after the first epoch and evaluation; "
-                f"TORCH_LOGS=recompiles shows why, python -m dist_train explain where the model breaks"
+                f"compile: {result.graphs} graphs, {result.recompilations} after the first epoch and evaluation. "
+                f"TORCH_LOGS=recompiles shows why; python -m dist_train explain shows where the graph breaks"
             )
         write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self.say(
