@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
@@ -53,6 +52,9 @@ class FSDP2(Backend):
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""
+        # Here, as its many modules would be imported before the first step.
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def _norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
