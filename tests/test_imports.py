@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order"},
     "backends": {"backends.base", "config", "dist", "lookup"},
     "backends.base": {"config", "dist"},
-    "data": {"errors", "data.sets"},
+    "data": {"errors", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }
 FREE = {"__main__", "tools", "__init__", ""}
