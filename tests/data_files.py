@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchvision.io import write_png
+from PIL import Image
 
 FASHION = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 _made: dict[str, Path] = {}  # once a session
@@ -107,6 +107,6 @@ def write_images(root: Path, images: torch.Tensor, labels: torch.Tensor) -> None
     rows = [["file", "target"]]
     for i, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
         rows.append([f"images/{i:06d}-num{label}.png", str(label)])
-        write_png(image.unsqueeze(0), str(root / rows[-1][0]))
+        Image.fromarray(image.numpy()).save(root / rows[-1][0])
     with (root / "annotations.csv").open("w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

@@ -1,7 +1,7 @@
 """Data sets by name. A row names a function that returns `sets.Data`; its module is imported when it is chosen.
 
-To add one: write the function in a file here and add its row; or keep it in your own module and
-set `data.name: my_module:my_function`. The function takes `root` and `download`, and its other arguments are `data.args`.
+To add one: write the function in a file here and add its row; or keep it in your own module and set
+`data.name: my_module:my_function`. The function takes `root` and `download`; its other arguments are `data.args`.
 """
 
 DATASETS = {

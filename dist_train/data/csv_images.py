@@ -2,18 +2,19 @@
 
 import csv
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
-from torchvision.io import ImageReadMode, decode_image
 
+from dist_train.data.image_files import MODES, ImageFiles, Row
+from dist_train.data.randomness import kept_apart
 from dist_train.data.sets import Data, FromFiles
 from dist_train.errors import ConfigError
 
-Row = tuple[str, int, str, Any]  # the CSV, the number of the line in it, the image's path, the label
+MOST_CLASSES = 100_000  # more are a mistake: labels that are years or serial numbers
 
 
 def csv_images(
@@ -30,50 +31,57 @@ def csv_images(
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
 ) -> Data:
-    """A data set of image files.
+    """Your own images, listed in a CSV file.
 
-    Labels that are all whole numbers are class numbers from 0; other labels are class names, numbered in sorted order.
+    The CSV has a header line, then a line for each image: its path, a comma, its label. A path that holds a comma
+    stands in double quotes. Further columns are allowed, and not read.
+
+    Where every label is a whole number, labels are class numbers, counted from 0. Otherwise they are class names, and
+    are numbered in sorted order.
 
     Args:
         root: folder that the other paths start from.
-        download: not used: these are your own files.
-        annotations: a CSV: a header line, then lines of image path and label.
-        test_annotations: the same for the test split; without it every so many lines of `annotations` are held out.
-        test_fraction: the share of lines held out where there is no `test_annotations`.
-        image_dir: folder that the image paths start from.
-        mode: how images are decoded, a name of torchvision.io.ImageReadMode: UNCHANGED, GRAY, RGB, ...
-        transform: of a training image, module:attribute of a callable (a torchvision.transforms.v2 object, for one)
-            from uint8 [channels, height, width] to a tensor. Random ones are seeded by seed, epoch and sample.
-        test_transform: of a test image; without it `transform`.
-        target_transform: of a label, from class number to class number.
-        mean: of the pixels in [0, 1], a number per channel.
-        std: their standard deviation.
+        download: not used.
+        annotations: the CSV of the training images.
+        test_annotations: the CSV of the test images; without it a part of the images of `annotations` is held out.
+        test_fraction: the share of images that is held out, the same ones in every run; not with `test_annotations`.
+        image_dir: folder that the paths in a CSV start from.
+        mode: how images are decoded: UNCHANGED, GRAY, GRAY_ALPHA, RGB or RGB_ALPHA.
+        transform: applied to a training image, uint8 [channels, height, width]. Written module:attribute, of a function
+            or of an object such as a torchvision.transforms.v2.Compose. It gives a tensor: uint8 pixels, or floats.
+            What it draws at random depends on train.seed, the epoch and the image.
+        test_transform: applied to a test image; without it `transform` is.
+        target_transform: module:attribute, applied to a class number. It gives another, or a vector of floats:
+            the probabilities of the classes.
+        mean: subtracted from pixels in [0, 1] (data.normalize): a number per channel, or one for all.
+        std: what they are then divided by, likewise.
+
+    Raises:
+        ConfigError: a CSV that cannot be read, or an image that cannot, named with its line.
     """
-    base = Path(root)
-    if mode not in ImageReadMode.__members__:
-        raise ConfigError(f"data.args.mode: got {mode!r}, expected one of {', '.join(ImageReadMode.__members__)}")
-    rows = _read(base / annotations, "annotations")
+    base = Path(root).expanduser()
+    folder = base / image_dir
+    if mode not in MODES:
+        raise ConfigError(f"data.args.mode: got {mode!r}, expected one of {', '.join(MODES)}")
+    rows = _read(base / annotations, folder, "annotations")
     if test_annotations is not None:
-        test_rows = _read(base / test_annotations, "test_annotations")
+        test_rows = _read(base / test_annotations, folder, "test_annotations")
     else:
-        if not 0 < test_fraction < 1 or len(rows) < 2:
-            raise ConfigError(
-                f"data.args.test_fraction: got {test_fraction} of {len(rows)} rows, expected above 0 and below 1 of "
-                f"at least 2 rows; or give data.args.test_annotations"
-            )
-        every = max(2, round(1 / test_fraction))
-        test_rows = rows[every - 1 :: every] or rows[-1:]
-        held_out = {row[1] for row in test_rows}
-        rows = [row for row in rows if row[1] not in held_out]
-    classes, number = _classes([*rows, *test_rows])
+        rows, test_rows = _held_out(rows, test_fraction)
+    names, number = _classes([*rows, *test_rows])
     image = _callable(transform, "transform")
     test_image = _callable(test_transform, "test_transform") or image
     target = _callable(target_transform, "target_transform")
-    folder = base / image_dir
-    shape = tuple(ImageFiles(rows[:1], folder, mode, image, target, number, None)[0][0].shape)
+
+    def files(some: list[Row], image: Callable | None, shape: tuple[int, ...] | None) -> ImageFiles:
+        return ImageFiles(some, folder, mode, image, target, number, shape)
+
+    with kept_apart():  # transforms may draw
+        shape = tuple(files(rows[:1], image, None)[0][0].shape)
+        classes = _targets(names, target)
     return Data(
-        FromFiles(ImageFiles(rows, folder, mode, image, target, number, shape)),
-        FromFiles(ImageFiles(test_rows, folder, mode, test_image, target, number, shape)),
+        FromFiles(files(rows, image, shape)),
+        FromFiles(files(test_rows, test_image, shape)),
         input_shape=shape,
         classes=classes,
         mean=tuple(mean),
@@ -81,71 +89,75 @@ def csv_images(
     )
 
 
-class ImageFiles(Dataset[tuple[torch.Tensor, int]]):
-    """A map-style data set of the rows of an annotations file: item i is (image, class number)."""
-
-    def __init__(
-        self,
-        rows: list[Row],
-        folder: Path,
-        mode: str,
-        transform: Callable | None,
-        target_transform: Callable | None,
-        number: dict[str, int],
-        shape: tuple[int, ...] | None,
-    ):
-        self.rows, self.folder, self.mode = rows, folder, ImageReadMode[mode]
-        self.transform, self.target_transform, self.number, self.shape = transform, target_transform, number, shape
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        file, line, path, label = self.rows[index]
-        try:
-            image = decode_image(str(self.folder / path), self.mode)
-        except (RuntimeError, OSError, ValueError) as error:
-            reason = "no such file" if not (self.folder / path).exists() else str(error).splitlines()[0]
-            raise ConfigError(
-                f"{file} line {line}: got {self.folder / path}, expected an image that can be decoded: {reason}; "
-                f"mend the file or take the line out"
-            ) from error
-        if self.transform:
-            image = self.transform(image)
-        if self.shape is not None and tuple(image.shape) != self.shape:
-            raise ConfigError(
-                f"{file} line {line}: got {self.folder / path} of shape {tuple(image.shape)}, expected {self.shape} as "
-                f"the first image has; resize it, or set data.args.transform or data.args.mode"
-            )
-        target = self.number[label]
-        return image, self.target_transform(target) if self.target_transform else target
-
-
-def _read(path: Path, key: str) -> list[Row]:
+def _read(path: Path, folder: Path, key: str) -> list[Row]:
+    """The rows of an annotations file. Raises ConfigError."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = [(i, line) for i, line in enumerate(csv.reader(file), start=1) if line]
+        with path.open(newline="", encoding="utf-8-sig") as file:  # a spreadsheet's file starts with a mark
+            reader = csv.reader(file, strict=True)
+            lines = [(reader.line_num, line) for line in reader if line]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError(
             f"data.args.{key}: got {path}, expected an annotations CSV that can be read: {error}"
         ) from None
-    for i, line in lines:
-        if len(line) < 2:
-            raise ConfigError(f"{path} line {i}: got {','.join(line)!r}, expected an image path, a comma and a label")
     if len(lines) < 2:
         raise ConfigError(
             f"data.args.{key}: got {path} without rows, expected a header line and lines of path and label"
         )
-    return [(str(path), i, line[0], line[1].strip()) for i, line in lines[1:]]
+    header = lines[0][1]
+    if (folder / header[0]).is_file():
+        raise ConfigError(
+            f"{path} line 1: got the image {header[0]}, expected a header line such as file,label above it"
+        )
+    for number, line in lines:
+        if len(line) < 2 or len(line) != len(header) or not line[0].strip() or not line[1].strip():
+            raise ConfigError(
+                f"{path} line {number}: got {','.join(line)!r}, expected an image path, a comma and a label, and as "
+                f"many columns as the header; a path that holds a comma stands in double quotes"
+            )
+    return [Row(f"{path} line {number}", line[0], line[1].strip()) for number, line in lines[1:]]
+
+
+def _held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and those held out; all rows of one image are on the same side. Raises ConfigError."""
+    images = list(dict.fromkeys(os.path.normpath(row.path) for row in rows))
+    if not 0 < fraction < 1 or len(images) < 2:
+        raise ConfigError(
+            f"data.args.test_fraction: got {fraction} of {len(images)} images, expected above 0 and below 1 of "
+            f"at least 2 images; or give data.args.test_annotations"
+        )
+    count = min(max(1, round(fraction * len(images))), len(images) - 1)
+    # Drawn, because every n-th of a list that goes round its classes would be all of one class.
+    drawn = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:count]
+    held = {images[i] for i in drawn}
+    sides: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        sides[os.path.normpath(row.path) in held].append(row)
+    return sides
 
 
 def _classes(rows: list[Row]) -> tuple[tuple[str, ...], dict[str, int]]:
-    labels = {row[3] for row in rows}
-    if all(label.isdecimal() for label in labels):
-        count = max(map(int, labels)) + 1
-        return tuple(map(str, range(count))), {label: int(label) for label in labels}
-    names = tuple(sorted(labels))
-    return names, {name: i for i, name in enumerate(names)}
+    """Class names by number, and the number of each label."""
+    labels = {row.label for row in rows}
+    if not all(label.isdecimal() for label in labels):
+        names = tuple(sorted(labels))
+        return names, {name: i for i, name in enumerate(names)}
+    number = {label: int(label) for label in labels}
+    largest = max(rows, key=lambda row: number[row.label])
+    if number[largest.label] >= MOST_CLASSES:
+        raise ConfigError(
+            f"{largest.source}: got label {largest.label}, expected a class number from 0 to {MOST_CLASSES - 1}; "
+            f"write names to have the labels numbered"
+        )
+    return tuple(map(str, range(number[largest.label] + 1))), number
+
+
+def _targets(names: tuple[str, ...], transform: Callable | None) -> tuple[str, ...]:
+    """The class names after the target transform: as many as its vectors are long, or as its numbers go."""
+    if transform is None:
+        return names
+    given = [torch.as_tensor(transform(i)) for i in range(len(names))]
+    count = max(len(target) if target.dim() else int(target) + 1 for target in given)
+    return names if count == len(names) else tuple(map(str, range(count)))
 
 
 def _callable(reference: str | None, key: str) -> Callable | None:

@@ -1,7 +1,12 @@
 """From sample numbers to batches on the device. Two ways under one order: data in memory, and data in files."""
 
-import random
+import multiprocessing
+import pickle
+import sys
+import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -9,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from dist_train.data.randomness import kept_apart, seed_for
 from dist_train.data.sets import Data, FromFiles, InMemory
 from dist_train.errors import ConfigError
 
@@ -27,11 +33,14 @@ class Feed:
         split: the samples.
         data: the data set that the split belongs to.
         device: where batches are wanted.
-        dtype: type of the inputs.
+        dtype: type of the inputs, and of targets that are vectors.
         normalize: subtract data.mean and divide by data.std.
         one_hot: targets as vectors.
-        workers: DataLoader processes, for a split from files.
+        workers: DataLoader processes, for a split from files. They end with the iterator that a call gives.
         seed: decides random transforms, together with epoch and sample.
+
+    Raises:
+        ConfigError: the first sample of a split from files is bad.
     """
 
     def __init__(
@@ -46,15 +55,22 @@ class Feed:
         seed: int = 0,
     ):
         self.split, self.device, self.dtype, self.one_hot = split, device, dtype, one_hot
-        self.input_shape, self.classes = data.input_shape, len(data.classes)
-        self.workers, self.seed = workers, seed
-        self.shift, self.scale = self._affine(data, normalize)
+        self.classes, self.workers = len(data.classes), workers
         if isinstance(split, InMemory):
             home = device if _fits(split, device) else torch.device("cpu")
             self.images, self.labels = split.images.to(home), split.labels.to(home)
+            pixels = torch.uint8
+        else:
+            self.reader = _Reader.of(split.dataset, seed, tuple(data.input_shape), self.classes)
+            pixels = self.reader.empty[0].dtype
+        self.shift, self.scale = self._affine(data, normalize, 255.0 if pixels == torch.uint8 else 1.0)
 
     def __call__(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
-        """The batches with these samples, each an int64 array, empty ones included."""
+        """The batches with these samples, each given as an int64 array, empty ones included.
+
+        Raises:
+            ConfigError: when the iterator comes to a bad sample.
+        """
         if isinstance(self.split, InMemory):
             return self._from_memory(batches)
         return self._from_files(batches, epoch)
@@ -65,20 +81,31 @@ class Feed:
             yield self._finish(self.images[index], self.labels[index])
 
     def _from_files(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
-        assert isinstance(self.split, FromFiles)
         loader = DataLoader(
-            _Batches(self.split.dataset, self.seed, epoch, self.input_shape),
+            replace(self.reader, epoch=epoch),
             sampler=batches,  # type: ignore[arg-type]  (an item of the data set is a whole batch)
             batch_size=None,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
-            # Workers that fork from a process with a device context, or with gloo's threads, can hang.
-            multiprocessing_context="spawn" if self.workers and self.device.type != "cpu" else None,
+            generator=torch.Generator(),  # it draws a number for each epoch: not from the training's generator
+            multiprocessing_context=_context(self.reader.dataset) if self.workers else None,
         )
-        for item in loader:
-            if isinstance(item, str):
-                raise ConfigError(item)
-            yield self._finish(*item)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Got pickle error")  # the line below says it
+                items = iter(loader)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"data.workers: got {self.workers}, but the data set cannot be sent to worker processes: {error}; "
+                f"define what it uses at the top of a module, or --data.workers 0"
+            ) from error
+        try:
+            for item in items:
+                if isinstance(item, str):
+                    raise ConfigError(item)
+                yield self._finish(*item)
+        finally:
+            del items  # which ends the workers; the traceback of an error would hold it, and so them
 
     def _finish(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         images = images.to(self.device, non_blocking=True)
@@ -89,50 +116,89 @@ class Feed:
         if images.dtype == torch.uint8 or self.shift is not None:
             inputs = inputs.div_(self.scale)
         if self.one_hot and labels.dim() == 1:
-            labels = F.one_hot(labels, self.classes).to(self.dtype)
-        return inputs, labels
+            labels = F.one_hot(labels, self.classes)
+        return inputs, labels.to(self.dtype) if labels.dim() == 2 else labels
 
-    def _affine(self, data: Data, normalize: bool) -> tuple[torch.Tensor | None, torch.Tensor | float]:
-        """(pixel - shift) / scale is the input: pixel / 255, then minus mean and divided by std."""
-        full = 255.0 if _gives_uint8(self.split) else 1.0
+    def _affine(self, data: Data, normalize: bool, white: float) -> tuple[torch.Tensor | None, torch.Tensor | float]:
+        """(pixel - shift) / scale is the input: pixel / white, then minus mean and divided by std."""
         if not normalize or (set(data.mean) == {0.0} and set(data.std) == {1.0}):
-            return None, full
+            return None, white
         shape = [-1] + [1] * (len(data.input_shape) - 1)  # a number per channel
-        shift, scale = (torch.tensor(v, dtype=torch.float64).mul(full).view(shape) for v in (data.mean, data.std))
+        shift, scale = (torch.tensor(v, dtype=torch.float64).mul(white).view(shape) for v in (data.mean, data.std))
         return shift.to(self.device, self.dtype), scale.to(self.device, self.dtype)
 
 
-class _Batches(Dataset[Any]):
+@dataclass(frozen=True)
+class _Reader(Dataset[Any]):
     """An item is a whole batch: collated in the worker, empty if the rank's share is, a message if a sample is bad."""
 
-    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int, input_shape: tuple[int, ...]):
-        self.dataset, self.seed, self.epoch, self.input_shape = dataset, seed, epoch, input_shape
+    dataset: Dataset[Any]
+    seed: int
+    epoch: int
+    input_shape: tuple[int, ...]
+    classes: int
+    empty: tuple[torch.Tensor, torch.Tensor] | None
+
+    @classmethod
+    def of(cls, dataset: Dataset[Any], seed: int, input_shape: tuple[int, ...], classes: int) -> "_Reader":
+        """Reads the first sample: what it is, all are. Raises ConfigError."""
+        reader = cls(dataset, seed, 0, input_shape, classes, empty=None)
+        first = reader[np.zeros(1, np.int64)]
+        if isinstance(first, str):
+            raise ConfigError(first)
+        return replace(reader, empty=(first[0][:0].clone(), first[1][:0].clone()))
 
     def __getitem__(self, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | str:
         if len(batch) == 0:
-            return torch.empty(0, *self.input_shape), torch.empty(0, dtype=torch.int64)
-        kept = random.getstate(), np.random.get_state(), torch.get_rng_state()
+            assert self.empty is not None
+            return self.empty
         try:
-            images, labels = default_collate([self._sample(int(i)) for i in batch])
-        except ConfigError as error:
+            with kept_apart():
+                images, labels = default_collate([self._sample(int(i)) for i in batch])
+        except ConfigError as error:  # a string, because an exception would come with the worker's traceback
             return str(error)
-        finally:  # without workers this is the training process, whose generators are the model's
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
-            torch.set_rng_state(kept[2])
         return images, labels
 
-    def _sample(self, index: int) -> tuple[torch.Tensor, Any]:
-        """A sample whose random transforms depend on (seed, epoch, index): not on rank, world size or worker."""
-        key = np.random.SeedSequence([self.seed, self.epoch, index]).generate_state(1, np.uint64)[0]
-        random.seed(int(key))
-        np.random.seed(int(key) % 2**32)
-        torch.default_generator.manual_seed(int(key))  # not torch.manual_seed: that resets the device's as well
-        return self.dataset[index]
+    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        seed_for(self.seed, self.epoch, index)
+        image, target = self.dataset[index]
+        kinds = [torch.uint8, torch.float32, torch.float64] if self.empty is None else [self.empty[0].dtype]
+        if not isinstance(image, torch.Tensor) or image.dtype not in kinds or tuple(image.shape) != self.input_shape:
+            got = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
+            raise ConfigError(
+                f"data.name: sample {index}: got {got}, expected a tensor {' or '.join(map(str, kinds))} "
+                f"{list(self.input_shape)}"
+            )
+        return image, self._target(index, target)
+
+    def _target(self, index: int, target: Any) -> torch.Tensor:
+        """int64 [] or float [classes], as that of the first sample."""
+        try:
+            out = torch.as_tensor(target)
+        except (TypeError, ValueError, RuntimeError):
+            out = torch.empty(0, 0)  # neither of the two
+        number = out.dim() == 0 and not out.is_floating_point() and 0 <= int(out) < self.classes
+        vector = out.dim() == 1 and out.is_floating_point() and len(out) == self.classes
+        if not (number or vector) or (self.empty is not None and out.dim() + 1 != self.empty[1].dim()):
+            raise ConfigError(
+                f"data.name: sample {index}: got target {target!r}, expected a class number from 0 to "
+                f"{self.classes - 1} in all samples, or a vector of {self.classes} floats in all"
+            )
+        return out.long() if number else out
 
 
-def _gives_uint8(split: InMemory | FromFiles) -> bool:
-    return isinstance(split, InMemory) or split.dataset[0][0].dtype == torch.uint8
+def _context(dataset: Dataset[Any]) -> BaseContext:
+    """How workers start: forked from a small server process that has torch imported and nothing running.
+
+    Forking from this process could hang them: gloo's and a device's threads hold locks that no one in the fork gives
+    back. Spawning imports torch again for every worker of every epoch, which takes seconds. The server takes those
+    seconds once, then an epoch's workers start as fast as by fork (0.1 s for 2), so none are kept between epochs: they
+    end with their epoch, however it ends, and know no state but their own epoch's.
+    """
+    context = multiprocessing.get_context("forkserver")
+    imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
+    context.set_forkserver_preload([__name__, type(dataset).__module__, *imported])
+    return context
 
 
 def _fits(split: InMemory, device: torch.device) -> bool:

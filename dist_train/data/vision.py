@@ -3,12 +3,15 @@
 import contextlib
 import io
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 
 from dist_train.data.sets import Data, InMemory
 from dist_train.errors import ConfigError
@@ -19,38 +22,42 @@ FASHION_STATS = ((0.2860,), (0.3530,))
 KMNIST_STATS = ((0.1918,), (0.3483,))
 CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 
+# A server that is silent for so long is taken for none. A firewall that drops packets would take minutes a file.
+NETWORK_TIMEOUT_S = 30.0
+
+Archives = dict[str, str]  # file name: md5
+
 
 def mnist(root: str, download: bool) -> Data:
     """60,000 and 10,000 handwritten digits, 28x28. Source: LeCun, Cortes, Burges, 1998."""
-    return _load(datasets.MNIST, root, download, MNIST_STATS, [f for f, _ in datasets.MNIST.resources])
+    return _load(datasets.MNIST, root, download, MNIST_STATS, dict(datasets.MNIST.resources))
 
 
 def fashion_mnist(root: str, download: bool) -> Data:
     """60,000 and 10,000 pictures of clothes, 28x28. Source: Xiao, Rasul, Vollgraf, arXiv:1708.07747."""
-    return _load(datasets.FashionMNIST, root, download, FASHION_STATS, [f for f, _ in datasets.FashionMNIST.resources])
+    return _load(datasets.FashionMNIST, root, download, FASHION_STATS, dict(datasets.FashionMNIST.resources))
 
 
 def kmnist(root: str, download: bool) -> Data:
     """60,000 and 10,000 Japanese characters, 28x28. Source: Clanuwat et al., arXiv:1812.01718."""
-    return _load(datasets.KMNIST, root, download, KMNIST_STATS, [f for f, _ in datasets.KMNIST.resources])
+    return _load(datasets.KMNIST, root, download, KMNIST_STATS, dict(datasets.KMNIST.resources))
 
 
 def cifar10(root: str, download: bool) -> Data:
     """50,000 and 10,000 colour photographs, 32x32. Source: Krizhevsky, 2009."""
-    return _load(datasets.CIFAR10, root, download, CIFAR10_STATS, [datasets.CIFAR10.filename])
+    return _load(datasets.CIFAR10, root, download, CIFAR10_STATS, {datasets.CIFAR10.filename: datasets.CIFAR10.tgz_md5})
 
 
-def _load(kind: type, root: str, download: bool, stats: tuple, files: list[str]) -> Data:
-    folder = Path(root) / (kind.__name__ + "/raw" if issubclass(kind, datasets.MNIST) else "")
-    said = io.StringIO()
+def _load(kind: type, root: str, download: bool, stats: tuple, archives: Archives) -> Data:
+    home = Path(root).expanduser()
+    folder = home / kind.__name__ / "raw" if issubclass(kind, datasets.MNIST) else home
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):  # its progress bars
-            train, test = _present(kind, root) or _fetched(kind, root, download, said)
-    except (RuntimeError, OSError, EOFError, ValueError) as error:
-        reason = " ".join(str(error).split())
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
+            train, test = _both(kind, home, folder, download, archives)
+    except Exception as error:  # torchvision reads what is there, and raises what that leads to
         raise ConfigError(
-            f"data.root: got {root}, expected {', '.join(files)} in {folder} ({kind.__name__}); "
-            f"{'no download: ' + reason if download else 'data.download is false'}; put the files there, "
+            f"data.root: got {root}, expected {', '.join(archives)} in {folder} ({kind.__name__}); "
+            f"{_reason(error, folder, download, archives)}; put the files there, "
             f"or point --data.root at the folder that has {kind.__name__}"
         ) from error
     return Data(
@@ -63,21 +70,41 @@ def _load(kind: type, root: str, download: bool, stats: tuple, files: list[str])
     )
 
 
-def _present(kind: type, root: str) -> tuple | None:
-    """Both splits if they are there, without a lock: the folder may be read-only."""
+def _both(kind: type, home: Path, folder: Path, download: bool, archives: Archives) -> tuple:
+    """Both splits. One process of the node downloads or unpacks what is missing while the others wait at the lock."""
+    # First without the lock: the folder may be read-only. Any error may be a file that another process is unpacking.
+    with contextlib.suppress(Exception):
+        return kind(home, train=True), kind(home, train=False)
+    unpack = all(check_integrity(folder / name, md5) for name, md5 in archives.items())
+    if not unpack and not download:
+        return kind(home, train=True), kind(home, train=False)  # raises what is wrong
+    os.makedirs(home, exist_ok=True)
+    with FileLock(home / f".{kind.__name__}.lock"), _network_timeout():
+        return kind(home, train=True, download=True), kind(home, train=False)
+
+
+@contextlib.contextmanager
+def _network_timeout() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT_S)
     try:
-        return kind(root, train=True), kind(root, train=False)
-    except RuntimeError:  # torchvision: "Dataset not found"
-        return None
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
-def _fetched(kind: type, root: str, download: bool, said: io.StringIO) -> tuple:
-    """Both splits, unpacked or downloaded by one rank of the node while the others wait at the lock."""
-    if not download:
-        raise RuntimeError("Dataset not found")
-    os.makedirs(root, exist_ok=True)
-    with FileLock(Path(root) / f".{kind.__name__}.lock"):
-        return kind(root, train=True, download=True), kind(root, train=False, download=True)
+def _reason(error: Exception, folder: Path, download: bool, archives: Archives) -> str:
+    """Why they could not be had, in the user's terms."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    no_download = f"no download: {said}" if download else "data.download is false"
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"{error.filename} cannot be written ({error.strerror}), which downloading and unpacking need"
+    damaged = [f for f, md5 in archives.items() if (folder / f).is_file() and not check_integrity(folder / f, md5)]
+    if damaged:
+        return f"{', '.join(damaged)} there has a wrong checksum; {no_download}"
+    if all((folder / f.removesuffix(".gz")).is_file() for f in archives):
+        return f"what is unpacked there cannot be read: {said}; delete it to have it unpacked again"
+    return no_download
 
 
 def _in_memory(split: datasets.VisionDataset) -> InMemory:

@@ -1,0 +1,109 @@
+"""A map-style data set of image files, in which a bad image is named with its row."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from dist_train.errors import ConfigError
+
+# Pillow's name of each way to decode. Not torchvision.io.decode_image, which has the same names: a damaged PNG makes it
+# end the process by a segmentation fault, and torchvision 0.29 says that it will be removed.
+MODES = {"UNCHANGED": None, "GRAY": "L", "GRAY_ALPHA": "LA", "RGB": "RGB", "RGB_ALPHA": "RGBA"}
+
+
+class Row(NamedTuple):
+    """A row of an annotations file.
+
+    Args:
+        source: the annotations file and the row's line in it.
+        path: of the image.
+        label: as it stands there.
+    """
+
+    source: str
+    path: str
+    label: str
+
+
+class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
+    """Item i is (image, target) of row i.
+
+    Args:
+        rows: the samples.
+        folder: where the rows' paths start.
+        mode: how images are decoded, a key of MODES.
+        transform: of the decoded image, uint8 [channels, height, width]; None leaves it as it is.
+        target_transform: of the class number; None leaves it as it is.
+        number: class number by label.
+        shape: what every image must have after its transform; None for any.
+    """
+
+    def __init__(
+        self,
+        rows: list[Row],
+        folder: Path,
+        mode: str,
+        transform: Callable | None,
+        target_transform: Callable | None,
+        number: dict[str, int],
+        shape: tuple[int, ...] | None,
+    ):
+        self.rows, self.folder, self.mode, self.number, self.shape = rows, folder, mode, number, shape
+        self.transform, self.target_transform = transform, target_transform
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
+        row = self.rows[index]
+        path = self.folder / row.path
+        try:
+            image = read_image(path, self.mode)
+        except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
+            raise ConfigError(
+                f"{row.source}: got {path}, expected an image that can be decoded: {_reason(error)}; "
+                f"mend the file or take the line out"
+            ) from error
+        if self.transform:
+            image = self.transform(image)
+            if not isinstance(image, torch.Tensor):
+                raise ConfigError(
+                    f"data.args.transform: got {type(image).__name__} from it, expected a tensor; "
+                    f"give an object that takes an image, not its class"
+                )
+        if self.shape is not None and tuple(image.shape) != self.shape:
+            raise ConfigError(
+                f"{row.source}: got {path} of shape {tuple(image.shape)}, expected {self.shape} as "
+                f"the first image has; resize it, or set data.args.transform or data.args.mode"
+            )
+        target = self.number[row.label]
+        return image, self.target_transform(target) if self.target_transform else target
+
+
+def read_image(path: Path, mode: str) -> torch.Tensor:
+    """The image, uint8 [channels, height, width], or another integer type if the file has more than 8 bits.
+
+    Args:
+        path: of a file in any format that Pillow reads.
+        mode: a key of MODES. UNCHANGED leaves the channels as they are, and gives a palette's colours.
+
+    Raises:
+        Exception: the file cannot be read or decoded; Pillow has no class for it.
+    """
+    with Image.open(path) as image:
+        wanted = MODES[mode] or {"1": "L", "P": "RGBA" if "transparency" in image.info else "RGB"}.get(image.mode)
+        pixels = torch.from_numpy(np.array(image.convert(wanted) if wanted else image))
+    return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, UnidentifiedImageError):  # its text has the path again
+        return "it is not in an image format, or cut off"
+    return " ".join(str(error).split())

@@ -1,0 +1,56 @@
+"""What a user brings: transforms and a data set of their own, in a module of their own."""
+
+import random
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from dist_train.data.sets import Data, FromFiles
+
+TO_FLOAT = v2.Compose([v2.Resize((14, 14)), v2.ToDtype(torch.float32, scale=True)])
+FLIP = v2.RandomHorizontalFlip(p=0.5)
+INVERT = v2.RandomInvert(p=1)
+NOT_SENDABLE = lambda image: image  # noqa: E731
+NOT_CALLABLE = 3
+
+
+def draw(image: torch.Tensor) -> torch.Tensor:
+    """One value that depends on all three generators."""
+    return torch.rand(1) + np.random.rand() + random.random()
+
+
+def to_array(image: torch.Tensor) -> np.ndarray:
+    return image.numpy()
+
+
+def parity(number: int) -> int:
+    return number % 2
+
+
+def soft(number: int) -> torch.Tensor:
+    """Probabilities of twelve classes."""
+    return torch.full((12,), 0.1 / 11).index_fill(0, torch.tensor(number), 0.9)
+
+
+def soft_list(number: int) -> list[float]:
+    return soft(number).tolist()
+
+
+class Squares(Dataset):
+    """Item i is a square of brightness i, of class i % 4."""
+
+    def __init__(self, n: int, target=None, image=None):
+        self.n, self.target, self.image = n, target, image
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int):
+        image = torch.full((3, 4, 4), i / self.n) if self.image is None or i == 0 else self.image
+        return image, i % 4 if self.target is None or i == 0 else self.target
+
+
+def squares(root: str, download: bool, n: int = 20) -> Data:
+    return Data(FromFiles(Squares(n)), FromFiles(Squares(6)), input_shape=(3, 4, 4), classes=tuple("abcd"))
