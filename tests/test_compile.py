@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity_cells import BACKENDS, config, this_world
+from runs import Recorder
 from torch import nn
 
 from dist_train import assemble, backends, optim
@@ -19,8 +19,8 @@ from dist_train.meter import Meter, Result
 from dist_train.tools.trajectory import Trajectory, difference
 from dist_train.train import train
 
+from parity_cells import BACKENDS, config, this_world
 from ranks import run_ranks
-from runs import Recorder
 
 TOLERANCE = 1e-5
 ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from user_data import Squares, squares
+from runs import train_here
 
 from dist_train import assemble
 from dist_train.config import load
@@ -23,7 +23,7 @@ from dist_train.errors import ConfigError
 from dist_train.order import Plan
 
 from data_files import made_images, mnist_png_root, real_data, write_images
-from runs import train_here
+from user_data import Squares, squares
 
 CPU = torch.device("cpu")
 
