@@ -98,7 +98,7 @@ def _reason(error: Exception, folder: Path, download: bool, archives: Archives) 
     said = " ".join(f"{type(error).__name__}: {error}".split())
     no_download = f"no download: {said}" if download else "data.download is false"
     if isinstance(error, OSError) and error.errno and error.filename:
-        return f"{error.filename} cannot be written ({error.strerror}), which downloading and unpacking need"
+        return f"{error.filename}: {error.strerror}; it must be readable, and writable for downloading and unpacking"
     damaged = [f for f, md5 in archives.items() if (folder / f).is_file() and not check_integrity(folder / f, md5)]
     if damaged:
         return f"{', '.join(damaged)} there has a wrong checksum; {no_download}"
