@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from runs import train_here
 
 from dist_train.check import check
 from dist_train.config import BackendConfig, Config, load
 from dist_train.launcher import STARTERS, Launcher
+
+from parity_cells import run_single
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))
@@ -146,7 +147,7 @@ def test_a_head_that_lacks_something_is_refused(text: str):
 def accuracy(file: str, seed: int, *more: str) -> float:
     """Test accuracy of a whole run, in percent. One thread: two that share a busy core wait for each other."""
     argv = ["--config", str(ROOT / file), "--train.device", "cpu", "--train.threads", "1", "--train.seed", str(seed)]
-    return 100 * train_here([*argv, *more]).series("eval/accuracy")[-1]
+    return 100 * run_single(load([*argv, "--track.every_steps", "1", *more])).evaluation["eval/accuracy"]
 
 
 def assert_claimed(file: str, got: list[float]) -> None:
