@@ -3,6 +3,7 @@
 Traces the model on one micro-batch, without compiling or training it.
 """
 
+import logging
 import os
 
 from dist_train.check import check
@@ -24,6 +25,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     parts = assemble.build(config, device)
     plan = Plan(len(parts.feed.split), 0, config.train.global_batch_size, config.train.micro_batch_size, False, 0, 1)
     inputs, _ = next(parts.feed(plan.indices(0)))
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of breaks, which are printed below
     with parts.precision.autocast():
         found = torch._dynamo.explain(parts.model)(inputs)
     print(f"graphs {found.graph_count}, breaks {found.graph_break_count}, operations {found.op_count}")

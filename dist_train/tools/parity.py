@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dist_train import backends
+from dist_train.backends.rules import STAGES
 from dist_train.check import check
-from dist_train.config import BackendConfig, Config, dump, load
+from dist_train.config import BackendConfig, Config, dump, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
@@ -60,11 +62,11 @@ def run(argv: list[str], launcher: Launcher) -> int:
     options, rest = split(argv)
     config = for_parity(load(rest, "python -m dist_train parity"), _number("--steps", options["--steps"]))
     world_sizes = [_number("--world-sizes", size) for size in options["--world-sizes"].split(",")]
-    backends = options["--backends"].split(",")
+    names = options["--backends"].split(",")
     if launcher.name != "none":
         raise ConfigError(f"parity: got {launcher.name}, expected to be started alone: it starts the ranks by itself")
     check(dataclasses.replace(config, backend=BackendConfig("single")), launcher, writes=False)
-    for backend in backends:
+    for backend in names:
         _with_backend(config, backend)  # a misspelt name, before anything runs
     tolerance = TOLERANCE[config.train.precision]
     print(
@@ -75,7 +77,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
         f"{'backend':<12} ranks  {'loss':>8}  {'grad norm':>9}  {'weights':>8}  {'samples/s':>10}  result", flush=True
     )
     rows = []
-    for row in compare(config, backends, world_sizes, tolerance):
+    for row in compare(config, names, world_sizes, tolerance):
         rows.append(row)
         print(_line(row), flush=True)
     failed = [row for row in rows if row.result == "fail"]
@@ -112,7 +114,7 @@ def for_parity(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, train=train, track=dataclasses.replace(config.track, every_steps=1))
 
 
-def compare(config: Config, backends: list[str], world_sizes: list[int], tolerance: float) -> Iterator[Row]:
+def compare(config: Config, names: list[str], world_sizes: list[int], tolerance: float) -> Iterator[Row]:
     """A row for `single`, and for every backend at every world size."""
     from dist_train.tools.trajectory import difference
 
@@ -120,7 +122,7 @@ def compare(config: Config, backends: list[str], world_sizes: list[int], toleran
     if isinstance(reference, str):
         raise RuntimeError(f"single did not run, so there is nothing to hold the others against: {reference}")
     yield Row("single", 1, "reference", 0.0, 0.0, 0.0, reference.samples_per_s)
-    for backend in backends:
+    for backend in names:
         for world_size in world_sizes:
             found = measure(config, backend, world_size)
             if isinstance(found, str):
@@ -157,9 +159,10 @@ def measure(config: Config, backend: str, world_size: int) -> "Trajectory | str"
 
 
 def _with_backend(config: Config, backend: str) -> Config:
+    valid = [*backends.BACKENDS, *(f"deepspeed:{stage}" for stage in STAGES)]
+    if backend not in valid:
+        raise ConfigError(unknown("--backends", backend, valid, "backend"))
     name, _, stage = backend.partition(":")
-    if stage and not stage.isdecimal():
-        raise ConfigError(f"--backends: got {backend!r}, expected a name or deepspeed:STAGE with a stage of 0 to 3")
     return dataclasses.replace(config, backend=BackendConfig(name, int(stage) if stage else None))
 
 
