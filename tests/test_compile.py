@@ -9,21 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import Recorder
 from torch import nn
 
-from dist_train import assemble, backends, optim
 from dist_train.config import CompileConfig, Config, DataConfig, ModelConfig
 from dist_train.dist import World
 from dist_train.meter import Meter, Result
-from dist_train.tools.trajectory import Trajectory, difference
-from dist_train.train import train
+from dist_train.tools.trajectory import Recorder, Trajectory, difference, measured
 
-from parity_cells import BACKENDS, config, this_world
+from parity_cells import ALONE, BACKENDS, config, this_world
 from ranks import run_ranks
 
 TOLERANCE = 1e-5
-ALONE = World(0, 1, 0, 1, torch.device("cpu"), "none")
 
 
 def cell(backend: str, mode: str, model: str | None = None, **settings) -> Config:
@@ -45,13 +41,7 @@ def cell(backend: str, mode: str, model: str | None = None, **settings) -> Confi
 def run(cell: Config, world: World) -> tuple[Trajectory, Result]:
     """A run from a state in which nothing is compiled."""
     torch._dynamo.reset()
-    parts = assemble.build(cell, world.device)
-    backend, recorder = backends.create(cell, world), Recorder()
-    model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim))
-    result = train(cell, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder)
-    losses, norms = ([m[f"train/{k}"] for m in recorder.lines if "train/loss" in m] for k in ("loss", "grad_norm"))
-    weights = {name: value.double().numpy() for name, value in backend.state().items()}
-    return Trajectory(losses, norms, weights, result.evaluation, 0.0), result
+    return measured(cell, world)
 
 
 def run_all(cells: list[Config]) -> list[tuple[Trajectory, Result]]:
@@ -95,6 +85,13 @@ def sequential(input_shape: tuple[int, ...], classes: int) -> nn.Module:
 def test_a_forward_of_torchs_own_is_compiled(model: str):
     """torch.compile passes over it in silence."""
     same(run(cell("single", "default", model), ALONE), run(cell("single", "off", model), ALONE))
+
+
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed:3"])
+def test_a_model_that_is_one_layer_is_compiled(backend: str):
+    """These compile layer by layer, and it has none within it."""
+    eager, compiled = run_ranks(run_all, 1, [cell(backend, mode, "linear") for mode in ("off", "default")])[0]
+    same(compiled, eager)
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:

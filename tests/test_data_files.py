@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import train_here
 
 from dist_train import assemble
 from dist_train.config import load
@@ -23,6 +22,7 @@ from dist_train.errors import ConfigError
 from dist_train.order import Plan
 
 from data_files import made_images, mnist_png_root, real_data, write_images
+from parity_cells import run_single
 from user_data import Squares, squares
 
 CPU = torch.device("cpu")
@@ -180,9 +180,9 @@ def test_a_users_own_data_set(workers: str):
 
 def test_a_run_on_a_users_own_data_set():
     argv = ["--data.name", "user_data:squares", "--train.epochs", "2", "--train.global_batch_size", "8"]
-    argv += ["--model.hidden", "[8]", "--train.device", "cpu"]
-    alone, helped = train_here(argv), train_here([*argv, "--data.workers", "2"])
-    assert len(alone.series("eval/loss")) == 2
+    argv += ["--model.hidden", "[8]", "--train.device", "cpu", "--track.every_steps", "1"]
+    alone, helped = run_single(load(argv)), run_single(load([*argv, "--data.workers", "2"]))
+    assert alone.losses == helped.losses and alone.evaluation == helped.evaluation
     assert all((alone.weights[name] == helped.weights[name]).all() for name in alone.weights)
 
 

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from parity_cells import BACKENDS, config, run_cells, run_single, this_world
 from torch import nn
 
 from dist_train import backends, optim
@@ -18,6 +17,7 @@ from dist_train.launcher import Launcher
 from dist_train.precision import LossScale, Precision
 from dist_train.tools.trajectory import difference
 
+from parity_cells import BACKENDS, config, run_cells, run_single, this_world
 from ranks import run_ranks
 
 CPU = torch.device("cpu")

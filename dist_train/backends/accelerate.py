@@ -57,11 +57,12 @@ class Accelerate(Backend):
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         # DDP divides the sum over ranks by their number. The scale is ours, as its own looks at one rank's gradients.
-        self.accelerator.backward(loss * (self.world.size * (self.scale.factor if self.scale else 1.0)))
+        self.accelerator.backward(loss * (self.scale.factor if self.scale else self.world.size))
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.bare.parameters(), whole_norm, max_norm, measure, self.scale)
+        weights = self.bare.parameters()
+        return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.world.size)
 
     def state(self) -> dict[str, torch.Tensor]:
         """See Backend."""

@@ -85,6 +85,7 @@ def update(
     max_norm: float | None,
     measure: bool,
     scale: LossScale | None,
+    averaged_over: int = 1,
 ) -> torch.Tensor | None:
     """The step of a backend whose gradients are in `parameters`: takes the loss's scale out, clips, updates, clears.
 
@@ -95,14 +96,15 @@ def update(
         max_norm: see Backend.step.
         measure: see Backend.step.
         scale: of the loss; None where it is not scaled.
+        averaged_over: ranks whose mean a scaled gradient is. To undo the mean in the loss, as is done without a scale,
+            would let float16 overflow that many times sooner than in one process.
     """
     parameters = list(parameters)
     if scale:
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor)
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor / averaged_over)
     norm = clip(parameters, norm_of, max_norm, measure or scale is not None)
-    finite = scale is None or bool(
-        norm.isfinite()
-    )  # a scale waits for the device: whether there is a step depends on it
+    # A scale waits for the device here: whether there is a step depends on it.
+    finite = scale is None or bool(norm.isfinite())
     if scale:
         scale.saw(finite)
     if finite:

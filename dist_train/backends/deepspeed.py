@@ -35,7 +35,7 @@ class DeepSpeed(Backend):
         """See Backend."""
         self.bare = model
         # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
-        for part in blocks(model) if self.stage == 3 else [model]:
+        for part in (list(blocks(model)) if self.stage == 3 else []) or [model]:
             compile_(part, self.config.compile)
         _autocast_within(model, Precision(self.config.train.precision, self.world.device))
         self.optimizer = optimizer_fn(model.parameters())

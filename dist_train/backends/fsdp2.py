@@ -25,9 +25,11 @@ class FSDP2(Backend):
         offload = OffloadPolicy()
         if self.config.backend.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device
-        for block in list(blocks(model)):
-            compile_(block, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
-            fully_shard(block, mesh=mesh, offload_policy=offload)
+        layers = list(blocks(model))
+        for part in layers or [model]:
+            compile_(part, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, offload_policy=offload)
         self.model = fully_shard(model, mesh=mesh, offload_policy=offload)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):

@@ -29,6 +29,7 @@ BACKENDS = ("ddp", "fsdp2", "accelerate", "deepspeed:0", "deepspeed:1", "deepspe
 # Largest relative difference that passes. The short formats round each product, and other shares round otherwise.
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 CELL_TIMEOUT_S = 600
+KEPT = {"fsdp2": ("offload",), "deepspeed": ("offload", "config")}
 OPTIONS = {"--backends": ",".join(BACKENDS), "--world-sizes": "1,2,4", "--steps": "20", "--json": ""}
 
 
@@ -163,7 +164,12 @@ def _with_backend(config: Config, backend: str) -> Config:
     if backend not in valid:
         raise ConfigError(unknown("--backends", backend, valid, "backend"))
     name, _, stage = backend.partition(":")
-    return dataclasses.replace(config, backend=BackendConfig(name, int(stage) if stage else None))
+    # What the config says of its backend goes to those that have it; the rest of them refuse it.
+    kept = {key: getattr(config.backend, key) for key in KEPT.get(name, ())}
+    cell = BackendConfig(
+        name, int(stage) if stage else config.backend.zero_stage if name == "deepspeed" else None, **kept
+    )
+    return dataclasses.replace(config, backend=cell)
 
 
 def _number(option: str, value: str) -> int:

@@ -15,7 +15,7 @@ from dist_train.config import Config, load
 from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
-from dist_train.meter import Metrics
+from dist_train.meter import Metrics, Result
 from dist_train.train import train
 
 
@@ -58,7 +58,7 @@ class Difference:
         return float(np.max([self.loss, self.grad_norm, self.weights]))  # numpy's max keeps a nan, Python's may not
 
 
-class _Recorder:
+class Recorder:
     """Keeps every line of metrics instead of writing it."""
 
     def __init__(self) -> None:
@@ -71,7 +71,12 @@ class _Recorder:
 
 
 def trajectory(config: Config, world: World) -> Trajectory:
-    """Trains to the end of the config, in a process whose group has started. Collective.
+    """Trains to the end of the config, in a process whose group has started; see `measured`."""
+    return measured(config, world)[0]
+
+
+def measured(config: Config, world: World) -> tuple[Trajectory, Result]:
+    """The same, and what the loop itself says of the run. Collective.
 
     Args:
         config: has track.every_steps 1, so that every step is seen.
@@ -81,15 +86,16 @@ def trajectory(config: Config, world: World) -> Trajectory:
     parts = assemble.build(config, world.device)
     backend = backends.create(config, world)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
-    recorder = _Recorder()
+    recorder = Recorder()
     result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder)
-    return Trajectory(
+    run = Trajectory(
         [m["train/loss"] for m in recorder.steps],
         [m["train/grad_norm"] for m in recorder.steps],
         {name: value.double().numpy() for name, value in backend.state().items()},
         result.evaluation,
         _rate(config, result.step_ms),
     )
+    return run, result
 
 
 def _rate(config: Config, step_ms: list[float]) -> float:
