@@ -325,7 +325,7 @@ def test_own_transforms(images: Path, workers: int):
 def test_targets_that_are_probabilities(images: Path, name: str, workers: int):
     data = csv_images(str(images), False, target_transform=f"user_data:{name}")
     assert data.classes == tuple(map(str, range(12)))
-    feed = feed_of(data, workers, dtype=torch.float64, one_hot=True)
+    feed = feed_of(data, workers, dtype=torch.float64)
     (_, targets), (inputs, empty) = feed(iter([np.arange(30), np.array([], np.int64)]))
     assert targets.dtype == torch.float64 and targets.shape == (30, 12) and empty.shape == (0, 12)
     assert targets.argmax(1).tolist() == [int(row.label) for row in data.train.dataset.rows[:30]]
@@ -371,6 +371,7 @@ def test_arguments_that_are_refused(images: Path, arguments: dict, says: str):
         (b'file,target\n"a.png,1\n', "that can be read"),
         (b"file,target\n\xff\xfe.png,1\n", "that can be read"),
         (b"a.png,1\nb.png,1\n", "annotations.csv line 1: got the image a.png, expected a header line"),
+        (b"\xef\xbb\xbfa.png,1\nb.png,1\n", "annotations.csv line 1: got the image a.png, expected a header line"),
         (b"file,target\na.png,1\nb.png,2024001\n", "annotations.csv line 3: got label 2024001"),
     ],
 )

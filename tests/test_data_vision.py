@@ -1,6 +1,7 @@
 """torchvision's data sets: from archives, unpacked, read-only, damaged, absent, and by four processes at once."""
 
 import contextlib
+import gzip
 import hashlib
 import os
 import pickle
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as torch_dist
+from filelock import FileLock
 from torchvision import datasets
 
 from dist_train.data import vision
@@ -236,6 +238,36 @@ WRITTEN: list[str] = []  # names of files that this process opened for writing
 def note_writing(event: str, details: tuple) -> None:
     if event == "open" and isinstance(details[0], str) and details[2] & (os.O_WRONLY | os.O_RDWR):
         WRITTEN.append(os.path.basename(details[0]))
+
+
+def test_a_look_while_another_process_unpacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A file is open and still empty, and the lock is taken: it waits, and then reads the whole file."""
+    raw, at_the_lock, got = tmp_path / "MNIST" / "raw", threading.Event(), []
+    monkeypatch.setattr(datasets.MNIST, "resources", write_archives(raw, 30, 20))
+    for packed in raw.glob("*.gz"):
+        packed.with_suffix("").write_bytes(gzip.decompress(packed.read_bytes()))
+    whole = (raw / FASHION[0]).read_bytes()
+    (raw / FASHION[0]).write_bytes(b"")
+    lock = tmp_path / ".MNIST.lock"
+
+    def load() -> None:
+        try:
+            got.append(vision.mnist(str(tmp_path), False))
+        finally:
+            at_the_lock.set()
+
+    def note_lock(event: str, details: tuple) -> None:
+        if event == "open" and details[0] == str(lock) and threading.current_thread() is thread:
+            at_the_lock.set()
+
+    thread = threading.Thread(target=load)
+    sys.addaudithook(note_lock)
+    with FileLock(lock):
+        thread.start()
+        assert at_the_lock.wait(60) and thread.is_alive()
+        (raw / FASHION[0]).write_bytes(whole)
+    thread.join()
+    assert torch.equal(got[0].train.images[:, 0], made_images(30, 1)[0])
 
 
 def load_together(root: str, resources: list[tuple[str, str]]) -> tuple[list[str], list[str], list[int]]:
