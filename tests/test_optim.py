@@ -1,0 +1,121 @@
+"""Optimizers by name, the schedule as a pure function of the step, losses as sums, and when the model is evaluated."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim import lr_scheduler
+
+from dist_train.check import UNFIT_OPTIMIZERS
+from dist_train.config import OptimConfig, TrainConfig
+from dist_train.errors import ConfigError
+from dist_train.lookup import parameters, torch_optimizers
+from dist_train.losses import loss_fn
+from dist_train.optim import factory, lr_at
+from dist_train.train import evaluation_due, total_steps
+
+TOTAL = 40
+# Each schedule beside the scheduler of torch that has its name.
+THEIRS = {
+    "constant": ({}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+    "linear": ({"lr_final": 0.02}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, TOTAL)),
+    "cosine": ({"lr_final": 0.02}, lambda o: lr_scheduler.CosineAnnealingLR(o, TOTAL, eta_min=0.02)),
+    "step": ({"step_size": 7, "gamma": 0.5}, lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
+}
+
+
+def one_weight() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(2, 2))]
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+def test_schedules_are_torchs_own(schedule: str):
+    settings, scheduler_of = THEIRS[schedule]
+    optimizer = torch.optim.SGD(one_weight(), lr=0.2)
+    scheduler = scheduler_of(optimizer)
+    for step in range(TOTAL):
+        ours = lr_at(OptimConfig(lr=0.2, schedule=schedule, **settings), step, TOTAL)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+def test_the_warm_up_rises_to_lr_and_the_schedule_starts_there(schedule: str):
+    settings, _ = THEIRS[schedule]
+    config = OptimConfig(lr=0.2, schedule=schedule, warmup_steps=9, **settings)
+    rates = [lr_at(config, step, TOTAL + 9) for step in range(TOTAL + 9)]
+    assert rates[:10] == pytest.approx([0.02 * (step + 1) for step in range(10)])
+    alone = OptimConfig(lr=0.2, schedule=schedule, **settings)
+    assert rates[9:] == pytest.approx([lr_at(alone, step, TOTAL) for step in range(TOTAL)])
+
+
+def test_every_optimizer_that_is_offered_works():
+    names = [name for name in torch_optimizers() if name not in UNFIT_OPTIMIZERS]
+    assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"} <= set(names)
+    for name in names:
+        weights = one_weight()
+        optimizer = factory(OptimConfig(name=name, lr=0.1))(weights)
+        assert type(optimizer) is getattr(torch.optim, name)
+        weights[0].sum().backward()
+        optimizer.step()
+        assert (weights[0] < 1).all(), name
+
+
+def test_arguments_are_read_from_source_as_they_are():
+    """The check of a config knows them without importing torch."""
+    import inspect
+
+    for name, path in torch_optimizers().items():
+        theirs = inspect.signature(getattr(torch.optim, name)).parameters
+        assert parameters(path, name) == {k: p.default is inspect.Parameter.empty for k, p in theirs.items()}, name
+
+
+def test_settings_reach_the_optimizer():
+    config = OptimConfig(name="SGD", lr=0.1, momentum=0.9, weight_decay=0.01, args={"nesterov": True})
+    group = factory(config)(one_weight()).param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.01, True)
+    assert factory(OptimConfig(name="AdamW"))(one_weight()).param_groups[0]["weight_decay"] == 0.01  # torch's own
+
+
+def test_what_torch_refuses_is_one_line():
+    with pytest.raises(ConfigError, match="optim: got SGD with .*nesterov.*Nesterov momentum requires a momentum"):
+        factory(OptimConfig(name="SGD", args={"nesterov": True}))(one_weight())
+
+
+def test_losses_are_sums_over_samples():
+    out, labels = torch.randn(7, 5), torch.arange(7) % 5
+    soft = F.one_hot(labels, 5).float()
+    for name, target, mean in (
+        ("cross_entropy", labels, F.cross_entropy(out, labels)),
+        ("cross_entropy", soft, F.cross_entropy(out, soft)),
+        ("nll", labels, F.nll_loss(out, labels)),
+        ("mse", soft, F.mse_loss(out, soft)),
+    ):
+        assert loss_fn(name)(out, target) / 7 == pytest.approx(float(mean), rel=1e-6), name
+        assert loss_fn(name)(out[:0], target[:0]) == 0, f"{name} of no samples"
+    smooth = F.cross_entropy(out, labels, label_smoothing=0.1)
+    assert loss_fn("cross_entropy", 0.1)(out, labels) / 7 == pytest.approx(float(smooth), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [10, 20, 30]),
+        ({"eval_every_epochs": 2}, [20, 30]),
+        ({"eval_every_epochs": None}, [30]),
+        ({"eval_every_epochs": None, "eval_every_steps": 12}, [12, 24, 30]),
+        ({"eval_every_steps": 15}, [10, 15, 20, 30]),
+        ({"max_steps": 13}, [10, 13]),
+    ],
+)
+def test_when_the_model_is_evaluated(settings: dict, expected: list[int]):
+    cfg = TrainConfig(**{"epochs": 3, **settings})
+    total = total_steps(cfg, 10)
+    due = [
+        done
+        for done in itertools.takewhile(lambda d: d <= total, itertools.count(1))
+        if evaluation_due(cfg, done, total, 10)
+    ]
+    assert due == expected
