@@ -17,7 +17,7 @@ from dist_train.backends.single import Single
 from dist_train.config import BackendConfig, Config
 from dist_train.tools.trajectory import Trajectory, difference
 
-from parity_cells import BACKENDS, TOLERANCE, config, run_cells, run_single
+from parity_cells import ALONE, BACKENDS, TOLERANCE, config, run_cells, run_single
 from ranks import run_ranks
 
 # A covering part of the product: every pair of (optimizer, accumulation, clipping, precision) is there.
@@ -156,7 +156,7 @@ def test_a_planted_fault_is_caught(fault: type):
 
 
 def test_the_measure_refuses_unlike_runs():
-    run = Trajectory([1.0], [1.0], {"w": torch.ones(2).numpy()}, {"eval/loss": 1.0})
+    run = Trajectory([1.0], [1.0], {"w": torch.ones(2).numpy()}, {"eval/loss": 1.0}, 0.0)
     with pytest.raises(ValueError, match="steps: got 1, expected 2"):
         difference(run, dataclasses.replace(run, losses=[1.0, 1.0]))
     with pytest.raises(ValueError, match="weights"):
@@ -170,6 +170,6 @@ def test_the_norm_is_torchs_own():
     """The definition of the norm that every backend is compared with."""
     model = nn.Linear(3, 2)
     model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), 4.0)
-    norm = Single.__new__(Single)
-    norm.model, norm.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.0)
-    assert float(norm.step(None, measure=True)) == pytest.approx((6 * 9 + 2 * 16) ** 0.5)
+    single = Single(config(), ALONE)
+    single.model, single.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.0)
+    assert float(single.step(None, measure=True)) == pytest.approx((6 * 9 + 2 * 16) ** 0.5)
