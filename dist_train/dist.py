@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as torch_dist
 
@@ -65,6 +66,11 @@ def set_threads(threads: int | None, local_size: int) -> None:
         shared = 1 if "OMP_NUM_THREADS" in os.environ else local_size
         threads = max(1, torch.get_num_threads() // shared)
     torch.set_num_threads(threads)
+
+
+def seed_draws(seed: int, world: World) -> None:
+    """Seeds what a model draws in training, such as dropout: by the run's seed, and otherwise on every rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, world.rank]).generate_state(1, np.uint64)[0]))
 
 
 @contextmanager

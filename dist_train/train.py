@@ -37,6 +37,7 @@ def train(
     total = total_steps(cfg, plan.steps_per_epoch)
     precision = Precision(cfg.precision, world.device)
     loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
+    dist.seed_draws(cfg.seed, world)
     meter = Meter(tracker, total, plan.steps_per_epoch, config.track.every_steps, world.device)
     while (done := meter.result.steps) < total:
         epoch = done // plan.steps_per_epoch

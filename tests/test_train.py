@@ -12,7 +12,7 @@ from dist_train import assemble
 from dist_train.config import Config, load
 from dist_train.losses import loss_fn
 from dist_train.order import global_indices
-from dist_train.tools.trajectory import Trajectory, difference
+from dist_train.tools.trajectory import Trajectory, difference, trajectory
 from dist_train.train import evaluate
 
 from data_files import fashion_mnist_root
@@ -46,6 +46,19 @@ def test_the_same_start_gives_the_same_bits():
     one, two = (run_ranks(run_cells, 2, [config("ddp", "AdamW")])[0][0] for _ in range(2))
     assert one.losses == two.losses and one.evaluation == two.evaluation
     assert all((one.weights[name] == two.weights[name]).all() for name in one.weights)
+
+
+def draws(seed: int) -> tuple[float, float]:
+    """The loss of a run with dropout, and what this rank would draw next."""
+    cell = replaced(replaced(config("ddp"), "model", dropout=0.5), "train", seed=seed, max_steps=3)
+    return trajectory(cell, this_world()).losses[-1], float(torch.rand(()))
+
+
+def test_dropout_is_drawn_by_seed_and_rank():
+    one, again, other = (run_ranks(draws, 2, seed) for seed in (0, 0, 1))
+    assert one == again
+    assert one[0][1] != one[1][1], "the ranks draw the same masks"
+    assert one[0][1] != other[0][1], "the seed does not decide the masks"
 
 
 # -- evaluation -------------------------------------------------------------------------------------------------------

@@ -23,7 +23,8 @@ def run(argv: list[str], launcher: Launcher) -> int:
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     parts = assemble.build(config, device)
-    plan = Plan(len(parts.feed.split), 0, config.train.global_batch_size, config.train.micro_batch_size, False, 0, 1)
+    alone = dist.World(0, 1, 0, 1, device, launcher.name)
+    plan = Plan.of(len(parts.feed.split), config.train, alone)
     inputs, _ = next(parts.feed(plan.indices(0)))
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of breaks, which are printed below
     with parts.precision.autocast():
