@@ -1,6 +1,7 @@
 """What a config must satisfy beyond its types. Pure: reads the config, the launcher and the file system, changes
 nothing, and runs before torch is imported and before any process group starts."""
 
+import fcntl
 import json
 import math
 import os
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.backends import rules
+from dist_train.checkpoint import manifest
+from dist_train.checkpoint.allowed import ALLOWED
 from dist_train.config import Config, unknown
 from dist_train.data import DATASETS
 from dist_train.errors import ConfigError
@@ -17,10 +20,9 @@ from dist_train.lookup import accepts, parameters, torch_optimizers
 from dist_train.models import MODELS
 
 # Fields of the product's face that nothing reads yet. A row goes with the feature that reads its field.
-NOT_YET = (
-    *("checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.resume", "checkpoint.asynchronous"),
-    *("track.wandb", "track.tensorboard"),
-)
+NOT_YET = (*("track.wandb", "track.tensorboard"),)
+# Locked by the process that writes in a run's folder, which says in it who it is.
+LOCK = ".lock"
 # Given by the package itself, so not for `args`.
 DATA_GIVEN = ("root", "download")
 MODEL_GIVEN = ("input_shape", "classes")
@@ -42,7 +44,7 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    rules = [_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, _not_yet]
+    rules = [_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, _checkpoint, _not_yet]
     for rule in [*rules, _folder] if writes else rules:
         try:
             lines += rule(config, launcher)
@@ -68,6 +70,10 @@ def _ranges(config: Config, _: Launcher) -> Iterator[str]:
         "optim.warmup_steps": (o.warmup_steps, 0),
         "optim.step_size": (o.step_size, 1),
         "track.every_steps": (config.track.every_steps, 1),
+        "checkpoint.every_steps": (config.checkpoint.every_steps, 1),
+        "checkpoint.every_epochs": (config.checkpoint.every_epochs, 1),
+        "checkpoint.keep_last": (config.checkpoint.keep_last, 1),
+        "checkpoint.keep_best": (config.checkpoint.keep_best, 0),
     }
     for path, (value, least) in at_least.items():
         if value is not None and value < least:
@@ -81,10 +87,11 @@ def _ranges(config: Config, _: Launcher) -> Iterator[str]:
         ("optim.lr_final", o.lr_final, True),
         ("optim.gamma", o.gamma, False),
         ("train.grad_clip", t.grad_clip, False),
+        ("checkpoint.every_s", config.checkpoint.every_s, False),
     ):
         if value is not None and not (math.isfinite(value) and (value > 0 or (zero_fits and value == 0))):
             bound = "of 0 or more" if zero_fits else "above 0"
-            mend = "; null turns it off" if path == "train.grad_clip" else ""
+            mend = "; null turns it off" if path in ("train.grad_clip", "checkpoint.every_s") else ""
             yield f"{path}: got {value}, expected a finite number {bound}{mend}; for example --{path} 0.1"
     for path, value in (("model.dropout", m.dropout), ("train.label_smoothing", t.label_smoothing)):
         if value is not None and not 0 <= value < 1:
@@ -200,6 +207,31 @@ def _backend(config: Config, launcher: Launcher) -> Iterator[str]:
     return rules.problems(config, launcher)
 
 
+def _checkpoint(config: Config, _: Launcher) -> Iterator[str]:
+    cfg = config.checkpoint
+    for name in cfg.allow:
+        if name not in ALLOWED:
+            yield unknown("checkpoint.allow", name, ALLOWED, "difference")
+    if cfg.keep_best and cfg.every_steps is None and cfg.every_epochs is None and cfg.every_s is None:
+        yield (
+            f"checkpoint.keep_best: got {cfg.keep_best}, but nothing is saved; add --checkpoint.every_epochs 1, or "
+            f"leave it out"
+        )
+    folder = run_folder(config)
+    if cfg.resume == "never" and folder is not None and manifest.folders(folder):
+        yield (
+            f"checkpoint.resume: got never, but {folder} holds checkpoints of a run that did not finish; write "
+            f"--checkpoint.resume auto to go on from them, or give another --run.dir"
+        )
+    if cfg.resume not in ("auto", "never"):
+        found, damaged = manifest.listed(Path(cfg.resume))
+        if not found and not damaged:
+            yield (
+                f"checkpoint.resume: got {cfg.resume}, expected auto, never, or the folder of a checkpoint or of a run "
+                f"that has some; for example runs/RUN/checkpoints/step-00000100"
+            )
+
+
 def _not_yet(config: Config, _: Launcher) -> Iterator[str]:
     for path in NOT_YET:
         section, key = path.split(".")
@@ -238,9 +270,28 @@ def _folder(config: Config, _: Launcher) -> Iterator[str]:
         yield f"{path}: got {folder}, but {there} is a file; expected a folder, for example --run.dir runs/new"
     elif not os.access(there, os.W_OK):
         yield f"{path}: got {folder}, but {there} cannot be written to; expected a folder of your own"
+    holder = _holder(folder)
+    if holder is not None:
+        yield (
+            f"{path}: got {folder}, in which another run writes ({holder}), expected a folder of its own; for example "
+            f"--run.dir {folder}-2"
+        )
     if status_of(folder) == "finished":
         another = f"--{path} {folder.name if path == 'run.name' else folder}-2"
         yield f"{path}: got {folder}, which holds a finished run; expected a new folder, for example {another}"
+
+
+def _holder(folder: Path) -> str | None:
+    """The process that writes in a run's folder; None if none does. Many ranks may ask at once."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return file.read().strip()
+    except OSError:
+        pass
+    return None
 
 
 def status_of(folder: Path) -> str | None:

@@ -158,16 +158,28 @@ class CompileConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Saving during the run. The final weights are always saved."""
+    """Saving during the run, and resuming. The final weights are always saved."""
 
     every_steps: int | None = None
-    """Save after every so many optimizer steps."""
-    keep_last: int = 1
-    """How many checkpoints stay."""
-    resume: str = "never"
-    """never: start anew."""
+    """Save after every so many optimizer steps. With none of the three every_... keys, no checkpoint is saved."""
+    every_epochs: int | None = None
+    """Save after every so many epochs."""
+    every_s: float | None = None
+    """Save when so many seconds have passed, at the next line of metrics (track.every_steps)."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay: the one before is there if the newest is damaged."""
+    keep_best: int = 0
+    """How many of the best stay as well, of those that were saved at a step with an evaluation."""
+    best_metric: Literal["eval/accuracy", "eval/loss"] = "eval/accuracy"
+    """What the best is decided by."""
+    resume: str = "auto"
+    """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
+    checkpoint or of a run."""
+    allow: list[str] = field(default_factory=list)
+    """Config paths that may differ from the checkpoint's, such as train.seed; data for a changed data set of the same
+    size."""
     asynchronous: bool = False
-    """Write in the background."""
+    """Copy the state, and write it in the background while training goes on."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +273,11 @@ def _help(prog: str) -> None:
 def to_config(tree: dict[str, dict[str, Any]]) -> Config:
     """The dataclasses of a nested dictionary whose values have been checked."""
     return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})
+
+
+def to_tree(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as a nested dictionary."""
+    return dataclasses.asdict(config)
 
 
 def dump(config: Config) -> str:

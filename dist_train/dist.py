@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,9 +68,11 @@ def set_threads(threads: int | None, local_size: int) -> None:
     torch.set_num_threads(threads)
 
 
-def seed_draws(seed: int, world: World) -> None:
-    """Seeds what a model draws in training, such as dropout: by the run's seed, and otherwise on every rank."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, world.rank]).generate_state(1, np.uint64)[0]))
+def seed_draws(seed: int, world: World, step: int = 0) -> None:
+    """Seeds what a model draws in training, such as dropout: by the run's seed, and otherwise on every rank. A run that
+    goes on at another world size from `step` on draws anew."""
+    entropy = [seed, world.rank, *([world.size, step] if step else [])]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
@@ -106,21 +108,37 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_number(value: float, device: torch.device) -> float:
-    """The sum of a number over the ranks, on every rank. Collective. The number goes by way of the device, as nccl
+def sum_numbers(values: list[float], device: torch.device) -> list[float]:
+    """The sums of numbers over the ranks, on every rank. Collective. The numbers go by way of the device, as nccl
     knows no other tensors."""
     if not torch_dist.is_initialized():
-        return value
-    return float(sum_(torch.tensor(value, dtype=torch.float64, device=device)))
+        return values
+    return sum_(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
 
 
-def gather(value: Any) -> list[Any]:
-    """Every rank's `value` in order of rank, on every rank. Collective."""
+def gather(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value` in order of rank, on every rank. Collective, in a group of all ranks."""
     if not torch_dist.is_initialized():
         return [value]
     values: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(values, value)
+    torch_dist.all_gather_object(values, value, group)
     return values
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, on every rank. A ConfigError there is raised on all. Collective."""
+    if not torch_dist.is_initialized():
+        return function()
+    answer: list[Any] = [None, None]
+    if torch_dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except ConfigError as error:
+            answer[1] = error.lines
+    torch_dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ConfigError(*answer[1])
+    return answer[0]
 
 
 def rank_table(world: World) -> str:

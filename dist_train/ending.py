@@ -5,7 +5,7 @@ import sys
 import time
 import traceback
 
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, OtherRankError
 from dist_train.launcher import Launcher
 
 OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
@@ -44,7 +44,8 @@ def fail(error: BaseException, launcher: Launcher) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"[rank {launcher.rank}] interrupted", file=sys.stderr)
         return INTERRUPTED
-    if launcher.world_size > 1 and any(sign in str(error).lower() for sign in LOST_PEER):
+    echo = isinstance(error, OtherRankError) or any(sign in str(error).lower() for sign in LOST_PEER)
+    if launcher.world_size > 1 and echo:
         time.sleep(ECHO_WAIT_S)
         print(f"[rank {launcher.rank}] lost another rank, whose own error stands above or on its node", file=sys.stderr)
         return FAILED

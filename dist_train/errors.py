@@ -1,4 +1,8 @@
-"""The one error that a user's input can cause, and how it is said."""
+"""The errors that are told apart: a user's mistake, and the echo of another rank's failure."""
+
+
+class OtherRankError(RuntimeError):
+    """Another rank failed, and this one ends because of it."""
 
 
 class ConfigError(ValueError):

@@ -1,7 +1,7 @@
 """Times and losses of a run. Between log points it only keeps references: nothing here waits for the device."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,13 +11,26 @@ import torch
 from dist_train import dist
 
 Metrics = dict[str, float | int]
+Progress = Mapping[str, float]  # what Meter.progress gives
 
 
 class Sink(Protocol):
     """Who is told of metrics."""
 
-    def log(self, metrics: Metrics, line: str) -> None:
-        """Metrics of a moment, and a line for people about them."""
+    def log(self, metrics: Metrics, line: str | None) -> None:
+        """Metrics of a moment, and a line for people about them, if there is something to say."""
+
+
+class Requests:
+    """What a rank may ask of all between two steps. They agree on it where they sum the loss anyway."""
+
+    def __init__(self) -> None:
+        self.asked = {"save": False}
+        self.agreed = {"save": False}
+
+    def settle(self, counts: list[float]) -> None:
+        """How many ranks ask for each."""
+        self.agreed = {name: count > 0 for name, count in zip(self.asked, counts, strict=True)}
 
 
 @dataclass
@@ -59,17 +72,27 @@ class Meter:
         steps_per_epoch: of the plan.
         every_steps: between log points.
         device: what the steps run on.
+        progress: of the run so far, where it goes on from a checkpoint.
     """
 
-    def __init__(self, tracker: Sink, total_steps: int, steps_per_epoch: int, every_steps: int, device: torch.device):
+    def __init__(
+        self, tracker: Sink, total_steps: int, steps_per_epoch: int, every_steps: int, device: torch.device,
+        progress: Progress | None = None,
+    ):  # fmt: skip
         self.tracker, self.total_steps, self.steps_per_epoch = tracker, total_steps, steps_per_epoch
         self.every_steps, self.device = every_steps, device
+        self.requests = Requests()
         self.result = Result()
         self.losses: list[torch.Tensor] = []
         self.counts: list[int] = []
         self.logged_steps = self.interval_samples = 0
+        self.interval_loss = 0.0  # of the interval's steps before a checkpoint, over all ranks
         self.compiled = Compiled()
         self.begin = self.train_begin = self.step_begin = self.interval_begin = time.perf_counter()
+        self.first_step = 0
+        self.evaluated_step: int | None = None
+        if progress is not None:
+            self._resume(progress)
 
     @property
     def epoch(self) -> float:
@@ -90,7 +113,7 @@ class Meter:
         self.result.steps += 1
         self.result.samples += count
         self.interval_samples += count
-        if self.result.steps == 1:
+        if self.result.steps == self.first_step + 1:
             self.result.first_step_s = time.perf_counter() - self.step_begin
         if self.result.steps == self.steps_per_epoch:
             self.compiled.first_epoch_over()
@@ -101,21 +124,27 @@ class Meter:
             self.result.step_ms.append((now - self.step_begin) * 1e3)
             self.step_begin = now
 
-    def _log(self, lr: float, norm: torch.Tensor | None) -> None:
+    def _sum_losses(self) -> None:
+        """Adds the losses since the last call to those of the interval, over all ranks, and settles the requests."""
         weights = torch.tensor(self.counts, dtype=torch.float64)
         # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
-        losses = torch.stack(self.losses).to("cpu", torch.float64)  # waits for the device
-        loss = dist.sum_number(float((losses * weights).sum()), self.device) / self.interval_samples
+        mine = (torch.stack(self.losses).to("cpu", torch.float64) * weights).sum() if self.losses else 0.0  # waits
+        loss, *asked = dist.sum_numbers([float(mine), *self.requests.asked.values()], self.device)
+        self.interval_loss += loss
+        self.requests.settle(asked)
+        self.losses, self.counts = [], []
+
+    def _log(self, lr: float, norm: torch.Tensor | None) -> None:
+        self._sum_losses()
+        loss = self.interval_loss / self.interval_samples
         seconds = time.perf_counter() - self.interval_begin
         steps = self.result.steps - self.logged_steps
         if self.device.type != "cpu":
             self.result.step_ms.append(seconds / steps * 1e3)
         rate = self.interval_samples / seconds
         self.tracker.log(
-            {
-                "step": self.result.steps,
-                "epoch": self.epoch,
-                "time_s": time.perf_counter() - self.begin,
+            self._now()
+            | {
                 "train/loss": loss,
                 "train/grad_norm": float(norm) if norm is not None else float("nan"),
                 "train/lr": lr,
@@ -124,26 +153,58 @@ class Meter:
             f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
             f"{rate:,.0f} samples/s  ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
         )
-        self.losses, self.counts, self.interval_samples = [], [], 0
+        self.interval_samples, self.interval_loss = 0, 0.0
         self.logged_steps, self.interval_begin = self.result.steps, time.perf_counter()
 
     @contextmanager
     def evaluating(self) -> Iterator[dict[str, float]]:
         """Around an evaluation, which puts its metrics into the dictionary. Its time is not the training's."""
-        start = time.perf_counter()
         metrics: dict[str, float] = {}
-        with self.compiled.evaluating():
+        with self.away(), self.compiled.evaluating():
             yield metrics
+        self.result.evaluation = metrics
+        self.evaluated_step = self.result.steps
+        self.tracker.log(
+            self._now() | metrics,
+            f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  "
+            + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()),
+        )
+
+    def progress(self) -> Progress:
+        """What a checkpoint keeps, so that a resumed run's metrics go on: on every rank the same counts. Collective."""
+        self._sum_losses()
+        now = time.perf_counter()
+        counts = {"steps": self.result.steps, "samples": self.result.samples, "logged_steps": self.logged_steps}
+        interval = {"interval_samples": self.interval_samples, "interval_loss": self.interval_loss}
+        times = {"time_s": now - self.begin, "train_s": now - self.train_begin, "interval_s": now - self.interval_begin}
+        return counts | interval | times | self.result.evaluation
+
+    def _resume(self, progress: Progress) -> None:
+        """Goes on from what `progress` gave."""
+        self.first_step = self.result.steps = int(progress["steps"])
+        self.result.samples, self.logged_steps = int(progress["samples"]), int(progress["logged_steps"])
+        self.interval_samples, self.interval_loss = int(progress["interval_samples"]), progress["interval_loss"]
+        self.begin -= progress["time_s"]
+        self.train_begin -= progress["train_s"]
+        self.interval_begin -= progress["interval_s"]
+        self.result.evaluation = {name: value for name, value in progress.items() if name.startswith("eval/")}
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Around what is not training: its time counts neither for steps nor for their rate."""
+        start = time.perf_counter()
+        yield
         away = time.perf_counter() - start
         self.train_begin += away
         self.step_begin += away
         self.interval_begin += away
-        self.result.evaluation = metrics
-        self.tracker.log(
-            {"step": self.result.steps, "epoch": self.epoch, "time_s": time.perf_counter() - self.begin} | metrics,
-            f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  "
-            + "  ".join(f"{name} {value:.4f}" for name, value in metrics.items()),
-        )
+
+    def event(self, metrics: Metrics) -> None:
+        """Metrics of something that happened after the last step."""
+        self.tracker.log(self._now() | metrics, None)
+
+    def _now(self) -> Metrics:
+        return {"step": self.result.steps, "epoch": self.epoch, "time_s": time.perf_counter() - self.begin}
 
     def finish(self) -> Result:
         """The result, after the last step. Collective."""

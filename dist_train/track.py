@@ -1,25 +1,19 @@
 """What a run says: console lines, metrics.jsonl and summary.json, from rank 0 alone."""
 
-import contextlib
-import itertools
 import json
 import os
-import platform
 import statistics
 import subprocess
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from dist_train.backends import chosen
-from dist_train.check import run_folder
-from dist_train.config import Config, dump
+from dist_train.config import Config
 from dist_train.dist import World, device_name
+from dist_train.folder import write
 from dist_train.meter import Metrics, Result, duration
-
-PACKAGES = ("dist-train", "torch", "torchvision", "numpy")
+from dist_train.versions import versions
 
 
 class Tracker:
@@ -27,26 +21,31 @@ class Tracker:
 
     Args:
         folder: the run's folder; None on a rank that does not write.
+        step: that the run goes on from. What was recorded after it is dropped, as it will come again.
     """
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, step: int = 0):
         self.folder = folder
         self.file = None
         if folder is not None:
-            self.file = (folder / "metrics.jsonl").open("w", encoding="utf-8", buffering=1)  # a line at a time
+            path = folder / "metrics.jsonl"
+            path.touch()
+            os.truncate(path, _end_of(path, step))
+            self.file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
 
     def say(self, line: str) -> None:
         """A line for people."""
         if self.folder is not None:
             print(line, flush=True)
 
-    def log(self, metrics: Metrics, line: str) -> None:
+    def log(self, metrics: Metrics, line: str | None) -> None:
         """A line of metrics.jsonl, whose floats read back exactly, and one for people."""
         if self.file is not None:
             self.file.write(json.dumps(metrics) + "\n")
-        self.say(line)
+        if line is not None:
+            self.say(line)
 
-    def finish(self, config: Config, world: World, result: Result) -> None:
+    def finish(self, config: Config, world: World, result: Result, stalls_s: list[float]) -> None:
         """summary.json, and a last line that says where the results are."""
         if self.folder is None:
             return
@@ -63,6 +62,7 @@ class Tracker:
             **result.evaluation,
             "first_step_s": result.first_step_s,
             **_compiled(config, result),
+            **_saved(stalls_s),
             "step_ms": {
                 "p50": statistics.median(result.step_ms),
                 "p95": quantiles[18] if quantiles else result.step_ms[0],
@@ -71,7 +71,7 @@ class Tracker:
             "device": str(world.device.type),
             "device_name": device_name(world.device),
             "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+            "versions": versions(),
             "git_commit": _git_commit(),
         }
         if config.compile.mode != "off" and (result.recompilations or not result.graphs):
@@ -87,42 +87,32 @@ class Tracker:
         )
 
 
+def _end_of(path: Path, step: int) -> int:
+    """Bytes of metrics.jsonl up to the last line of `step`. A line that was cut off by a kill ends it too."""
+    end = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            end += len(line)
+    return end
+
+
+def _saved(stalls_s: list[float]) -> dict[str, dict[str, float]]:
+    if not stalls_s:
+        return {}
+    stall = {"median": statistics.median(stalls_s), "max": max(stalls_s)}
+    return {"checkpoint": {"saves": len(stalls_s), "stall_s": stall}}
+
+
 def _compiled(config: Config, result: Result) -> dict[str, dict[str, float]]:
     if config.compile.mode == "off":
         return {}
     names = ("graphs", "recompilations", "cached_graphs", "first_step_s")
     return {"compile": {name: getattr(result, name) for name in names}}
-
-
-def open_folder(config: Config) -> Path:
-    """Makes the run's folder and writes the resolved config in it. Called on rank 0."""
-    folder = run_folder(config)
-    if folder is None:
-        folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    elif (folder / "metrics.jsonl").exists():
-        print(f"{folder} holds a run that did not finish; it starts anew", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder / "config.yaml", dump(config))
-    return folder
-
-
-def _new_folder(parent: Path, name: str) -> Path:
-    """A folder that no other run has, also if several start in the same second."""
-    parent.mkdir(parents=True, exist_ok=True)
-    name = name.replace(":", ".").replace("/", ".")
-    for attempt in itertools.count(1):
-        folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-    raise AssertionError
-
-
-def write(path: Path, text: str) -> None:
-    """A file that is whole or absent."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _git_commit() -> str | None:

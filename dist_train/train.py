@@ -1,5 +1,7 @@
 """The loop, and evaluation. No rank test, no backend's name, no division but by the true number of samples."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from dist_train.config import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.dist import World
 from dist_train.losses import Loss, loss_fn
-from dist_train.meter import Meter, Result, Sink
+from dist_train.meter import Meter, Progress, Result, Sink
 from dist_train.optim import lr_at, set_lr
 from dist_train.order import Plan, pieces, share
 from dist_train.precision import Precision
@@ -18,7 +20,7 @@ from dist_train.precision import Precision
 
 def train(
     config: Config, world: World, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer,
-    feed: Feed, test_feed: Feed, tracker: Sink,
+    feed: Feed, test_feed: Feed, tracker: Sink, after_step: Callable[[Meter], None], progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Trains `model` to the end of the config. Collective.
 
@@ -31,19 +33,22 @@ def train(
         feed: the training split.
         test_feed: the test split.
         tracker: takes the metrics.
+        after_step: called after every step, with its metrics; saves checkpoints.
+        progress: of a checkpoint whose state was loaded; None at the start.
     """
     cfg = config.train
     plan = Plan.of(len(feed.split), cfg, world)
     total = total_steps(cfg, plan.steps_per_epoch)
     precision = Precision(cfg.precision, world.device)
     loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
-    dist.seed_draws(cfg.seed, world)
-    meter = Meter(tracker, total, plan.steps_per_epoch, config.track.every_steps, world.device)
+    if progress is None:
+        dist.seed_draws(cfg.seed, world)
+    meter = Meter(tracker, total, plan.steps_per_epoch, config.track.every_steps, world.device, progress)
     while (done := meter.result.steps) < total:
-        epoch = done // plan.steps_per_epoch
-        batches = feed(plan.indices(epoch), epoch)
-        for step in range(min(plan.steps_per_epoch, total - done)):
-            lr = lr_at(config.optim, done + step, total)
+        epoch, first = divmod(done, plan.steps_per_epoch)
+        batches = feed(plan.indices(epoch, first), epoch)
+        for step in range(first, min(plan.steps_per_epoch, first + total - done)):
+            lr = lr_at(config.optim, meter.result.steps, total)
             set_lr(optimizer, lr)
             count, micro_batches = plan.batch_size(step), plan.micro_batches(step)
             for i in range(micro_batches):
@@ -54,11 +59,12 @@ def train(
                     loss = loss_of(outputs.to(precision.dtype), targets) / count
                     backend.backward(loss)
                 meter.add(loss, count)
-            norm = backend.step(cfg.grad_clip, measure=meter.due(done + step + 1))
+            norm = backend.step(cfg.grad_clip, measure=meter.due(meter.result.steps + 1))
             meter.step(count, lr, norm)
-            if evaluation_due(cfg, done + step + 1, total, plan.steps_per_epoch):
+            if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
                 with meter.evaluating() as result:
                     result.update(evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision))
+            after_step(meter)
     return meter.finish()
 
 

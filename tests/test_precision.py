@@ -86,7 +86,7 @@ def types(cell: Config, world: World | None = None) -> dict[str, set[torch.dtype
         "state": {v.dtype for v in states if v.dim()},
         "gradients": gradients,
         "loss": {loss.dtype},
-        "saved": {v.dtype for v in backend.state().values()} or {precision.dtype},
+        "saved": {v.dtype for v in backend.weights().values()} or {precision.dtype},
     }
 
 

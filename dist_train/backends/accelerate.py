@@ -9,9 +9,23 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.backends.base import Backend, OptimizerFactory, compile_, to_cpu, update, whole_norm
+from dist_train.backends.base import (
+    Backend,
+    OptimizerFactory,
+    Reader,
+    SavedTensors,
+    compile_,
+    load_optimizer,
+    model_state,
+    optimizer_state,
+    settle_buckets,
+    to_cpu,
+    update,
+    whole_norm,
+)
 from dist_train.config import Config
 from dist_train.dist import World
+from dist_train.shards import Shards
 
 TYPES = {"cpu": DistributedType.MULTI_CPU, "cuda": DistributedType.MULTI_GPU}
 
@@ -46,6 +60,7 @@ class Accelerate(Backend):
         self.model = self.accelerator.prepare(model)
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.
         assert type(self.model) is DistributedDataParallel, f"accelerate: got {type(self.model)}, expected DDP"
+        settle_buckets(self.model)
         optimizer = optimizer_fn(model.parameters())
         self.optimizer = self.accelerator.prepare(optimizer)
         return self.model, optimizer
@@ -64,6 +79,14 @@ class Accelerate(Backend):
         weights = self.bare.parameters()
         return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.world.size)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         return to_cpu(self.bare.state_dict())
+
+    def state(self) -> dict[str, Shards]:
+        """See Backend."""
+        return model_state(self.bare) | optimizer_state(self.bare, self.optimizer.optimizer)
+
+    def load(self, saved: SavedTensors, read: Reader) -> None:
+        """See Backend."""
+        load_optimizer(self.bare, self.optimizer.optimizer, saved, read)

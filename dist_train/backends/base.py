@@ -3,18 +3,26 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
 from dist_train.precision import LossScale
+from dist_train.shards import Shards, shards_of
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 RECOMPILE_LIMIT = 128
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+SavedTensors = Mapping[str, "TensorStorageMetadata"]
+Reader = Callable[[Mapping[str, Shards]], None]
 
 
 class Backend(ABC):
@@ -54,8 +62,22 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def state(self) -> dict[str, torch.Tensor]:
-        """The weights by the model's own names, on the CPU, on rank 0; the other ranks may get none."""
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights by the model's own names, on the CPU, on rank 0; the other ranks may get none."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Shards]:
+        """What this rank holds of weights and optimizer state, not copied: `model.NAME` and `optim.NAME.KEY`, by the
+        model's own names and the optimizer's keys."""
+
+    @abstractmethod
+    def load(self, saved: SavedTensors, read: Reader) -> None:
+        """Makes the optimizer's state that was saved, and has it filled. The weights were loaded before `prepare`.
+
+        Args:
+            saved: every tensor of the checkpoint, by name.
+            read: fills the shards that it is given, by name.
+        """
 
 
 def whole_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -111,6 +133,69 @@ def update(
         optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def model_state(model: nn.Module) -> dict[str, Shards]:
+    """The part of Backend.state that is the model's: parameters and buffers."""
+    return {f"model.{name}": shards_of(value) for name, value in model.state_dict().items()}
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shards]:
+    """The part of Backend.state that is the optimizer's, where it holds the model's own parameters."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if value is not None:  # SGD without momentum
+                assert isinstance(value, torch.Tensor), f"optim.{name}.{key}: got {type(value)}, expected a tensor"
+                found[f"optim.{name}.{key}"] = shards_of(value)
+    return found
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors, read: Reader) -> None:
+    """Backend.load, where the optimizer holds the model's own parameters."""
+    parameters = dict(model.named_parameters())
+    state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
+    for name, key in optimizer_keys(saved, parameters):
+        entry, parameter = saved[f"optim.{name}.{key}"], parameters[name]
+        like = parameter.detach()  # a shard, if the parameter is one
+        same = tuple(entry.size) == tuple(like.shape) and like.dim() > 0
+        value = torch.zeros_like(like) if same else torch.zeros(entry.size)
+        state.setdefault(parameter, {})[key] = value.to(entry.properties.dtype)
+    read({f"optim.{n}.{k}": shards_of(state[parameters[n]][k]) for n, k in optimizer_keys(saved, parameters)})
+    groups = optimizer.state_dict()["param_groups"]
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    numbered = {i: state[p] for i, p in enumerate(order) if p in state}
+    optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # it knows what belongs on which device
+
+
+def optimizer_keys(saved: SavedTensors, parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, str]]:
+    """Parameter and key of every tensor of optimizer state in a checkpoint."""
+    found = []
+    for path in saved:
+        section, _, rest = path.partition(".")
+        name, _, key = rest.rpartition(".")
+        if section == "optim":
+            assert name in parameters, f"{path}: got no such parameter"  # the model was compared before
+            found.append((name, key))
+    return found
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Brings DDP's buckets into their final order before the first step. Collective.
+
+    DDP sorts gradients into other buckets after its first backward. Where a gradient lies decides in which order the
+    ranks' values are summed (from 4 ranks on), so a resumed run's first step would round otherwise than the same step
+    of a run that was not cut off. Here a backward without a model takes that first place, in the reverse order of the
+    parameters, which is about that of a real one.
+    """
+    inner = model.module.forward
+    parameters = [p for p in model.module.parameters() if p.requires_grad]
+    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse for m in model.modules()):
+        return  # its gradient would be dense here, and DDP expects what it was told
+    model.module.forward = lambda: torch.stack([p.sum() for p in parameters]).sum()
+    model().backward()
+    model.module.forward = inner
+    model.zero_grad()
 
 
 def compile_(module: nn.Module, config: CompileConfig) -> None:

@@ -6,7 +6,21 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dist_train.backends.base import Backend, OptimizerFactory, compile_, to_cpu, update, whole_norm
+from dist_train.backends.base import (
+    Backend,
+    OptimizerFactory,
+    Reader,
+    SavedTensors,
+    compile_,
+    load_optimizer,
+    model_state,
+    optimizer_state,
+    settle_buckets,
+    to_cpu,
+    update,
+    whole_norm,
+)
+from dist_train.shards import Shards
 
 
 class DDP(Backend):
@@ -20,6 +34,7 @@ class DDP(Backend):
         self.model = DistributedDataParallel(
             model, device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
         )
+        settle_buckets(self.model)
         self.optimizer = optimizer_fn(model.parameters())
         return self.model, self.optimizer
 
@@ -37,6 +52,14 @@ class DDP(Backend):
         weights = self.bare.parameters()
         return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.world.size)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         return to_cpu(self.bare.state_dict())
+
+    def state(self) -> dict[str, Shards]:
+        """See Backend."""
+        return model_state(self.bare) | optimizer_state(self.bare, self.optimizer)
+
+    def load(self, saved: SavedTensors, read: Reader) -> None:
+        """See Backend."""
+        load_optimizer(self.bare, self.optimizer, saved, read)

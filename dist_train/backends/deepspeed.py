@@ -5,16 +5,33 @@ import logging
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dist_train.backends.base import Backend, OptimizerFactory, blocks, clip, compile_, to_cpu, whole_norm
+from dist_train.backends.base import (
+    Backend,
+    OptimizerFactory,
+    Reader,
+    SavedTensors,
+    blocks,
+    clip,
+    compile_,
+    load_optimizer,
+    model_state,
+    optimizer_keys,
+    optimizer_state,
+    to_cpu,
+    whole_norm,
+)
 from dist_train.config import Config
 from dist_train.dist import World
+from dist_train.errors import ConfigError
 from dist_train.precision import Precision
+from dist_train.shards import Shards, shards_of, shards_of_range
 
 
 class DeepSpeed(Backend):
@@ -70,7 +87,7 @@ class DeepSpeed(Backend):
             raise FloatingPointError("the gradient is not finite: DeepSpeed leaves out such a step without a word")
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         if self.stage < 3:
             return to_cpu(self.bare.state_dict())
@@ -80,6 +97,104 @@ class DeepSpeed(Backend):
                 if self.world.is_main:
                     state[name] = value.detach().cpu().clone()
         return state
+
+    def state(self) -> dict[str, Shards]:
+        """See Backend."""
+        if self.stage == 0:
+            return model_state(self.bare) | optimizer_state(self.bare, self.optimizer)
+        fragments = self._fragments()
+        found = model_state(self.bare) if self.stage < 3 else self._sharded_weights(fragments)
+        for name, fragment in fragments.items():
+            for key, value in self.optimizer.state[fragment.flat].items():
+                whole = value.shape != fragment.flat.shape  # a count of steps
+                found[f"optim.{name}.{key}"] = shards_of(value) if whole else fragment.of(value)
+        return found
+
+    def load(self, saved: SavedTensors, read: Reader) -> None:
+        """See Backend."""
+        if self.stage == 0:
+            load_optimizer(self.bare, self.optimizer, saved, read)
+            return
+        fragments, shards = self._fragments(), {}
+        counts: dict[tuple[torch.Tensor, str], list[torch.Tensor]] = {}  # what ZeRO keeps once for all its parameters
+        for name, key in optimizer_keys(saved, dict(self.bare.named_parameters())):
+            fragment, path = fragments.get(name), f"optim.{name}.{key}"
+            if fragment is None:
+                continue  # on another rank
+            state = self.optimizer.state[fragment.flat]
+            if tuple(saved[path].size) == fragment.shape:
+                if state.setdefault(key, torch.zeros_like(fragment.flat)).shape != fragment.flat.shape:
+                    state[key] = torch.zeros_like(fragment.flat)
+                shards[path] = fragment.of(state[key])
+            else:
+                value = torch.zeros(saved[path].size, dtype=saved[path].properties.dtype)
+                counts.setdefault((fragment.flat, key), []).append(value)
+                shards[path] = shards_of(value)
+        read(shards)
+        group = self.optimizer.param_groups[0]
+        on_device = group.get("fused") or group.get("capturable")
+        for (flat, key), values in counts.items():
+            if any(not torch.equal(value, values[0]) for value in values):
+                raise ConfigError(
+                    f"checkpoint.resume: got a checkpoint whose parameters differ in their {key!r}, which ZeRO keeps "
+                    f"once for all; write --backend.name ddp or fsdp2, or --backend.zero_stage 0"
+                )
+            self.optimizer.state[flat][key] = values[0].to(flat.device) if on_device else values[0]
+
+    def _fragments(self) -> dict[str, "Fragment"]:
+        """What this rank holds of each parameter's optimizer state, at stages 1 to 3, by name."""
+        zero, found = self.engine.optimizer, {}
+        for name, parameter in self.bare.named_parameters():
+            if self.stage == 3:
+                group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
+                flat, start = zero.fp32_partitioned_groups_flat[group], self.world.rank * count
+                shape = tuple(parameter.ds_shape)
+                count = min(count, parameter.ds_numel - start)  # the last rank's part is padded
+            elif parameter._hp_mapping is None:
+                continue
+            else:
+                mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
+                flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+                start, offset = mapping.lp_fragment_address.start, mapping.hp_fragment_address.start
+                count = mapping.hp_fragment_address.numel
+            if count > 0:
+                found[name] = Fragment(shape, start, flat, offset, count)
+        return found
+
+    def _sharded_weights(self, fragments: dict[str, "Fragment"]) -> dict[str, Shards]:
+        """The weights of stage 3, of which parameters themselves hold nothing between steps."""
+        names = {parameter: name for name, parameter in self.bare.named_parameters()}
+        found = {}
+        for name, value in self.bare.state_dict(keep_vars=True).items():
+            if not isinstance(value, nn.Parameter):
+                found[f"model.{name}"] = shards_of(value)
+            elif names[value] in fragments:
+                fragment = fragments[names[value]]
+                found[f"model.{name}"] = fragment.of(fragment.flat)
+        return found
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A rank's part of a parameter in one of ZeRO's flat buffers.
+
+    Args:
+        shape: of the parameter.
+        start: its first element here, in the parameter's memory order.
+        flat: the buffer's weights; the optimizer's state is kept by this tensor.
+        offset: where the part begins in the buffer.
+        count: its elements.
+    """
+
+    shape: tuple[int, ...]
+    start: int
+    flat: torch.Tensor
+    offset: int
+    count: int
+
+    def of(self, buffer: torch.Tensor) -> Shards:
+        """The part in a buffer that lies as `flat` does."""
+        return shards_of_range(self.shape, self.start, buffer.detach().narrow(0, self.offset, self.count))
 
 
 def engine_config(config: Config, weights: int, device: torch.device) -> dict[str, Any]:

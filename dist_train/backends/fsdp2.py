@@ -9,7 +9,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 
 from dist_train import dist
-from dist_train.backends.base import Backend, OptimizerFactory, blocks, compile_, update
+from dist_train.backends.base import (
+    Backend,
+    OptimizerFactory,
+    Reader,
+    SavedTensors,
+    blocks,
+    compile_,
+    load_optimizer,
+    model_state,
+    optimizer_state,
+    update,
+)
+from dist_train.shards import Shards
 
 
 class FSDP2(Backend):
@@ -52,12 +64,20 @@ class FSDP2(Backend):
         """See Backend."""
         return update(self.optimizer, self.model.parameters(), self._norm, max_norm, measure, self.scale)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         # Here, as its many modules would be imported before the first step.
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def state(self) -> dict[str, Shards]:
+        """See Backend."""
+        return model_state(self.model) | optimizer_state(self.model, self.optimizer)
+
+    def load(self, saved: SavedTensors, read: Reader) -> None:
+        """See Backend."""
+        load_optimizer(self.model, self.optimizer, saved, read)
 
     def _norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         """The norm of gradients of which each rank holds a part, on the device. Collective."""

@@ -5,7 +5,20 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from dist_train.backends.base import Backend, OptimizerFactory, compile_, to_cpu, update, whole_norm
+from dist_train.backends.base import (
+    Backend,
+    OptimizerFactory,
+    Reader,
+    SavedTensors,
+    compile_,
+    load_optimizer,
+    model_state,
+    optimizer_state,
+    to_cpu,
+    update,
+    whole_norm,
+)
+from dist_train.shards import Shards
 
 
 class Single(Backend):
@@ -29,6 +42,14 @@ class Single(Backend):
         """See Backend."""
         return update(self.optimizer, self.model.parameters(), whole_norm, max_norm, measure, self.scale)
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
         return to_cpu(self.model.state_dict())
+
+    def state(self) -> dict[str, Shards]:
+        """See Backend."""
+        return model_state(self.model) | optimizer_state(self.model, self.optimizer)
+
+    def load(self, saved: SavedTensors, read: Reader) -> None:
+        """See Backend."""
+        load_optimizer(self.model, self.optimizer, saved, read)

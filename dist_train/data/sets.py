@@ -1,5 +1,6 @@
 """What a data set is to the rest of the package: two splits, class names, the shape of a sample."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +33,12 @@ class FromFiles:
     Args:
         dataset: map-style; item i is (tensor of input_shape, class number or float vector [classes]). The tensor is
             float, or uint8 pixels that are then divided by 255. Its __getitem__ may raise ConfigError for a bad sample.
+        identity: text that changes when the samples do, such as a hash over their names and classes. A checkpoint holds
+            it, so that a run does not go on with other data.
     """
 
     dataset: Dataset[tuple[torch.Tensor, Any]]
+    identity: str = ""
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
@@ -62,6 +66,18 @@ class Data:
     classes: tuple[str, ...]
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+
+    def fingerprint(self) -> str:
+        """A hash over what the data set holds: of data in memory all of it, of data in files what `FromFiles` says."""
+        digest = hashlib.sha256(repr((tuple(self.input_shape), tuple(self.classes), self.mean, self.std)).encode())
+        for split in (self.train, self.test):
+            digest.update(str(len(split)).encode())
+            if isinstance(split, InMemory):
+                digest.update(split.images.contiguous().numpy())
+                digest.update(split.labels.contiguous().numpy())
+            else:
+                digest.update(split.identity.encode())
+        return digest.hexdigest()
 
     def __post_init__(self) -> None:
         """What would otherwise show as wrong numbers, or as an error far from its cause."""

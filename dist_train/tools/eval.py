@@ -23,16 +23,16 @@ def run(argv: list[str], launcher: Launcher) -> int:
     config = load(["--config", str(folder / "config.yaml"), *argv])
     check(config, launcher, writes=False)
 
-    from dist_train import assemble, backends, checkpoint, dist, optim
+    from dist_train import assemble, backends, dist, optim, weights
     from dist_train.losses import loss_fn
     from dist_train.train import evaluate
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device)
-    weights = checkpoint.load_weights(Path(folder))
+    state = weights.load_weights(Path(folder))
     try:
-        parts.model.load_state_dict(weights)
+        parts.model.load_state_dict(state)
     except RuntimeError as error:
         raise ConfigError(
             f"model: got another model than the one in {folder}: {' '.join(str(error).split())}"

@@ -64,7 +64,7 @@ class Recorder:
     def __init__(self) -> None:
         self.steps: list[Metrics] = []
 
-    def log(self, metrics: Metrics, line: str) -> None:
+    def log(self, metrics: Metrics, line: str | None) -> None:
         """See meter.Sink."""
         if "train/loss" in metrics:
             self.steps.append(metrics)
@@ -87,11 +87,11 @@ def measured(config: Config, world: World) -> tuple[Trajectory, Result]:
     backend = backends.create(config, world)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
     recorder = Recorder()
-    result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder)
+    result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None)
     run = Trajectory(
         [m["train/loss"] for m in recorder.steps],
         [m["train/grad_norm"] for m in recorder.steps],
-        {name: value.double().numpy() for name, value in backend.state().items()},
+        {name: value.double().numpy() for name, value in backend.weights().items()},
         result.evaluation,
         _rate(config, result.step_ms),
     )

@@ -1,0 +1,12 @@
+"""Differences from a checkpoint that checkpoint.allow may name."""
+
+# Config paths that change what is computed, and may be changed at a resume by one who says so.
+BY_NAME = (
+    *("train.seed", "train.loss", "train.label_smoothing", "train.grad_clip", "train.precision"),
+    *("data.normalize", "data.one_hot", "model.name", "model.activation", "model.dropout", "model.args"),
+    *("optim.lr", "optim.weight_decay", "optim.momentum", "optim.args"),
+    *("optim.schedule", "optim.warmup_steps", "optim.lr_final", "optim.step_size", "optim.gamma"),
+)
+# The same, where the schedule runs over the whole of the training.
+LENGTH = ("train.epochs", "train.max_steps")
+ALLOWED = ("data", *BY_NAME, *LENGTH)

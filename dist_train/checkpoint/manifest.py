@@ -1,0 +1,218 @@
+"""What a checkpoint says of itself, in `manifest.json`: read and checked without torch.
+
+RUN/checkpoints/step-00000100/     absent, or whole: it gets this name by one rename
+    manifest.json                  this file: what was saved, with size and SHA-256 of every other file
+    .metadata  __0_0.distcp  ...   the tensors, as torch.distributed.checkpoint stores them
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import ConfigError
+
+SCHEMA = 1
+NAME = "manifest.json"
+FOLDER = "checkpoints"
+_STEP = re.compile(r"step-\d{8,}(\.\d+)?")
+_BLOCK = 1 << 20
+
+
+class Damaged(ConfigError):
+    """A checkpoint that cannot be used, and what is wrong with it.
+
+    Args:
+        folder: of the checkpoint.
+        problem: what is wrong.
+    """
+
+    def __init__(self, folder: Path, problem: str):
+        super().__init__(f"{folder}: {problem}")
+        self.folder, self.problem = folder, problem
+
+    def __reduce__(self) -> tuple:  # it travels between ranks
+        return Damaged, (self.folder, self.problem)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file as it was written: bytes, and their SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data set: samples of its splits, and a hash over its content."""
+
+    train: int
+    test: int
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Shape and type of a tensor of the model."""
+
+    shape: list[int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The scale of a float16 loss; see precision.LossScale."""
+
+    factor: float
+    finite_steps: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A checkpoint.
+
+    Args:
+        schema: version of this form.
+        sequence: counts the checkpoints of a run folder. The newest has the largest, whatever the clock says.
+        step: optimizer steps done.
+        epoch: whole passes over the data.
+        step_in_epoch: steps of the pass that is not over. With `seed` and `epoch` it decides what comes next.
+        seed: train.seed.
+        data: the data set.
+        global_batch_size: samples of a step over all ranks.
+        backend: who wrote it, with DeepSpeed's stage.
+        world_size: on how many ranks.
+        model: tensors of the model by name; buffers among them.
+        progress: the meter's state.
+        evaluation: metrics of the model as it is here; empty if it was not evaluated at this step.
+        loss_scale: of float16.
+        config: the run's whole config.
+        versions: of Python and the libraries.
+        saved_at: the time by rank 0's clock, for people.
+        files: every other file in the folder.
+    """
+
+    schema: int
+    sequence: int
+    step: int
+    epoch: int
+    step_in_epoch: int
+    seed: int
+    data: DataFacts
+    global_batch_size: int
+    backend: str
+    world_size: int
+    model: dict[str, Tensor]
+    progress: dict[str, float]
+    evaluation: dict[str, float]
+    loss_scale: Scale | None
+    config: dict[str, dict[str, Any]]
+    versions: dict[str, str]
+    saved_at: str
+    files: dict[str, File]
+
+    def bytes(self) -> int:
+        """Of all files but this one."""
+        return sum(file.size for file in self.files.values())
+
+
+def dumps(manifest: Manifest) -> str:
+    """The text of manifest.json, with a hash over itself: a flipped bit may leave it valid JSON."""
+    tree = dataclasses.asdict(manifest)
+    return json.dumps(tree | {"sha256": _digest(tree)}, indent=1) + "\n"
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises Damaged, also where there is none."""
+    path = folder / NAME
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        digest = tree.pop("sha256")
+    except FileNotFoundError:
+        raise Damaged(folder, f"{NAME} is missing") from None
+    except OSError as error:
+        raise Damaged(folder, f"{NAME} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Damaged(folder, f"{NAME} is not whole") from None
+    if tree.get("schema") != SCHEMA:
+        raise Damaged(folder, f"got schema {tree.get('schema')!r}, expected {SCHEMA}, the one that this version knows")
+    if digest != _digest(tree):
+        raise Damaged(folder, f"the content of {NAME} does not fit its hash")
+    try:
+        return _fitting(tree, Manifest)
+    except (TypeError, KeyError) as error:
+        raise Damaged(folder, f"{NAME} is not a manifest: {error}") from None
+
+
+def _digest(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def _fitting(value: Any, hint: Any) -> Any:
+    """The value as the type that the hint says. Raises TypeError or KeyError."""
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        if not isinstance(value, dict) or value.keys() != hints.keys():
+            raise TypeError(f"got other keys than {', '.join(hints)}")
+        return hint(**{name: _fitting(value[name], kind) for name, kind in hints.items()})
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is types.UnionType:
+        return None if value is None else _fitting(value, args[0])
+    if kind is float and type(value) is int:
+        return value  # a count stays one
+    if type(value) is not kind:
+        raise TypeError(f"got {str(value)[:40]!r}, expected {kind.__name__}")
+    if kind is dict:
+        return {name: _fitting(item, args[1]) for name, item in value.items()}
+    return [_fitting(item, args[0]) for item in value] if kind is list else value
+
+
+def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compares files of a checkpoint with its manifest: there, of the right size, of the right hash. Raises Damaged."""
+    for name in names:
+        expected = manifest.files[name]
+        if Path(name).name != name:
+            raise Damaged(folder, f"got the file {name!r}, expected one in it")
+        try:
+            with (folder / name).open("rb") as file:
+                got = file.seek(0, 2)
+                if got != expected.size:
+                    raise Damaged(folder, f"got {got} bytes in {name}, expected {expected.size}")
+                file.seek(0)
+                digest = hashlib.sha256()
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        except FileNotFoundError:
+            raise Damaged(folder, f"{name} is missing") from None
+        except OSError as error:
+            raise Damaged(folder, f"{name} cannot be read: {error.strerror}") from None
+        if digest.hexdigest() != expected.sha256:
+            raise Damaged(folder, f"the content of {name} does not fit its hash")
+
+
+def folders(run: Path) -> list[Path]:
+    """The checkpoints of a run folder, damaged ones among them, in no order that means anything."""
+    try:
+        return sorted(path for path in (run / FOLDER).iterdir() if _STEP.fullmatch(path.name))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def listed(place: Path) -> tuple[list[tuple[Path, Manifest]], list[Damaged]]:
+    """The checkpoints of a run folder, or the one that `place` is: newest first, and what is wrong with the others."""
+    found, damaged = [], []
+    for folder in [place] if (place / NAME).exists() or _STEP.fullmatch(place.name) else folders(place):
+        try:
+            found.append((folder, read(folder)))
+        except Damaged as error:
+            damaged.append(error)
+    return sorted(found, key=lambda pair: pair[1].sequence, reverse=True), damaged

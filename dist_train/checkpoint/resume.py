@@ -1,0 +1,164 @@
+"""Resuming: which checkpoint, whether it fits this run, and loading it."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dist_train import dist
+from dist_train.backends.base import Backend
+from dist_train.checkpoint import manifest, randomness, storage
+from dist_train.checkpoint.allowed import BY_NAME, LENGTH
+from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Tensor
+from dist_train.checkpoint.save import Facts
+from dist_train.config import Config, to_tree
+from dist_train.data.sets import Data
+from dist_train.dist import World
+from dist_train.errors import ConfigError
+from dist_train.shards import shards_of
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint that a run goes on from."""
+
+    folder: Path
+    manifest: Manifest
+
+    def describe(self) -> str:
+        """A line for people."""
+        m = self.manifest
+        ranks = f"{m.world_size} rank{'s' if m.world_size > 1 else ''}"
+        return f"resumed from {self.folder}: step {m.step}, written by {m.backend} on {ranks}"
+
+
+def facts_of(model: nn.Module, data: Data) -> Facts:
+    """What a checkpoint of this model and data must fit."""
+    tensors = {
+        name: Tensor(list(value.shape), str(value.dtype).removeprefix("torch."))
+        for name, value in model.state_dict().items()
+    }
+    return Facts(tensors, DataFacts(len(data.train), len(data.test), data.fingerprint()))
+
+
+def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
+    """The newest whole checkpoint of a run folder, or the one that `place` is, read by all ranks. Collective.
+
+    Returns:
+        It, None if there is none at all, and what is wrong with those that were passed over.
+
+    Raises:
+        ConfigError: there are some, and all are damaged.
+    """
+    found, damaged = dist.on_main(functools.partial(manifest.listed, place))
+    for folder, what in found:
+        mine = sorted(what.files)[world.rank :: world.size]
+        error: Damaged | None = None
+        try:
+            manifest.verify(folder, what, mine)
+            storage.tensors(folder)
+        except Damaged as caught:
+            error = caught
+        errors = [e for e in dist.gather(error) if e is not None]
+        if not errors:
+            return Found(folder, what), damaged
+        damaged.append(errors[0])
+    if damaged:
+        raise ConfigError(
+            *(f"checkpoint: {line}" for error in damaged for line in error.lines),
+            f"checkpoint.resume: got {place}, whose checkpoints are all damaged, as the lines above say, expected a "
+            f"whole one; to start anew, give another --run.dir",
+        )
+    return None, []
+
+
+def find(config: Config, world: World, folder: Path, facts: Facts) -> tuple[Found | None, list[Damaged]]:
+    """What `checkpoint.resume` asks for, if it fits this run; see `choose`. Raises ConfigError. Collective."""
+    asked = config.checkpoint.resume
+    if asked == "never":
+        return None, []
+    found, damaged = choose(folder if asked == "auto" else Path(asked), world)
+    lines = differences(found, config, facts) if found else []
+    if lines:
+        raise ConfigError(*lines)
+    return found, damaged
+
+
+def differences(found: Found, config: Config, facts: Facts) -> list[str]:
+    """A line for everything in which the checkpoint is of another run; empty if this run may go on from it."""
+    return [*_never(found, config, facts), *_unless_allowed(found, config, facts)]
+
+
+def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
+    m, there, new = found.manifest, found.folder, "for a new run from its weights, write --model.init_from"
+    saved = {name: tensor.shape for name, tensor in m.model.items()}
+    mine = {name: tensor.shape for name, tensor in facts.model.items()}
+    for name in [*mine, *(n for n in saved if n not in mine)]:
+        if saved.get(name) != mine.get(name):
+            got, expected = (shapes.get(name, "nothing") for shapes in (mine, saved))
+            yield f"model: got {name} {got}, expected {expected} as in {there}; {new} {there}"
+    for path, got, expected in (
+        ("data: training samples", facts.data.train, m.data.train),
+        ("train.global_batch_size", config.train.global_batch_size, m.global_batch_size),
+        ("train.drop_last", config.train.drop_last, m.config["train"]["drop_last"]),
+        ("optim.name", config.optim.name, m.config["optim"]["name"]),
+    ):
+        if got != expected:
+            yield f"{path}: got {got}, expected {expected} as in {there}; {new} {there}"
+
+
+def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]:
+    saved, mine, allow = found.manifest.config, to_tree(config), config.checkpoint.allow
+    paths = BY_NAME if config.optim.schedule in ("constant", "step") else BY_NAME + LENGTH
+    pairs: list[tuple[str, Any, Any]] = [
+        (path, mine[path.split(".")[0]][path.split(".")[1]], saved[path.split(".")[0]].get(path.split(".")[1]))
+        for path in paths
+    ]
+    pairs.append(("data", facts.data.fingerprint, found.manifest.data.fingerprint))
+    for path, got, expected in pairs:
+        if got != expected and path not in allow:
+            yield (
+                f"{path}: got {got}, expected {expected} as in {found.folder}; to go on with the change, write "
+                f"--checkpoint.allow '{[*allow, path]}'".replace("['", "[")
+                .replace("']", "]")
+                .replace("', '", ", ")
+            )
+
+
+def load_model(found: Found, model: nn.Module) -> None:
+    """Fills the weights of a model that no backend has prepared."""
+    read_weights(found.folder, model.state_dict())
+
+
+def read_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """Fills tensors from a checkpoint, by the model's names. Raises Damaged."""
+    storage.read(folder, {f"model.{name}": shards_of(value) for name, value in weights.items()})
+
+
+def load_state(found: Found, backend: Backend, world: World, seed: int) -> Mapping[str, float]:
+    """Fills the optimizer's state and the random generators. Collective.
+
+    Returns:
+        What the meter goes on from.
+    """
+    what, saved = found.manifest, storage.tensors(found.folder)
+    read: Callable[..., None] = functools.partial(storage.read, found.folder)
+    backend.load(saved, read)
+    if backend.scale and what.loss_scale:
+        backend.scale.factor, backend.scale.finite_steps = what.loss_scale.factor, what.loss_scale.finite_steps
+    prefix = f"random.{world.rank}."
+    mine = {
+        path: torch.zeros(saved[path].size, dtype=saved[path].properties.dtype)
+        for path in saved
+        if path.startswith(prefix)
+    }
+    if what.world_size == world.size and mine:
+        read({path: shards_of(value) for path, value in mine.items()})
+        randomness.restore({path.removeprefix(prefix): value for path, value in mine.items()}, world.device)
+    else:
+        dist.seed_draws(seed, world, what.step)
+    return what.progress

@@ -1,0 +1,255 @@
+"""Saving: when, whole or not at all, and what stays.
+
+checkpoints/.writing-step-00000100    every rank writes its file and syncs it
+checkpoints/.writing-.../manifest.json  rank 0, when all have: sizes and hashes
+checkpoints/step-00000100             one rename by rank 0, synced: from here on it exists
+checkpoints/.removing-step-00000050   then an older one goes, also by a rename first
+"""
+
+import contextlib
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import torch.distributed as torch_dist
+
+from dist_train import dist
+from dist_train.backends import chosen
+from dist_train.backends.base import Backend
+from dist_train.checkpoint import manifest, randomness, storage
+from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Scale, Tensor
+from dist_train.config import CheckpointConfig, Config, to_tree
+from dist_train.dist import World
+from dist_train.errors import OtherRankError
+from dist_train.meter import Meter
+from dist_train.shards import Shards, shards_of
+from dist_train.versions import versions
+
+# Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.
+TOGETHER_S = 20.0
+WRITING, REMOVING = ".writing-", ".removing-"
+BEST = {"eval/accuracy": max, "eval/loss": min}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a checkpoint must fit: shapes of the model's tensors, and the data."""
+
+    model: dict[str, Tensor]
+    data: DataFacts
+
+
+class Checkpoints:
+    """The checkpoints of a run that trains. All methods are collective.
+
+    Args:
+        config: of the run.
+        world: this rank's place.
+        folder: of the run, the same on all ranks.
+        facts: of the run.
+        backend: has prepared the model.
+        damaged: checkpoints in the folder that were found damaged, to be removed when a newer one stands.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        folder: Path,
+        facts: Facts,
+        backend: Backend,
+        damaged: Sequence[Damaged] = (),
+    ):
+        self.config, self.world, self.facts, self.backend = config, world, facts, backend
+        self.folder, self.damaged = folder / manifest.FOLDER, {error.folder for error in damaged}
+        self.stalls_s: list[float] = []
+        self.saved_at = time.monotonic()
+        self.saved_step: int | None = None
+        self.pending: Future[None] | None = None
+        cfg = config.checkpoint
+        self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
+        # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
+        joined = saves(cfg) and torch_dist.is_initialized()
+        self.group = torch_dist.new_group(backend="gloo") if joined else None
+
+    def after_step(self, meter: Meter) -> None:
+        """Saves if the config says so. Raises what went wrong in the background since the last call."""
+        cfg, step = self.config.checkpoint, meter.result.steps
+        if self.pending is not None and self.pending.done():
+            self._wait()
+        if cfg.every_s is not None and self.world.is_main:
+            meter.requests.asked["save"] = time.monotonic() - self.saved_at >= cfg.every_s
+        every_epochs = cfg.every_epochs and cfg.every_epochs * meter.steps_per_epoch
+        due = any(every and step % every == 0 for every in (cfg.every_steps, every_epochs))
+        if due or meter.requests.agreed["save"] or (saves(cfg) and step == meter.total_steps):
+            self.save(meter)
+
+    def save(self, meter: Meter) -> None:
+        """Saves the run as it is after the last step. Raises RuntimeError at once where not all ranks call it."""
+        if meter.result.steps == self.saved_step:
+            return
+        with meter.away():
+            start = time.perf_counter()
+            self._wait()
+            self._meet()
+            state = self.backend.state() | {
+                f"random.{self.world.rank}.{name}": shards_of(value)
+                for name, value in randomness.state(self.world.device).items()
+            }
+            what = self._manifest(meter)
+            if self.thread is None:
+                self._write(state, what)
+            else:
+                copy = {name: shards.copy() for name, shards in state.items()}
+                self.pending = self.thread.submit(self._write, copy, what)
+            self.stalls_s.append(time.perf_counter() - start)
+        self.saved_at, self.saved_step = time.monotonic(), meter.result.steps
+        meter.requests.asked["save"] = meter.requests.agreed["save"] = False
+        meter.event({"checkpoint/stall_s": self.stalls_s[-1]})
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._wait()
+        if self.group is not None:
+            torch_dist.destroy_process_group(self.group)
+
+    def _wait(self) -> None:
+        pending, self.pending = self.pending, None
+        if pending is not None:
+            pending.result()
+
+    def _meet(self) -> None:
+        if self.group is None:
+            return
+        try:
+            torch_dist.monitored_barrier(self.group, timedelta(seconds=TOGETHER_S), wait_all_ranks=True)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"save() is called by every rank, or by none; rank {self.world.rank} waited {TOGETHER_S:.0f} s for "
+                f"others: {error}"
+            ) from error
+
+    def _manifest(self, meter: Meter) -> Manifest:
+        step, scale, stage = meter.result.steps, self.backend.scale, self.config.backend.zero_stage
+        backend = chosen(self.config.backend.name, self.world.launcher)
+        epoch, within = divmod(step, meter.steps_per_epoch)
+        return Manifest(
+            schema=manifest.SCHEMA,
+            sequence=0,
+            step=step,
+            epoch=epoch,
+            step_in_epoch=within,
+            seed=self.config.train.seed,
+            data=self.facts.data,
+            global_batch_size=self.config.train.global_batch_size,
+            backend=f"{backend}:{stage or 0}" if backend == "deepspeed" else backend,
+            world_size=self.world.size,
+            model=self.facts.model,
+            progress=meter.progress(),
+            evaluation=meter.result.evaluation if meter.evaluated_step == step else {},
+            loss_scale=Scale(scale.factor, scale.finite_steps) if scale else None,
+            config=to_tree(self.config),
+            versions=versions(),
+            saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            files={},
+        )
+
+    def _write(self, state: dict[str, Shards], what: Manifest) -> None:
+        """Writes and commits. In the background too, where it is the only user of the group."""
+        name = f"step-{what.step:08d}"
+        beside = self.folder / f"{WRITING}{name}"
+        with self._failing_together(beside):
+            files = storage.write(beside, state, self.group)
+        with self._failing_together(beside):
+            every = dist.gather(files, self.group)
+            if self.world.is_main:
+                self._commit(beside, name, replace(what, files=dict(itertools.chain(*(f.items() for f in every)))))
+
+    @contextlib.contextmanager
+    def _failing_together(self, beside: Path) -> Iterator[None]:
+        """What fails on one rank fails on all, and what was written is removed."""
+        error: BaseException | None = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        own = isinstance(error, OSError)
+        failed = [rank for rank, bad in enumerate(dist.gather(own, self.group)) if bad]
+        if error is None and not failed:
+            return
+        if self.world.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+        if own or not failed:
+            raise SaveError(f"{beside}: cannot be written, earlier checkpoints stand: {error}") from error
+        raise OtherRankError(f"rank {failed[0]} could not write {beside}")
+
+    def _commit(self, beside: Path, name: str, what: Manifest) -> None:
+        """Gives the checkpoint its name, then removes those that the config does not keep. On rank 0."""
+        older, _ = manifest.listed(self.folder.parent)
+        what = replace(what, sequence=1 + max((m.sequence for _, m in older), default=0))
+        with (beside / manifest.NAME).open("x", encoding="utf-8") as file:
+            file.write(manifest.dumps(what))
+            file.flush()
+            os.fsync(file.fileno())
+        sync_folder(beside)
+        # A damaged one of the same step may stand there, or one of a run that was resumed from before it.
+        target = next(t for t in _names(self.folder / name) if not t.exists())
+        beside.rename(target)
+        sync_folder(self.folder)
+        keep = self._kept([(target, what), *older])
+        for folder in [*(f for f, _ in older), *self.damaged]:
+            if folder not in keep and folder.exists():
+                gone = folder.with_name(f"{REMOVING}{folder.name}")
+                folder.rename(gone)
+                shutil.rmtree(gone)
+
+    def _kept(self, newest_first: list[tuple[Path, Manifest]]) -> set[Path]:
+        cfg = self.config.checkpoint
+        whole = [(folder, m) for folder, m in newest_first if folder not in self.damaged]
+        keep = {folder for folder, _ in whole[: cfg.keep_last]}
+        rated = [(folder, m.evaluation[cfg.best_metric]) for folder, m in whole if cfg.best_metric in m.evaluation]
+        rated.sort(key=lambda pair: pair[1], reverse=BEST[cfg.best_metric] is max)  # stable: of equals the newer stays
+        return keep | {folder for folder, _ in rated[: cfg.keep_best]}
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written."""
+
+
+def saves(cfg: CheckpointConfig) -> bool:
+    """Whether a run saves checkpoints."""
+    return any(every is not None for every in (cfg.every_steps, cfg.every_epochs, cfg.every_s))
+
+
+def best(found: list[tuple[Path, Manifest]], metric: str) -> tuple[Path, Manifest] | None:
+    """The checkpoint with the best metric, the newest of equals; None if none was evaluated."""
+    rated = [pair for pair in found if metric in pair[1].evaluation]
+    return BEST[metric](rated, key=lambda pair: pair[1].evaluation[metric]) if rated else None
+
+
+def clean(run: Path) -> None:
+    """Removes what a killed run left half-written or half-removed. By the holder of the run's lock."""
+    folder = run / manifest.FOLDER
+    for path in [*folder.glob(f"{WRITING}*"), *folder.glob(f"{REMOVING}*")]:
+        shutil.rmtree(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes names in a folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _names(path: Path) -> Iterator[Path]:
+    yield path
+    for i in itertools.count(2):
+        yield path.with_name(f"{path.name}.{i}")

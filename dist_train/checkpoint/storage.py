@@ -1,0 +1,231 @@
+"""Shards to files and back, through torch.distributed.checkpoint (DCP) and in its format.
+
+Other tools that read DCP read these files. What DCP leaves open is closed here: every byte is hashed on its way out,
+and on the way in nothing is unpickled but what a list allows.
+"""
+
+import hashlib
+import io
+import os
+import pickle
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from dist_train.checkpoint.manifest import Damaged, File
+from dist_train.shards import Box, Shards
+
+METADATA = ".metadata"
+
+
+def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGroup | None) -> dict[str, File]:
+    """Writes what this rank holds; a box that several ranks hold is written by one of them. Collective in `group`.
+
+    Returns:
+        Size and hash of the files that this rank wrote, by name. They are synced, the folder is not.
+
+    Raises:
+        OSError: a file could not be written here.
+        CheckpointException: it could not be written on another rank.
+    """
+    writer = _Writer(folder)
+    try:
+        with _quiet():
+            dcp.save(
+                dict(state), storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None
+            )
+    except BaseException as error:
+        # torch.save hides the cause: it goes on to say that its file ends in the wrong place.
+        if writer.files.error is not None:
+            raise writer.files.error from error
+        raise
+    return {path.name.removesuffix(".tmp"): file for path, file in writer.files.written.items()}
+
+
+def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Shape and type of every tensor in a checkpoint, by name. Raises Damaged."""
+    return _Reader(folder).read_metadata().state_dict_metadata
+
+
+def read(folder: Path, state: Mapping[str, Shards]) -> None:
+    """Fills the boxes of this rank, whatever the ranks that wrote them held. Not collective. Raises Damaged."""
+    reader = _Reader(folder)
+    try:
+        with _quiet():
+            dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
+    except Exception as error:  # DCP wraps what was raised, and torch.load has no error of its own
+        raise Damaged(folder, f"cannot be read: {_root(error)}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's warning that a process alone is alone."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
+
+
+def _root(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    inner = next(iter(failures.values()))[0] if failures else error
+    return (str(inner).splitlines() or [type(inner).__name__])[0]
+
+
+class _SavePlanner(DefaultSavePlanner):
+    """Plans for Shards where DCP's own knows tensors."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def create_local_plan(self) -> SavePlan:
+        items = [_item(name, shards, box) for name, shards in self.state_dict.items() for box in shards.boxes]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return _box(self.state_dict[index.fqn], index)
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+
+    def set_up_planner(self, state_dict: Any, metadata: Metadata | None = None, is_coordinator: bool = False) -> None:
+        self.state_dict, self.metadata, self.is_coordinator = state_dict, metadata, is_coordinator
+
+    def create_local_plan(self) -> LoadPlan:
+        items = []
+        for name, shards in self.state_dict.items():
+            if not shards.boxes:
+                continue  # this rank holds nothing of it
+            saved = self.metadata.state_dict_metadata[name]
+            assert tuple(saved.size) == shards.shape, f"{name}: got {shards.shape}, expected {tuple(saved.size)}"
+            items += create_read_items_for_chunk_list(name, saved, [_chunk(box) for box in shards.boxes])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
+        return _box(self.state_dict[index.fqn], index)
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    at, part = box
+    return ChunkStorageMetadata(torch.Size(at), part.size())
+
+
+def _item(name: str, shards: Shards, box: Box) -> WriteItem:
+    at, part = box
+    properties = TensorProperties(dtype=part.dtype)  # the rest of them says how the tensor lay in memory
+    data = TensorWriteData(_chunk(box), properties, torch.Size(shards.shape))
+    return WriteItem(MetadataIndex(name, torch.Size(at)), WriteItemType.SHARD, tensor_data=data)
+
+
+def _box(shards: Shards, index: MetadataIndex) -> torch.Tensor:
+    return next(part for at, part in shards.boxes if at == tuple(index.offset))
+
+
+class _Hashed(io.FileIO):
+    """A new file whose bytes are hashed as they are written."""
+
+    def __init__(self, path: Path):
+        super().__init__(path, "xb")
+        self.hash, self.size = hashlib.sha256(), 0
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            count = super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.hash.update(memoryview(data).cast("B")[:count])
+        self.size += count
+        return count
+
+
+class _HashedFiles(FileSystem):
+    """Files as DCP's writer opens them."""
+
+    def __init__(self) -> None:
+        self.written: dict[Path, File] = {}
+        self.error: OSError | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        assert mode == "wb"
+        try:
+            raw = _Hashed(Path(path))
+            with io.BufferedWriter(raw) as stream:
+                yield stream
+        except BaseException as error:
+            self.error = error if isinstance(error, OSError) else raw.error
+            raise
+        self.written[Path(path)] = File(raw.size, raw.hash.hexdigest())
+
+
+class _Writer(FileSystemWriter):
+    """One file a rank, and the metadata by rank 0, all synced."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.fs = self.files = _HashedFiles()
+
+    def storage_meta(self) -> None:
+        """Nothing: DCP's holds the folder's path as an object."""
+        return
+
+
+class _Reader(FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        try:
+            with (Path(self.path) / METADATA).open("rb") as file:
+                metadata = _Metadata(file).load()
+            _check(metadata)
+        except Exception as error:  # a damaged pickle raises anything
+            raise Damaged(Path(self.path), f"{METADATA}: {error}") from error
+        return metadata
+
+
+class _Metadata(pickle.Unpickler):
+    """The classes of DCP's metadata, and nothing else: a pickle may name any function, and have it called."""
+
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            *("ChunkStorageMetadata", "Metadata", "MetadataIndex", "TensorProperties", "TensorStorageMetadata"),
+            "_MEM_FORMAT_ENCODING",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in self.ALLOWED.get(module, ()):
+            raise pickle.UnpicklingError(f"names {module}.{name}, which no checkpoint holds")
+        return super().find_class(module, name)
+
+
+def _check(metadata: Metadata) -> None:
+    """What the reader relies on: DCP unpickles freely what is not marked as a tensor, and follows any path."""
+    for name, value in metadata.state_dict_metadata.items():
+        if not isinstance(value, TensorStorageMetadata):
+            raise ValueError(f"{name} is not a tensor")
+    for info in metadata.storage_data.values():
+        if Path(info.relative_path).name != info.relative_path or info.transform_descriptors:
+            raise ValueError(f"names the file {info.relative_path!r}, expected one beside it and as it is")

@@ -1,0 +1,114 @@
+"""The folder of a run: one run at a time writes in it, and all ranks see it."""
+
+import contextlib
+import fcntl
+import itertools
+import os
+import platform
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from dist_train import dist
+from dist_train.check import LOCK, run_folder
+from dist_train.checkpoint import manifest
+from dist_train.checkpoint.save import clean, saves
+from dist_train.config import Config, dump
+from dist_train.dist import World
+from dist_train.errors import ConfigError
+
+# A killed run's process may take this long to be gone.
+LOCK_WAIT_S = 5.0
+# A network file system may show a new file this much later on another node.
+SEEN_WITHIN_S = 10.0
+
+
+@contextlib.contextmanager
+def opened(config: Config, world: World) -> Iterator[Path]:
+    """The run's folder, made and locked by rank 0, with the config in it. Collective. Raises ConfigError."""
+    locks: list[IO[str]] = []
+    folder = dist.on_main(lambda: _open(config, locks))
+    if saves(config.checkpoint) and world.size > 1:
+        _check_shared(folder, world)
+    try:
+        yield folder
+    finally:
+        for lock in locks:
+            lock.close()
+
+
+def _open(config: Config, locks: list[IO[str]]) -> Path:
+    folder = run_folder(config)
+    if folder is None:
+        folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+    folder.mkdir(parents=True, exist_ok=True)
+    locks.append(_lock(folder))
+    if (folder / "metrics.jsonl").exists() and not manifest.folders(folder):
+        print(f"{folder} holds a run that did not finish; it starts anew", flush=True)
+    clean(folder)
+    write(folder / "config.yaml", dump(config))
+    return folder
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Held until the process ends, however it ends."""
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                file.seek(0)
+                raise ConfigError(
+                    f"run.dir: got {folder}, in which another run writes ({file.read().strip()}), expected a folder of "
+                    f"its own; for example --run.dir {folder}-2"
+                ) from None
+            time.sleep(0.1)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def _check_shared(folder: Path, world: World) -> None:
+    """Refuses a folder that is another one on another node: a checkpoint there would be a part of one."""
+    name = dist.on_main(lambda: f".seen-{secrets.token_hex(8)}")
+    mark = folder / name
+    if world.is_main:
+        mark.touch()
+    dist.gather(None)
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (seen := mark.exists()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [place for place in dist.gather(None if seen else (world.rank, platform.node())) if place is not None]
+    if world.is_main:
+        mark.unlink()
+    if blind:
+        rank, host = blind[0]
+        raise ConfigError(
+            f"run.dir: got {folder}, which rank {rank} on {host} does not share with rank 0, expected a folder on a "
+            f"file system that all nodes mount, as every rank writes its part of a checkpoint there"
+        )
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    """A folder that no other run has, also if several start in the same second."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name = name.replace(":", ".").replace("/", ".")
+    for attempt in itertools.count(1):
+        folder = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError
+
+
+def write(path: Path, text: str) -> None:
+    """A file that is whole or absent."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)

@@ -1,0 +1,63 @@
+"""What a rank holds of a tensor: boxes of it. The form in which backends and checkpoints speak of state.
+
+A box is a view of the tensor that trains, so filling the boxes of all ranks restores the tensor, however it is sharded.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.distributed.tensor import DTensor
+
+Box = tuple[tuple[int, ...], torch.Tensor]  # where it begins in the whole tensor, and its values
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A rank's part of a tensor.
+
+    Args:
+        shape: of the whole tensor.
+        boxes: disjoint, none of them empty. Several ranks may hold the same box.
+    """
+
+    shape: tuple[int, ...]
+    boxes: tuple[Box, ...]
+
+    def copy(self) -> "Shards":
+        """A copy on the CPU that later steps do not change. Waits for the device."""
+        return Shards(self.shape, tuple((at, part.to("cpu", copy=True)) for at, part in self.boxes))
+
+
+def shards_of(tensor: torch.Tensor) -> Shards:
+    """This rank's part of a DTensor; a plain tensor is one box."""
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return Shards(shape, (((0,) * tensor.dim(), tensor.detach()),) if tensor.numel() else ())
+    (chunk,) = tensor.__create_chunk_list__()
+    local = tensor.detach().to_local()
+    return Shards(shape, ((tuple(chunk.offsets), local),) if local.numel() else ())
+
+
+def shards_of_range(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> Shards:
+    """The part of a tensor of `shape` whose elements from `start` on, in memory order, are `flat` [count]."""
+    return Shards(shape, tuple(_boxes(shape, start, flat.detach())))
+
+
+def _boxes(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> Iterator[Box]:
+    """A partial first row, whole rows, a partial last row; rows have one dimension less, and so on."""
+    if not len(flat):
+        return
+    if not shape:
+        yield (), flat.view(())
+        return
+    row = math.prod(shape[1:])
+    first, within = divmod(start, row)
+    if within or len(flat) < row:
+        count = min(row - within, len(flat))
+        yield from (((first, *at), part[None]) for at, part in _boxes(shape[1:], within, flat[:count]))
+    else:
+        count = len(flat) // row * row
+        yield (first,) + (0,) * (len(shape) - 1), flat[:count].view(count // row, *shape[1:])
+    yield from _boxes(shape, start + count, flat[count:])

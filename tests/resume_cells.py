@@ -1,0 +1,76 @@
+"""Runs that are cut off and resumed, in the workers: apart from the tests, so that both can import it."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+
+from dist_train import assemble, session
+from dist_train.checkpoint.save import Checkpoints
+from dist_train.config import CheckpointConfig, Config, RunConfig
+from dist_train.data.feed import Feed
+
+from parity_cells import this_world
+
+
+class CutOff(Exception):
+    """Stands for a kill between two steps: nothing of the process goes on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a run left.
+
+    Args:
+        weights: by name, of rank 0; empty if it was cut off.
+        ledger: this rank's samples of each step that it began, in order.
+        metrics: lines of metrics.jsonl, times left out.
+    """
+
+    weights: dict[str, np.ndarray]
+    ledger: list[np.ndarray]
+    metrics: list[dict]
+
+
+def saving(cell: Config, folder: Path, every_steps: int = 5, **checkpoint) -> Config:
+    """The config with checkpoints in a folder."""
+    checkpoint = CheckpointConfig(every_steps=every_steps, **checkpoint)
+    return dataclasses.replace(cell, run=RunConfig(dir=str(folder)), checkpoint=checkpoint)
+
+
+def run_once(config: Config, cut_after: int | None = None) -> Outcome:
+    """In a worker: a run, from its checkpoint if it has one, cut off after a step."""
+    world, ledger = this_world(), []
+    after_step, from_memory = Checkpoints.after_step, Feed._from_memory
+
+    def cut(self, meter):
+        after_step(self, meter)
+        if meter.result.steps == cut_after:
+            raise CutOff
+
+    def noted(self, batches):
+        for batch in batches:
+            ledger.append(batch)
+            yield from from_memory(self, [batch])
+
+    parts = assemble.build(config, world.device)
+    with mock.patch.object(Checkpoints, "after_step", cut):
+        parts.feed._from_memory = noted.__get__(parts.feed)
+        with contextlib.suppress(CutOff):
+            session.run(config, world, parts)
+    folder, weights = Path(config.run.dir), {}
+    if cut_after is None:
+        import torch
+
+        weights = {n: v.double().numpy() for n, v in torch.load(folder / "weights.pt", weights_only=True).items()}
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if not k.endswith("_s")} for line in lines]
+    return Outcome(weights, ledger, [line for line in metrics if line.keys() - {"step", "epoch"}])
+
+
+def run_series(runs: list[tuple[Config, int | None]]) -> list[Outcome]:
+    """In a worker: one after another."""
+    return [run_once(*run) for run in runs]
