@@ -115,7 +115,7 @@ class Meter:
         self.interval_samples += count
         if self.result.steps == self.first_step + 1:
             self.result.first_step_s = time.perf_counter() - self.step_begin
-        if self.result.steps == self.steps_per_epoch:
+        if self.result.steps == self.first_step + self.steps_per_epoch:
             self.compiled.first_epoch_over()
         if self.due(self.result.steps):
             self._log(lr, norm)
