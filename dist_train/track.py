@@ -45,6 +45,11 @@ class Tracker:
         if line is not None:
             self.say(line)
 
+    def close(self) -> None:
+        """No more is written."""
+        if self.file is not None:
+            self.file.close()
+
     def finish(self, config: Config, world: World, result: Result, stalls_s: list[float]) -> None:
         """summary.json, and a last line that says where the results are."""
         if self.folder is None:

@@ -49,6 +49,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     def cut(self, meter):
         after_step(self, meter)
         if meter.result.steps == cut_after:
+            self._wait()  # a thread does not outlive a killed process, and must not outlive this run
             raise CutOff
 
     def noted(self, batches):

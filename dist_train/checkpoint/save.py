@@ -1,14 +1,15 @@
 """Saving: when, whole or not at all, and what stays.
 
-checkpoints/.writing-step-00000100    every rank writes its file and syncs it
-checkpoints/.writing-.../manifest.json  rank 0, when all have: sizes and hashes
-checkpoints/step-00000100             one rename by rank 0, synced: from here on it exists
-checkpoints/.removing-step-00000050   then an older one goes, also by a rename first
+checkpoints/.writing-START-step-00000100  every rank writes its file and syncs it
+checkpoints/.writing-.../manifest.json    rank 0, when all have: sizes and hashes
+checkpoints/step-00000100                 one rename by rank 0, synced: from here on it exists
+checkpoints/.removing-step-00000050       then an older one goes, also by a rename first
 """
 
 import contextlib
 import itertools
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,8 @@ class Checkpoints:
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
         joined = saves(cfg) and torch_dist.is_initialized()
         self.group = torch_dist.new_group(backend="gloo") if joined else None
+        # A rank of a killed run may still write when the next run has begun: not into the same folder.
+        self.start = dist.on_main(lambda: secrets.token_hex(4))
 
     def after_step(self, meter: Meter) -> None:
         """Saves if the config says so. Raises what went wrong in the background since the last call."""
@@ -163,7 +166,7 @@ class Checkpoints:
     def _write(self, state: dict[str, Shards], what: Manifest) -> None:
         """Writes and commits. In the background too, where it is the only user of the group."""
         name = f"step-{what.step:08d}"
-        beside = self.folder / f"{WRITING}{name}"
+        beside = self.folder / f"{WRITING}{self.start}-{name}"
         with self._failing_together(beside):
             files = storage.write(beside, state, self.group)
         with self._failing_together(beside):
@@ -237,7 +240,7 @@ def clean(run: Path) -> None:
     """Removes what a killed run left half-written or half-removed. By the holder of the run's lock."""
     folder = run / manifest.FOLDER
     for path in [*folder.glob(f"{WRITING}*"), *folder.glob(f"{REMOVING}*")]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # a rank of the killed run may be in it still
 
 
 def sync_folder(folder: Path) -> None:

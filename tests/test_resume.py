@@ -1,0 +1,228 @@
+"""A run that is cut off and resumed is the run that was not: same bits on the same ranks, same samples on any."""
+
+import dataclasses
+import json
+import shutil
+import warnings
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from resume_cells import Outcome, run_series, saving
+
+from dist_train import precision
+from dist_train.checkpoint import manifest
+from dist_train.config import CompileConfig, Config, ModelConfig
+
+from parity_cells import TOLERANCE, config
+from ranks import run_ranks
+
+# Backend and ranks; 0 is one process without a group.
+TOPOLOGIES = [
+    *(("single", 0), ("ddp", 2), ("ddp", 4), ("fsdp2", 2), ("accelerate", 2)),
+    *((f"deepspeed:{stage}", 2) for stage in (1, 2, 3)),
+]
+CUT = 13  # the last checkpoint before it is that of step 10, in the middle of an epoch
+
+
+def go(ranks: int, runs: list[tuple[Config, int | None]]) -> list[list[Outcome]]:
+    """The outcomes of the runs, by rank."""
+    return run_ranks(run_series, ranks, runs, timeout_s=300) if ranks else [run_series(runs)]
+
+
+def cut_and_resumed(cell: Config, folder: Path, **checkpoint) -> list[tuple[Config, int | None]]:
+    """A run that is not disturbed, the same cut off, and the cut one resumed."""
+    alone, cut = saving(cell, folder / "alone", **checkpoint), saving(cell, folder / "cut", **checkpoint)
+    return [(alone, None), (cut, CUT), (cut, None)]
+
+
+def same_bits(a: Outcome, b: Outcome) -> bool:
+    return a.metrics == b.metrics and all(np.array_equal(a.weights[name], b.weights[name]) for name in a.weights)
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [*TOPOLOGIES, ("accelerate", 4), ("fsdp2", 4), ("deepspeed:0", 2)])
+def test_the_same_bits_on_the_same_ranks(backend: str, ranks: int, tmp_path: Path):
+    runs = []
+    for optimizer, accumulation in (("SGD", None), ("AdamW", 8)):
+        cell = config(backend, optimizer, accumulation)
+        runs += cut_and_resumed(cell, tmp_path / optimizer, asynchronous=optimizer == "AdamW")
+    sgd, _, sgd_resumed, adamw, _, adamw_resumed = go(ranks, runs)[0]
+    assert sgd.weights and same_bits(sgd, sgd_resumed) and same_bits(adamw, adamw_resumed)
+
+
+def with_dropout(cell: Config) -> Config:
+    return dataclasses.replace(cell, model=dataclasses.replace(cell.model, dropout=0.3))
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [("single", 0), ("ddp", 2), ("fsdp2", 2), ("deepspeed:3", 2)])
+def test_the_same_bits_with_dropout_and_compiled(backend: str, ranks: int, tmp_path: Path):
+    cell = dataclasses.replace(with_dropout(config(backend, "AdamW")), compile=CompileConfig(mode="default"))
+    alone, _, resumed = go(ranks, cut_and_resumed(cell, tmp_path))[0]
+    assert same_bits(alone, resumed)
+
+
+def test_a_lost_random_state_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    runs = cut_and_resumed(with_dropout(config()), tmp_path)
+    alone, _ = run_series(runs[:2])
+    monkeypatch.setattr("dist_train.checkpoint.randomness.restore", lambda tensors, device: None)
+    assert not same_bits(alone, run_series(runs[2:])[0])
+
+
+def test_the_float16_scale_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(precision.LossScale, "GROWTH_STEPS", 4)
+    alone, _, resumed = run_series(cut_and_resumed(config(precision="float16"), tmp_path))
+    scale = manifest.listed(tmp_path / "alone")[0][0][1].loss_scale
+    assert scale.factor > 2.0**16 and same_bits(alone, resumed)
+
+
+# -- another backend, another world size -------------------------------------------------------------------------------
+
+
+def cell_of(backend: str, optimizer: str) -> Config:
+    """One model for all of the matrix; see parity_cells."""
+    return dataclasses.replace(config(backend, optimizer), model=ModelConfig(hidden=[320, 320]))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders BACKEND-RANKS-OPTIMIZER of runs that were cut off."""
+    folder = tmp_path_factory.mktemp("saved")
+    for backend, ranks in TOPOLOGIES:
+        cells = {optimizer: cell_of(backend, optimizer) for optimizer in ("SGD", "AdamW")}
+        go(ranks, [(saving(cell, folder / f"{backend}-{ranks}-{name}"), CUT) for name, cell in cells.items()])
+    return folder
+
+
+@cache
+def undisturbed(optimizer: str, folder: Path) -> Outcome:
+    return run_series([(saving(cell_of("single", optimizer), folder / f"undisturbed-{optimizer}"), None)])[0]
+
+
+def resumed_from_all(backend: str, ranks: int, saved: Path, folder: Path, pick: set[int]) -> None:
+    """Resumes what every topology saved, by turns with the one and the other optimizer."""
+    runs, names = [], []
+    for i, (other, other_ranks) in enumerate(TOPOLOGIES):
+        for j, optimizer in enumerate(("SGD", "AdamW")):
+            if (i + j + TOPOLOGIES.index((backend, ranks))) % 2 in pick:
+                name = f"{other}-{other_ranks}-{optimizer}"
+                shutil.copytree(saved / name, folder / name)
+                runs.append((saving(cell_of(backend, optimizer), folder / name), None))
+                names.append((name, optimizer))
+    for (name, optimizer), outcome in zip(names, go(ranks, runs)[0], strict=True):
+        reference = undisturbed(optimizer, saved)
+        steps = [line["step"] for line in outcome.metrics if "train/loss" in line]
+        assert steps == list(range(1, 25)), f"{name} under {backend}"
+        for name_of, value in reference.weights.items():
+            distance = np.linalg.norm(outcome.weights[name_of] - value) / np.linalg.norm(value)
+            assert distance < TOLERANCE["float32"], f"{name} under {backend} on {ranks} ranks: {name_of} {distance:.1e}"
+        for mine, line in zip(outcome.metrics, reference.metrics, strict=True):
+            assert mine == pytest.approx(line, rel=TOLERANCE["float32"]), f"{name} under {backend}"
+
+
+@pytest.mark.parametrize(("backend", "ranks"), TOPOLOGIES)
+def test_another_backend_or_world_size(backend: str, ranks: int, saved: Path, tmp_path: Path):
+    resumed_from_all(backend, ranks, saved, tmp_path, {0})
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("backend", "ranks"), TOPOLOGIES)
+def test_another_backend_or_world_size_in_full(backend: str, ranks: int, saved: Path, tmp_path: Path):
+    resumed_from_all(backend, ranks, saved, tmp_path, {0, 1})
+
+
+@pytest.mark.parametrize("fault", ["optim", "step"])
+def test_the_matrix_sees_lost_state(fault: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Planted: the moments are not loaded; the schedule starts anew. Both end far from the reference."""
+    if fault == "optim":
+        monkeypatch.setattr("dist_train.backends.single.load_optimizer", lambda *args: None)
+    else:
+        monkeypatch.setattr("dist_train.order.Plan.indices", _from_the_start(monkeypatch))
+    with pytest.raises(AssertionError):
+        resumed_from_all("single", 0, saved, tmp_path, {0})
+
+
+def _from_the_start(monkeypatch: pytest.MonkeyPatch):
+    from dist_train.order import Plan
+
+    indices = Plan.indices
+    return lambda self, epoch, first_step=0: indices(self, epoch)
+
+
+def test_the_same_samples_at_every_step(tmp_path: Path):
+    """Cut off twice, on 4, 2 and 1 ranks, with accumulation: the ledger is that of the undisturbed run."""
+    reference = run_series([(saving(config(), tmp_path / "alone"), None)])[0].ledger
+    assert [len(step) for step in reference[:4]] == [64, 64, 3, 64]
+    ledger: list[set[int]] = []
+    for backend, ranks, cut, pieces in (("ddp", 4, 8, 4), ("fsdp2", 2, 13, None), ("single", 0, None, 16)):
+        cell = saving(config(backend, micro_batch_size=pieces), tmp_path / "moving")
+        done = len(ledger) // 5 * 5  # what came after the checkpoint is trained again
+        del ledger[done:]
+        for step in steps_of([rank[0].ledger for rank in go(ranks, [(cell, cut)])], ranks or 1, pieces, done):
+            ledger.append(step)
+    assert [sorted(step) for step in ledger] == [sorted(step.tolist()) for step in reference]
+
+
+def steps_of(ledgers: list[list[np.ndarray]], ranks: int, piece: int | None, first: int) -> list[set[int]]:
+    """The samples of each step of a world, out of its micro-batches; each sample once."""
+    steps, at = [], 0
+    for step in range(first, 24):
+        largest = -(-(3 if step % 3 == 2 else 64) // ranks)
+        count = 1 if piece is None else -(-largest // piece)
+        drawn = [int(i) for ledger in ledgers for batch in ledger[at : at + count] for i in batch]
+        assert len(set(drawn)) == len(drawn)
+        if drawn:
+            steps.append(set(drawn))
+        at += count
+    return steps
+
+
+# -- what is kept, and when --------------------------------------------------------------------------------------------
+
+
+def test_what_is_kept(tmp_path: Path):
+    cell = dataclasses.replace(config(), train=dataclasses.replace(config().train, eval_every_steps=4))
+    run_series([(saving(cell, tmp_path, every_steps=4, keep_last=2, keep_best=1, best_metric="eval/loss"), None)])
+    found, damaged = manifest.listed(tmp_path)
+    assert not damaged and [m.sequence for _, m in found] == sorted((m.sequence for _, m in found), reverse=True)
+    steps = [m.step for _, m in found]
+    losses = {
+        m["step"]: m["eval/loss"]
+        for m in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+        if "eval/loss" in m
+    }
+    assert steps[:2] == [24, 20] and set(steps) == {24, 20, min(losses, key=losses.get)}
+
+
+def test_saving_by_epochs_and_by_seconds(tmp_path: Path):
+    run_series([(saving(config(), tmp_path / "epochs", every_steps=None, every_epochs=2, keep_last=99), None)])
+    assert [m.step for _, m in manifest.listed(tmp_path / "epochs")[0]] == [24, 18, 12, 6]
+    runs = [(saving(config("ddp"), tmp_path / "s", every_steps=None, every_s=1e-6, keep_last=99), None)]
+    go(2, runs)
+    assert [m.step for _, m in manifest.listed(tmp_path / "s")[0]] == list(range(24, 0, -2))
+
+
+def test_a_resumed_float_of_metrics_is_the_same(tmp_path: Path):
+    """The mean of an interval that a checkpoint stands in the middle of."""
+    cell = dataclasses.replace(config(), track=dataclasses.replace(config().track, every_steps=8))
+    alone, _, resumed = run_series(cut_and_resumed(cell, tmp_path))
+    assert [m["step"] for m in resumed.metrics if "train/loss" in m] == [8, 16, 24]
+    for mine, line in zip(resumed.metrics, alone.metrics, strict=True):
+        assert mine == pytest.approx(line, rel=1e-12)
+
+
+def test_weights_are_those_of_the_format(tmp_path: Path):
+    """Names and values as the model has them, read by torch alone."""
+    outcome = run_series([(saving(config("single", "AdamW"), tmp_path), None)])[0]
+    folder = manifest.listed(tmp_path)[0][0][0]
+
+    read = {f"model.{name}": torch.zeros(value.shape) for name, value in outcome.weights.items()}
+    read["optim.layers.1.weight.exp_avg"] = torch.zeros(50, 36)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a process alone is alone
+        dcp.load(read, checkpoint_id=str(folder), no_dist=True)
+    for name, value in outcome.weights.items():
+        assert np.array_equal(read[f"model.{name}"].double().numpy(), value)
+    assert read["optim.layers.1.weight.exp_avg"].abs().sum() > 0
