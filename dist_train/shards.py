@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 Box = tuple[tuple[int, ...], torch.Tensor]  # where it begins in the whole tensor, and its values
 
@@ -33,7 +33,7 @@ class Shards:
 def shards_of(tensor: torch.Tensor) -> Shards:
     """This rank's part of a DTensor; a plain tensor is one box."""
     shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
+    if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):  # a DTensor's module takes long to import
         return Shards(shape, (((0,) * tensor.dim(), tensor.detach()),) if tensor.numel() else ())
     (chunk,) = tensor.__create_chunk_list__()
     local = tensor.detach().to_local()

@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_train import dist
 from dist_train.backends.base import Backend
-from dist_train.checkpoint import manifest, randomness, storage
+from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.allowed import BY_NAME, LENGTH
 from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Tensor
 from dist_train.checkpoint.save import Facts
@@ -56,6 +56,8 @@ def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
     """
     found, damaged = dist.on_main(functools.partial(manifest.listed, place))
     for folder, what in found:
+        from dist_train.checkpoint import storage  # many modules, which a run from the start does not need
+
         mine = sorted(what.files)[world.rank :: world.size]
         error: Damaged | None = None
         try:
@@ -136,6 +138,8 @@ def load_model(found: Found, model: nn.Module) -> None:
 
 def read_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Fills tensors from a checkpoint, by the model's names. Raises Damaged."""
+    from dist_train.checkpoint import storage
+
     storage.read(folder, {f"model.{name}": shards_of(value) for name, value in weights.items()})
 
 
@@ -145,6 +149,8 @@ def load_state(found: Found, backend: Backend, world: World, seed: int) -> Mappi
     Returns:
         What the meter goes on from.
     """
+    from dist_train.checkpoint import storage
+
     what, saved = found.manifest, storage.tensors(found.folder)
     read: Callable[..., None] = functools.partial(storage.read, found.folder)
     backend.load(saved, read)

@@ -23,7 +23,7 @@ import torch.distributed as torch_dist
 from dist_train import dist
 from dist_train.backends import chosen
 from dist_train.backends.base import Backend
-from dist_train.checkpoint import manifest, randomness, storage
+from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Scale, Tensor
 from dist_train.config import CheckpointConfig, Config, to_tree
 from dist_train.dist import World
@@ -78,6 +78,8 @@ class Checkpoints:
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
         joined = saves(cfg) and torch_dist.is_initialized()
         self.group = torch_dist.new_group(backend="gloo") if joined else None
+        if saves(cfg):
+            from dist_train.checkpoint import storage  # noqa: F401  (it takes half a second: not in the first save)
         # A rank of a killed run may still write when the next run has begun: not into the same folder.
         self.start = dist.on_main(lambda: secrets.token_hex(4))
 
@@ -165,6 +167,8 @@ class Checkpoints:
 
     def _write(self, state: dict[str, Shards], what: Manifest) -> None:
         """Writes and commits. In the background too, where it is the only user of the group."""
+        from dist_train.checkpoint import storage
+
         name = f"step-{what.step:08d}"
         beside = self.folder / f"{WRITING}{self.start}-{name}"
         with self._failing_together(beside):
