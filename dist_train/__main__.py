@@ -42,7 +42,7 @@ def run(config: Config, launcher: Launcher) -> int:
     the ranks are joined."""
     check(config, launcher)
 
-    from dist_train import assemble, backends, checkpoint, dist, optim, track
+    from dist_train import assemble, backends, dist, optim, track, weights
     from dist_train.train import train
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
@@ -50,12 +50,12 @@ def run(config: Config, launcher: Launcher) -> int:
     parts = assemble.build(config, device)
     with dist.joined(launcher, device) as world:
         tracker = track.Tracker(track.open_folder(config) if world.is_main else None)
-        tracker.say(dist.rank_table(world))
+        tracker.say("\n".join([dist.rank_table(world), *parts.loaded]))
         backend = backends.create(config, world)
         model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
         tracker.say(f"backend {backends.chosen(config.backend.name, world.launcher)}, {parts.describe()}")
         result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, tracker)
-        checkpoint.save_weights(tracker.folder, backend.state())
+        weights.save_weights(tracker.folder, backend.state())
         tracker.finish(config, world, result)
     return ending.OK
 

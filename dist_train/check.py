@@ -5,6 +5,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ DATA_GIVEN = ("root", "download")
 MODEL_GIVEN = ("input_shape", "classes")
 MODEL_FIELDS = ("hidden", "activation", "dropout")
 OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
+WEIGHTS = "weights.pt"  # in a finished run's folder
+WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 UNFIT_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step",
     "SparseAdam": "it takes sparse gradients only",
@@ -42,7 +45,7 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    rules = [_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, _not_yet]
+    rules = [_ranges, _batch, _names, _init_from, _loss, _optimizer, _schedule, _backend, _not_yet]
     for rule in [*rules, _folder] if writes else rules:
         try:
             lines += rule(config, launcher)
@@ -145,6 +148,26 @@ def _arguments(
         if takes[key] and key not in values:
             path = f"{section}.args.{key}"
             yield f"{path}: got nothing, expected a value: {name} needs it; write --{path} VALUE"
+
+
+def _init_from(config: Config, _: Launcher) -> Iterator[str]:
+    name, sources = config.model.init_from, f"a run's folder with {WEIGHTS} in it, or a {', '.join(WEIGHT_FILES)} file"
+    if name is None:
+        if config.model.init_strict:
+            yield "model.init_strict: got true without model.init_from, expected both or neither; leave it out"
+        return
+    path = Path(name)
+    if not os.path.exists(name):  # False as well for a name that no file can have
+        yield f"model.init_from: got {name!r}, which is not there; expected {sources}"
+    elif path.is_dir() and not (path / WEIGHTS).is_file():
+        yield f"model.init_from: got {name}, a folder without {WEIGHTS}; expected {sources}"
+    elif path.is_file() and path.suffix not in WEIGHT_FILES:
+        yield f"model.init_from: got {name}, expected {sources}"
+    elif path.suffix == ".safetensors" and find_spec("safetensors") is None:
+        yield (
+            f"model.init_from: got {name}, but safetensors is not installed; pip install 'dist-train[export]', or give "
+            f"a .pt file"
+        )
 
 
 def _loss(config: Config, _: Launcher) -> Iterator[str]:

@@ -43,11 +43,11 @@ MAY_IMPORT = {
     "precision": {"errors"},
     "optim": {"config", "errors"},
     "meter": {"dist"},
-    "checkpoint": {"errors"},
+    "weights": {"check", "errors"},
     "track": {"backends", "check", "config", "dist", "meter"},
     "assemble": {
         *("config", "data", "data.feed", "data.sets", "errors"),
-        *("lookup", "models", "optim", "order", "precision"),
+        *("lookup", "models", "optim", "order", "precision", "weights"),
     },
     "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order", "precision"},
     "backends": {"backends.base", "config", "dist", "lookup"},
