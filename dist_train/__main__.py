@@ -12,7 +12,7 @@ from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
 
-TOOLS = ("eval", "explain", "parity")
+TOOLS = ("eval", "explain", "export", "parity")
 
 
 def main() -> None:
