@@ -112,7 +112,7 @@ def _is_plain(value: Any) -> bool:
 def _kind(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"a {value.layout} tensor on {value.device}"
-    return f"{len(value)} entries" if isinstance(value, dict) else f"of type {type(value).__name__}"
+    return f"{len(value)} entries" if isinstance(value, dict) else f"something of type {type(value).__name__}"
 
 
 # -- into a model ------------------------------------------------------------------------------------------------------
@@ -204,7 +204,8 @@ def warm_start(
         mend = "write --model.init_strict false to load what fits" if some else "expected weights of this model"
         raise ConfigError(f"model.init_from: got {path}, {fits}; {'; '.join(differences)}; {mend}")
     renamed = f", {found.stripped} of them without module. or _orig_mod. in their names" if found.stripped else ""
-    return model, (f"model.init_from {path}: {len(found.found)} tensors loaded{renamed}", *differences)
+    total = len(found.found) + len(found.missing) + len(found.unfit)
+    return model, (f"model.init_from {path}: {len(found.found)} of {total} tensors loaded{renamed}", *differences)
 
 
 def trained(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Path) -> nn.Module:
@@ -245,10 +246,15 @@ def _assigned(make: Callable[[], nn.Module], dtype: torch.dtype, given: State) -
     apart = _apart(found.found)
     model.load_state_dict({name: value.to(types[name]) for name, value in apart.items()}, strict=False, assign=True)
     # What the file does not have, such as a buffer that is not persistent, or a tensor in a list of the model's own.
-    gc.collect()
-    if any(issubclass(type(thing), torch.Tensor) and thing.is_meta for thing in gc.get_objects()):
-        return None, None
+    if _any_on_meta():
+        gc.collect()  # perhaps only something that is no longer used; slower than to look
+        if _any_on_meta():
+            return None, None
     return model, found
+
+
+def _any_on_meta() -> bool:
+    return any(issubclass(type(thing), torch.Tensor) and thing.is_meta for thing in gc.get_objects())
 
 
 def _replaceable(model: nn.Module) -> bool:

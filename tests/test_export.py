@@ -174,8 +174,8 @@ def test_outputs_that_are_not_numbers_or_of_another_form_fail(tmp_path: Path):
         assert not far <= 1.0
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "accelerate", "deepspeed:3"])
-def test_a_run_of_every_backend(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize("backend", ["fsdp2", "deepspeed:3"])
+def test_a_run_of_another_backend_on_two_ranks(backend: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     cell = config(backend)
     (ran,) = run_ranks(run_cells, 2, [cell])[0]
     state = {name: torch.from_numpy(value).float() for name, value in ran.weights.items()}
@@ -185,10 +185,10 @@ def test_a_run_of_every_backend(backend: str, tmp_path: Path, capsys: pytest.Cap
     assert got.keys() == state.keys() and all(torch.equal(got[name], state[name]) for name in state)
 
 
-@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
-def test_the_types_of_weights(precision: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+@pytest.mark.parametrize(("precision", "name"), [("float64", "onnx"), ("bfloat16", "torch_export")])
+def test_the_types_of_weights(precision: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = trained(tmp_path / "run", f"--train.precision={precision}", "--data.normalize=false")
-    line = exported(folder, "onnx", capsys)
+    line = exported(folder, name, capsys)
     kind = "float64" if precision == "float64" else "float32"
     assert line["input"] == f"{kind} [batch, 1, 6, 6]: pixels in [0, 1]" and "mean" not in line
 
