@@ -7,12 +7,12 @@ import importlib
 import sys
 
 from dist_train import ending
-from dist_train.check import check
+from dist_train.check import check, resumes
 from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
 
-TOOLS = ("eval", "explain", "inspect", "parity")
+TOOLS = ("eval", "explain", "export", "inspect", "parity")
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def run(config: Config, launcher: Launcher) -> int:
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
-    parts = assemble.build(config, device)
+    parts = assemble.build(config, device, warm=not resumes(config))
     with dist.joined(launcher, device) as world:
         session.run(config, world, parts)
     return ending.OK

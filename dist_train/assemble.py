@@ -1,11 +1,12 @@
 """From a config to the parts of a run, before any process group: what is wrong with them is said by one line."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from dist_train import optim
+from dist_train import optim, weights
 from dist_train.config import Config
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
@@ -23,10 +24,11 @@ class Parts:
 
     Args:
         data: the data set.
-        model: on the device, with the initial weights of the seed.
+        model: on the device, with the weights that training starts from.
         feed: batches of the training split.
         test_feed: batches of the test split.
         precision: the formats of the run.
+        loaded: lines about what was loaded from model.init_from.
     """
 
     data: Data
@@ -34,6 +36,7 @@ class Parts:
     feed: Feed
     test_feed: Feed
     precision: Precision
+    loaded: tuple[str, ...]
 
     def describe(self) -> str:
         """A line for people."""
@@ -41,8 +44,15 @@ class Parts:
         return f"{len(self.data.train):,} samples to train on, {len(self.data.test):,} to test, {weights:,} weights"
 
 
-def build(config: Config, device: torch.device) -> Parts:
-    """Reads the data and builds the model. Raises ConfigError for what only doing so can show."""
+def build(config: Config, device: torch.device, trained: Path | None = None, warm: bool = True) -> Parts:
+    """Reads the data and builds the model. Raises ConfigError for what only doing so can show.
+
+    Args:
+        config: the run.
+        device: of this rank.
+        trained: the folder of a finished run, or of a checkpoint, whose weights the model gets.
+        warm: start from model.init_from; false where a checkpoint's weights follow.
+    """
     precision = Precision(config.train.precision, device)
     precision.apply()
     cfg, dtype = config.data, precision.dtype
@@ -52,29 +62,37 @@ def build(config: Config, device: torch.device) -> Parts:
             f"train.drop_last: got true with {len(data.train)} samples in batches of {config.train.global_batch_size}, "
             f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
         )
-    model = build_model(config, data).to(device, dtype)
+    model, loaded = build_model(config, data, dtype, trained, warm)
     optim.factory(config.optim)([nn.Parameter(torch.zeros(2, 2))])  # its arguments are right, or that is said now
     feeds = [
         Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed)
         for split in (data.train, data.test)
     ]
-    return Parts(data, model, *feeds, precision)
+    return Parts(data, model.to(device), *feeds, precision, loaded)
 
 
-def build_model(config: Config, data: Data) -> nn.Module:
-    """The model with initial weights that depend on the seed alone: drawn on the CPU, the same on every rank."""
+def build_model(
+    config: Config, data: Data, dtype: torch.dtype, trained: Path | None = None, warm: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model on the CPU, and lines about what was loaded into it.
+
+    Its initial weights depend on the seed alone, and on the file of model.init_from: the same on every rank.
+    """
     cfg = config.model
     fields = {"hidden": cfg.hidden, "activation": cfg.activation, "dropout": cfg.dropout}
     given = {k: v for k, v in fields.items() if v is not None} | cfg.args
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.train.seed)
-        return _call(
-            load(MODELS, cfg.name, "model.name"),
-            "model.args",
-            input_shape=data.input_shape,
-            classes=len(data.classes),
-            **given,
-        )
+    kind = load(MODELS, cfg.name, "model.name")
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.train.seed)
+            return _call(kind, "model.args", input_shape=data.input_shape, classes=len(data.classes), **given)
+
+    if trained is not None:
+        return weights.trained(make, dtype, trained), ()
+    if warm and cfg.init_from is not None:
+        return weights.warm_start(make, dtype, Path(cfg.init_from), cfg.init_strict)
+    return make().to(dtype), ()
 
 
 def _call(function, path: str, **arguments):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ DATA_GIVEN = ("root", "download")
 MODEL_GIVEN = ("input_shape", "classes")
 MODEL_FIELDS = ("hidden", "activation", "dropout")
 OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
+WEIGHTS = "weights.pt"  # in a finished run's folder
+WEIGHT_FILES = (".pt", ".pth", ".safetensors")
 UNFIT_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step",
     "SparseAdam": "it takes sparse gradients only",
@@ -44,7 +47,7 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    rules = [_ranges, _batch, _names, _loss, _optimizer, _schedule, _backend, _checkpoint, _not_yet]
+    rules = [_ranges, _batch, _names, _init_from, _loss, _optimizer, _schedule, _backend, _checkpoint, _not_yet]
     for rule in [*rules, _folder] if writes else rules:
         try:
             lines += rule(config, launcher)
@@ -154,6 +157,29 @@ def _arguments(
             yield f"{path}: got nothing, expected a value: {name} needs it; write --{path} VALUE"
 
 
+def _init_from(config: Config, _: Launcher) -> Iterator[str]:
+    name = config.model.init_from
+    sources = f"the folder of a run or of a checkpoint, or a {', '.join(WEIGHT_FILES)} file"
+    if name is None:
+        if config.model.init_strict:
+            yield "model.init_strict: got true without model.init_from, expected both or neither; leave it out"
+        return
+    path = Path(name)
+    if resumes(config):
+        return  # from a checkpoint, which has all the weights; the file may be gone
+    if not os.path.exists(name):  # False as well for a name that no file can have
+        yield f"model.init_from: got {name!r}, which is not there; expected {sources}"
+    elif path.is_dir() and not (path / WEIGHTS).is_file() and not manifest.listed(path)[0]:
+        yield f"model.init_from: got {name}, a folder without {WEIGHTS} and without checkpoints; expected {sources}"
+    elif path.is_file() and path.suffix not in WEIGHT_FILES:
+        yield f"model.init_from: got {name}, expected {sources}"
+    elif path.suffix == ".safetensors" and find_spec("safetensors") is None:
+        yield (
+            f"model.init_from: got {name}, but safetensors is not installed; pip install 'dist-train[export]', or give "
+            f"a .pt file"
+        )
+
+
 def _loss(config: Config, _: Launcher) -> Iterator[str]:
     loss, one_hot = config.train.loss, config.data.one_hot
     if loss == "mse" and not one_hot:
@@ -247,6 +273,14 @@ def run_folder(config: Config) -> Path | None:
     if run.name is not None:
         return Path(run.dir or "runs") / run.name
     return Path(run.dir) if run.dir is not None else None
+
+
+def resumes(config: Config) -> bool:
+    """Whether a run goes on from a checkpoint, as far as its folder shows."""
+    if config.checkpoint.resume == "never":
+        return False
+    folder = run_folder(config) if config.checkpoint.resume == "auto" else Path(config.checkpoint.resume)
+    return folder is not None and bool(manifest.listed(folder)[0])
 
 
 def _folder(config: Config, _: Launcher) -> Iterator[str]:

@@ -64,6 +64,11 @@ class ModelConfig:
     """Probability of dropping a hidden unit (mlp: 0)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that only this model has."""
+    init_from: str | None = None
+    """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
+    by name and shape is loaded, and what does not is said."""
+    init_strict: bool = False
+    """Everything in model.init_from and in the model must fit."""
 
 
 @dataclass(frozen=True)
@@ -474,7 +479,7 @@ def _example(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return str(args[0])
     if typing.get_origin(hint) is list:
-        return "'[512, 512]'"
+        return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
     if typing.get_origin(hint) is dict:
         return "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])

@@ -19,7 +19,7 @@ def run(config: Config, world: World, parts: Parts) -> Result:
         found, damaged = resume.find(config, world, path, facts)
         at = found.manifest.step if found else 0
         with contextlib.closing(Tracker(path if world.is_main else None, at)) as tracker:
-            tracker.say(dist.rank_table(world))
+            tracker.say("\n".join([dist.rank_table(world), *parts.loaded]))
             for error in damaged:
                 tracker.say(f"passed over a damaged checkpoint: {error}")
             if found:

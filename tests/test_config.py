@@ -207,6 +207,13 @@ BAD = [
     ),
     Bad("model.name", ("unknown name 'mpl'", "did you mean mlp?"), "--model.name mpl"),
     Bad("model.name", ("got 'mine:Model'", "no 'Model' in "), "--model.name mine:Model"),
+    Bad("checkpoint.every_steps", ("got 0, expected at least 1",), "--checkpoint.every_steps 0"),
+    Bad("checkpoint.every_s", ("got -1.0, expected a finite number above 0", "null"), "--checkpoint.every_s -1"),
+    Bad("checkpoint.keep_last", ("got 0, expected at least 1",), "--checkpoint.keep_last 0"),
+    Bad("checkpoint.keep_best", ("got 1, but nothing is saved", "every_epochs 1"), "--checkpoint.keep_best 1"),
+    Bad("checkpoint.best_metric", ("expected one of eval/accuracy, eval/loss",), "--checkpoint.best_metric f1"),
+    Bad("checkpoint.allow", ("got unknown difference 'seed'", "train.seed"), "--checkpoint.allow [seed]"),
+    Bad("checkpoint.resume", ("got done, expected auto, never, or the folder",), "--checkpoint.resume done"),
     Bad("model.hidden", ("mine:Linear does not have it", "bias"), "--model.name mine:Linear --model.hidden [5]"),
     Bad("compile.mode", ("got 'on', expected one of off",), "--compile.mode on"),
     # backend and launcher
@@ -298,10 +305,6 @@ def test_every_mistake_gets_a_line(place: Path):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("checkpoint.every_steps", "10"),
-        ("checkpoint.keep_last", "2"),
-        ("checkpoint.resume", "auto"),
-        ("checkpoint.asynchronous", "true"),
         ("track.wandb", "true"),
         ("track.tensorboard", "true"),
     ],
@@ -451,6 +454,7 @@ OF_TYPE = {
     bool: st.booleans(),
     type(None): st.none(),
     list[int]: st.lists(st.integers(), max_size=4),
+    list[str]: st.lists(TEXT, max_size=3),
     dict[str, Any]: st.dictionaries(TEXT, VALUE, max_size=4),
 }
 

@@ -27,6 +27,8 @@ LIGHT = {
     "backends.rules",
     "data",
     "models",
+    "checkpoint.allowed",
+    "checkpoint.manifest",
 }
 # Which of the package's own modules each may import. Only `__main__` and the tools see everything.
 MAY_IMPORT = {
@@ -36,28 +38,44 @@ MAY_IMPORT = {
     "lookup": {"errors"},
     "launcher": {"errors"},
     "ending": {"errors", "launcher"},
-    "check": {"backends", "backends.rules", "config", "data", "errors", "launcher", "lookup", "models"},
+    "check": {
+        *("backends", "backends.rules", "checkpoint.allowed", "checkpoint.manifest", "config", "data", "errors"),
+        *("launcher", "lookup", "models"),
+    },
     "dist": {"errors", "launcher"},
     "order": {"config", "dist"},
     "losses": set(),
     "precision": {"errors"},
     "optim": {"config", "errors"},
     "meter": {"dist"},
+    "weights": {"check", "checkpoint.manifest", "checkpoint.resume", "errors"},
+    "shards": set(),
+    "versions": set(),
     "checkpoint": {"errors"},
-    "track": {"backends", "check", "config", "dist", "meter"},
+    "checkpoint.storage": {"checkpoint.manifest", "shards"},
+    "checkpoint.save": {
+        *("backends", "backends.base", "checkpoint", "checkpoint.manifest", "checkpoint.randomness"),
+        *("checkpoint.storage", "config", "dist", "errors", "meter", "shards", "versions"),
+    },
+    "checkpoint.resume": {
+        *("backends.base", "checkpoint", "checkpoint.allowed", "checkpoint.manifest", "checkpoint.randomness"),
+        *("checkpoint.save", "checkpoint.storage", "config", "data.sets", "dist", "errors", "shards"),
+    },
+    "folder": {"check", "checkpoint", "checkpoint.manifest", "checkpoint.save", "config", "dist", "errors"},
+    "track": {"backends", "config", "dist", "folder", "meter", "versions"},
     "assemble": {
         *("config", "data", "data.feed", "data.sets", "errors"),
-        *("lookup", "models", "optim", "order", "precision"),
+        *("lookup", "models", "optim", "order", "precision", "weights"),
     },
     "train": {"backends.base", "config", "data.feed", "dist", "losses", "meter", "optim", "order", "precision"},
-    "backends": {"backends.base", "config", "dist", "lookup"},
-    "backends.deepspeed": {"backends.base", "config", "dist", "precision"},
-    "backends.base": {"config", "dist", "precision"},
+    "backends": {"backends.base", "config", "dist", "lookup", "shards"},
+    "backends.deepspeed": {"backends.base", "config", "dist", "errors", "precision", "shards"},
+    "backends.base": {"config", "dist", "precision", "shards"},
     "backends.rules": {"backends", "config", "launcher"},
     "data": {"errors", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }
-FREE = {"__main__", "tools", "__init__", ""}
+FREE = {"__main__", "session", "tools", "__init__", ""}
 
 
 def imports(path: Path) -> set[str]:

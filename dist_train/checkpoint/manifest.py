@@ -23,6 +23,8 @@ NAME = "manifest.json"
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 _BLOCK = 1 << 20
+# Metrics that decide which checkpoint is the best, and how.
+BEST = {"eval/accuracy": max, "eval/loss": min}
 
 
 class Damaged(ConfigError):
@@ -216,3 +218,9 @@ def listed(place: Path) -> tuple[list[tuple[Path, Manifest]], list[Damaged]]:
         except Damaged as error:
             damaged.append(error)
     return sorted(found, key=lambda pair: pair[1].sequence, reverse=True), damaged
+
+
+def best(found: list[tuple[Path, Manifest]], metric: str) -> tuple[Path, Manifest] | None:
+    """The checkpoint with the best metric, the newest of equals; None if none was evaluated."""
+    rated = [pair for pair in found if metric in pair[1].evaluation]
+    return BEST[metric](rated, key=lambda pair: pair[1].evaluation[metric]) if rated else None

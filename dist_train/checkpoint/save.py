@@ -35,7 +35,6 @@ from dist_train.versions import versions
 # Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.
 TOGETHER_S = 20.0
 WRITING, REMOVING = ".writing-", ".removing-"
-BEST = {"eval/accuracy": max, "eval/loss": min}
 
 
 @dataclass(frozen=True)
@@ -220,9 +219,12 @@ class Checkpoints:
         cfg = self.config.checkpoint
         whole = [(folder, m) for folder, m in newest_first if folder not in self.damaged]
         keep = {folder for folder, _ in whole[: cfg.keep_last]}
-        rated = [(folder, m.evaluation[cfg.best_metric]) for folder, m in whole if cfg.best_metric in m.evaluation]
-        rated.sort(key=lambda pair: pair[1], reverse=BEST[cfg.best_metric] is max)  # stable: of equals the newer stays
-        return keep | {folder for folder, _ in rated[: cfg.keep_best]}
+        for _ in range(cfg.keep_best):
+            found = manifest.best(whole, cfg.best_metric)
+            if found is not None:
+                keep.add(found[0])
+                whole.remove(found)
+        return keep
 
 
 class SaveError(OSError):
@@ -232,12 +234,6 @@ class SaveError(OSError):
 def saves(cfg: CheckpointConfig) -> bool:
     """Whether a run saves checkpoints."""
     return any(every is not None for every in (cfg.every_steps, cfg.every_epochs, cfg.every_s))
-
-
-def best(found: list[tuple[Path, Manifest]], metric: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint with the best metric, the newest of equals; None if none was evaluated."""
-    rated = [pair for pair in found if metric in pair[1].evaluation]
-    return BEST[metric](rated, key=lambda pair: pair[1].evaluation[metric]) if rated else None
 
 
 def clean(run: Path) -> None:

@@ -21,6 +21,7 @@ from dist_train.check import check
 from dist_train.config import BackendConfig, Config, dump, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
+from dist_train.tools.options import split
 
 if TYPE_CHECKING:
     from dist_train.tools.trajectory import Trajectory
@@ -30,7 +31,13 @@ BACKENDS = ("ddp", "fsdp2", "accelerate", "deepspeed:0", "deepspeed:1", "deepspe
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
 CELL_TIMEOUT_S = 600
 KEPT = {"fsdp2": ("offload",), "deepspeed": ("offload", "config")}
-OPTIONS = {"--backends": ",".join(BACKENDS), "--world-sizes": "1,2,4", "--steps": "20", "--json": ""}
+# Default, and an example.
+OPTIONS = {
+    "--backends": (",".join(BACKENDS), "ddp"),
+    "--world-sizes": ("1,2,4", "1,2,4"),
+    "--steps": ("20", "20"),
+    "--json": ("", "parity.json"),
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ class Row:
 
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints the table. Returns 1 if a cell failed, else 0."""
-    options, rest = split(argv)
+    options, rest = split(argv, OPTIONS, "parity")
     config = for_parity(load(rest, "python -m dist_train parity"), _number("--steps", options["--steps"]))
     world_sizes = [_number("--world-sizes", size) for size in options["--world-sizes"].split(",")]
     names = options["--backends"].split(",")
@@ -88,22 +95,6 @@ def run(argv: list[str], launcher: Launcher) -> int:
         table = {"tolerance": tolerance, "precision": config.train.precision, "rows": [vars(row) for row in rows]}
         Path(options["--json"]).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     return 1 if failed else 0
-
-
-def split(argv: list[str]) -> tuple[dict[str, str], list[str]]:
-    """This command's options with their defaults, and what is the config's."""
-    options, rest, words = dict(OPTIONS), [], iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in OPTIONS:
-            rest.append(word)
-            continue
-        options[name] = value if equals else next(words, "")
-        if not options[name]:
-            raise ConfigError(
-                f"parity: got {name} without a value; for example {name} {OPTIONS[name] or 'parity.json'}"
-            )
-    return options, rest
 
 
 def for_parity(config: Config, steps: int) -> Config:

@@ -1,0 +1,29 @@
+"""A finished run, as the commands that read one take it from the command line."""
+
+import dataclasses
+from pathlib import Path
+
+from dist_train.check import run_folder
+from dist_train.config import Config, load
+from dist_train.errors import ConfigError
+
+
+def finished(argv: list[str], command: str) -> tuple[Path, Config]:
+    """The folder that `--run.dir` names, and the run's own config with what the command line gives on top.
+
+    The run's weights are all that its model needs, so the file that it started from may be gone: model.init_from is
+    taken out. Raises ConfigError.
+    """
+    given = load(argv, f"python -m dist_train {command}")
+    folder = run_folder(given)
+    if folder is None:
+        raise ConfigError(f"run.dir: got nothing, expected the folder of a finished run; write {command} --run.dir DIR")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run.dir: got {folder}, expected the folder of a finished run, with config.yaml in it")
+    if given.model.init_from is not None:
+        raise ConfigError(
+            f"model.init_from: got {given.model.init_from}, but {command} takes the weights of the run; leave it out"
+        )
+    config = load(["--config", str(folder / "config.yaml"), *argv])
+    own = dataclasses.replace(config.model, init_from=None, init_strict=False)
+    return folder, dataclasses.replace(config, model=own)

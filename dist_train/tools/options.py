@@ -1,0 +1,25 @@
+"""The options that a command has beside those of the config."""
+
+from collections.abc import Mapping
+
+from dist_train.errors import ConfigError
+
+
+def split(argv: list[str], own: Mapping[str, tuple[str, str]], command: str) -> tuple[dict[str, str], list[str]]:
+    """A command's own options, and what is the config's. Raises ConfigError for an option without a value.
+
+    Args:
+        argv: `--option value` or `--option=value`.
+        own: each option's default, and a value as an example.
+        command: that the error names.
+    """
+    options, rest, words = {name: default for name, (default, _) in own.items()}, [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in own:
+            rest.append(word)
+            continue
+        options[name] = value if equals else next(words, "")
+        if not options[name]:
+            raise ConfigError(f"{command}: got {name} without a value; for example {name} {own[name][1]}")
+    return options, rest
