@@ -38,7 +38,7 @@ def load_weights(folder: Path) -> State:
         raise ConfigError(
             f"run.dir: got {folder}, expected the folder of a finished run, with {WEIGHTS} and config.yaml in it"
         )
-    return read(folder / WEIGHTS, "run.dir")
+    return read(folder, "run.dir")
 
 
 def read(path: Path, option: str = "model.init_from") -> State:
