@@ -4,7 +4,7 @@ A box is a view of the tensor that trains, so filling the boxes of all ranks res
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +25,6 @@ class Shards:
     shape: tuple[int, ...]
     boxes: tuple[Box, ...]
 
-    def copy(self) -> "Shards":
-        """A copy on the CPU that later steps do not change. Waits for the device."""
-        return Shards(self.shape, tuple((at, part.to("cpu", copy=True)) for at, part in self.boxes))
-
 
 def shards_of(tensor: torch.Tensor) -> Shards:
     """This rank's part of a DTensor; a plain tensor is one box."""
@@ -38,6 +34,30 @@ def shards_of(tensor: torch.Tensor) -> Shards:
     (chunk,) = tensor.__create_chunk_list__()
     local = tensor.detach().to_local()
     return Shards(shape, ((tuple(chunk.offsets), local),) if local.numel() else ())
+
+
+class HostCopy:
+    """A copy of a state in host memory, which is allocated once: new pages cost more than the copy."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[str, int], torch.Tensor] = {}
+
+    def of(self, state: Mapping[str, Shards]) -> dict[str, Shards]:
+        """The state as it is now; valid until the next call. Waits for the device once, not for every tensor."""
+        copy = {}
+        for name, shards in state.items():
+            boxes = tuple((at, self._fill((name, i), part)) for i, (at, part) in enumerate(shards.boxes))
+            copy[name] = Shards(shards.shape, boxes)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return copy
+
+    def _fill(self, key: tuple[str, int], part: torch.Tensor) -> torch.Tensor:
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != part.shape or buffer.dtype != part.dtype:
+            pinned = part.device.type == "cuda"
+            buffer = self.buffers[key] = torch.empty(part.shape, dtype=part.dtype, pin_memory=pinned)
+        return buffer.copy_(part, non_blocking=True)
 
 
 def shards_of_range(shape: tuple[int, ...], start: int, flat: torch.Tensor) -> Shards:

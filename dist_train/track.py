@@ -85,6 +85,9 @@ class Tracker:
                 f"TORCH_LOGS=recompiles shows why; python -m dist_train explain shows where the graph breaks"
             )
         write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if stalls_s:
+            median_ms = statistics.median(stalls_s) * 1e3
+            self.say(f"{len(stalls_s)} checkpoints, for each of which training waited {median_ms:.0f} ms")
         self.say(
             f"finished: accuracy {result.evaluation['eval/accuracy']:.2%}, loss {result.evaluation['eval/loss']:.4f}, "
             f"{result.steps} steps in {duration(result.train_s)}, {summary['samples_per_s']:,.0f} samples/s\n"

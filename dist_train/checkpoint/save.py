@@ -29,7 +29,7 @@ from dist_train.config import CheckpointConfig, Config, to_tree
 from dist_train.dist import World
 from dist_train.errors import OtherRankError
 from dist_train.meter import Meter
-from dist_train.shards import Shards, shards_of
+from dist_train.shards import HostCopy, Shards, shards_of
 from dist_train.versions import versions
 
 # Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.
@@ -73,6 +73,7 @@ class Checkpoints:
         self.saved_step: int | None = None
         self.pending: Future[None] | None = None
         cfg = config.checkpoint
+        self.host = HostCopy()
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
         joined = saves(cfg) and torch_dist.is_initialized()
@@ -110,8 +111,7 @@ class Checkpoints:
             if self.thread is None:
                 self._write(state, what)
             else:
-                copy = {name: shards.copy() for name, shards in state.items()}
-                self.pending = self.thread.submit(self._write, copy, what)
+                self.pending = self.thread.submit(self._write, self.host.of(state), what)
             self.stalls_s.append(time.perf_counter() - start)
         self.saved_at, self.saved_step = time.monotonic(), meter.result.steps
         meter.requests.asked["save"] = meter.requests.agreed["save"] = False
