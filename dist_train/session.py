@@ -5,6 +5,7 @@ import contextlib
 from dist_train import backends, dist, folder, optim, weights
 from dist_train.assemble import Parts
 from dist_train.checkpoint import resume, save
+from dist_train.checkpoint.save import Facts
 from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.meter import Result
@@ -12,10 +13,9 @@ from dist_train.track import Tracker
 from dist_train.train import train
 
 
-def run(config: Config, world: World, parts: Parts) -> Result:
+def run(config: Config, world: World, parts: Parts, facts: Facts) -> Result:
     """Trains to the end of the config. Collective. Raises ConfigError for what only the run's folder can show."""
     with folder.opened(config, world) as path:
-        facts = resume.facts_of(parts.model, parts.data)
         found, damaged = resume.find(config, world, path, facts)
         at = found.manifest.step if found else 0
         with contextlib.closing(Tracker(path if world.is_main else None, at)) as tracker:

@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 
 from dist_train import assemble, session
+from dist_train.checkpoint import resume
 from dist_train.checkpoint.save import Checkpoints
 from dist_train.config import CheckpointConfig, Config, RunConfig
 from dist_train.data.feed import Feed
@@ -61,7 +62,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     with mock.patch.object(Checkpoints, "after_step", cut):
         parts.feed._from_memory = noted.__get__(parts.feed)
         with contextlib.suppress(CutOff):
-            session.run(config, world, parts)
+            session.run(config, world, parts, resume.facts_of(parts.model, parts.data))
     folder, weights = Path(config.run.dir), {}
     if cut_after is None:
         import torch

@@ -63,6 +63,8 @@ class DeepSpeed(Backend):
             config=engine_config(self.config, weights, self.world.device),
             dist_init_required=False,
         )
+        if self.stage:
+            self.optimizer = self.engine.optimizer.optimizer  # of Adagrad, ZeRO makes another one
         return self.engine, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:

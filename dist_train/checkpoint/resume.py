@@ -90,6 +90,17 @@ def find(config: Config, world: World, folder: Path, facts: Facts) -> tuple[Foun
     return found, damaged
 
 
+def check_newest(config: Config, folder: Path | None, facts: Facts) -> None:
+    """Holds the checkpoint that a run will most likely go on from against the run, before the ranks are joined: the
+    newest that a manifest tells of, its other files unread. Raises ConfigError."""
+    asked = config.checkpoint.resume
+    place = folder if asked == "auto" else Path(asked)
+    found = manifest.listed(place)[0] if place is not None and asked != "never" else []
+    lines = differences(Found(*found[0]), config, facts) if found else []
+    if lines:
+        raise ConfigError(*lines)
+
+
 def differences(found: Found, config: Config, facts: Facts) -> list[str]:
     """A line for everything in which the checkpoint is of another run; empty if this run may go on from it."""
     return [*_never(found, config, facts), *_unless_allowed(found, config, facts)]
@@ -121,14 +132,13 @@ def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]
         for path in paths
     ]
     pairs.append(("data", facts.data.fingerprint, found.manifest.data.fingerprint))
-    for path, got, expected in pairs:
-        if got != expected and path not in allow:
-            yield (
-                f"{path}: got {got}, expected {expected} as in {found.folder}; to go on with the change, write "
-                f"--checkpoint.allow '{[*allow, path]}'".replace("['", "[")
-                .replace("']", "]")
-                .replace("', '", ", ")
-            )
+    changed = [(path, got, expected) for path, got, expected in pairs if got != expected and path not in allow]
+    names = ", ".join([*allow, *(path for path, _, _ in changed)])
+    for path, got, expected in changed:
+        yield (
+            f"{path}: got {got}, expected {expected} as in {found.folder}; to go on with the change, write "
+            f"--checkpoint.allow '[{names}]'"
+        )
 
 
 def load_model(found: Found, model: nn.Module) -> None:

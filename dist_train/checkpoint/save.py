@@ -33,7 +33,7 @@ from dist_train.shards import HostCopy, Shards, shards_of
 from dist_train.versions import versions
 
 # Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.
-TOGETHER_S = 20.0
+TOGETHER_S = 10.0
 WRITING, REMOVING = ".writing-", ".removing-"
 
 
