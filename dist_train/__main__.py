@@ -51,8 +51,7 @@ def run(config: Config, launcher: Launcher) -> int:
     facts = resume.facts_of(parts.model, parts.data)
     resume.check_newest(config, run_folder(config), facts)
     with dist.joined(launcher, device) as world:
-        session.run(config, world, parts, facts)
-    return ending.OK
+        return session.run(config, world, parts, facts)
 
 
 if __name__ == "__main__":

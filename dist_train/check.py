@@ -24,6 +24,7 @@ from dist_train.models import MODELS
 NOT_YET = (*("track.wandb", "track.tensorboard"),)
 # Locked by the process that writes in a run's folder, which says in it who it is.
 LOCK = ".lock"
+NULL_IS_OFF = ("train.grad_clip", "train.max_time_s", "train.step_timeout_s", "checkpoint.every_s")
 # Given by the package itself, so not for `args`.
 DATA_GIVEN = ("root", "download")
 MODEL_GIVEN = ("input_shape", "classes")
@@ -91,10 +92,12 @@ def _ranges(config: Config, _: Launcher) -> Iterator[str]:
         ("optim.gamma", o.gamma, False),
         ("train.grad_clip", t.grad_clip, False),
         ("checkpoint.every_s", config.checkpoint.every_s, False),
+        ("train.max_time_s", t.max_time_s, False),
+        ("train.step_timeout_s", t.step_timeout_s, False),
     ):
         if value is not None and not (math.isfinite(value) and (value > 0 or (zero_fits and value == 0))):
             bound = "of 0 or more" if zero_fits else "above 0"
-            mend = "; null turns it off" if path in ("train.grad_clip", "checkpoint.every_s") else ""
+            mend = "; null turns it off" if path in NULL_IS_OFF else ""
             yield f"{path}: got {value}, expected a finite number {bound}{mend}; for example --{path} 0.1"
     for path, value in (("model.dropout", m.dropout), ("train.label_smoothing", t.label_smoothing)):
         if value is not None and not 0 <= value < 1:

@@ -125,6 +125,13 @@ class TrainConfig:
     """auto, cpu, cuda, ...: auto takes the accelerator that torch finds, else the CPU."""
     threads: int | None = None
     """CPU threads of a rank (null: OMP_NUM_THREADS, else the cores divided by the ranks on the node)."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop ends the run; skip leaves the step out, and waits for the device at
+    every step to know."""
+    max_time_s: float | None = None
+    """Save and end after so many seconds of this start, with exit code 75, to be started again."""
+    step_timeout_s: float | None = 600.0
+    """Where a step takes longer than so many seconds, name the rank that is waited for, and end (null: never)."""
     eval_every_epochs: int | None = 1
     """Evaluate after every so many epochs (null: only at the end and by eval_every_steps)."""
     eval_every_steps: int | None = None

@@ -1,5 +1,6 @@
 """Ranks and collectives. Every function is the identity in a process without a group, so the loop has no rank test."""
 
+import functools
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ class World:
     local_size: int
     device: torch.device
     launcher: str
+    master_addr: str = "127.0.0.1"
 
     @property
     def is_main(self) -> bool:
@@ -79,9 +81,8 @@ def seed_draws(seed: int, world: World, step: int = 0) -> None:
 def joined(launcher: Launcher, device: torch.device) -> Iterator[World]:
     """Joins the processes that were started together. At the end the group is left after every rank has come there;
     on an error at once, so that the other ranks notice."""
-    world = World(
-        launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size, device, launcher.name
-    )
+    place = launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size
+    world = World(*place, device, launcher.name, launcher.master_addr)
     if launcher.name == "none":
         yield world
         return
@@ -108,12 +109,20 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def sum_numbers(values: list[float], device: torch.device) -> list[float]:
-    """The sums of numbers over the ranks, on every rank. Collective. The numbers go by way of the device, as nccl
-    knows no other tensors."""
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """Every rank's numbers, in order of rank. Collective, among the hosts: no device waits for it."""
     if not torch_dist.is_initialized():
-        return values
-    return sum_(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+        return [values]
+    mine = torch.tensor(values, dtype=torch.float64)
+    rows = torch.empty(torch_dist.get_world_size(), len(values), dtype=torch.float64)
+    torch_dist.all_gather(list(rows), mine, group=_hosts())
+    return rows.tolist()
+
+
+@functools.cache
+def _hosts() -> torch_dist.ProcessGroup | None:
+    """A group of all ranks for tensors on the CPU; None is the default group, where that one is."""
+    return None if torch_dist.get_backend() == "gloo" else torch_dist.new_group(backend="gloo")
 
 
 def gather(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:

@@ -8,7 +8,8 @@ import traceback
 from dist_train.errors import ConfigError, OtherRankError
 from dist_train.launcher import Launcher
 
-OK, FAILED, BAD_CONFIG, INTERRUPTED = 0, 1, 2, 130
+# STOPPED: asked to end, saved, to be started again (EX_TEMPFAIL of sysexits.h).
+OK, FAILED, BAD_CONFIG, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
 
 # A rank whose error may be only the echo of another's waits this long for that one to be shown first;
 # the launcher ends it meanwhile.

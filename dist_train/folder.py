@@ -14,7 +14,7 @@ from typing import IO
 from dist_train import dist
 from dist_train.check import LOCK, run_folder
 from dist_train.checkpoint import manifest
-from dist_train.checkpoint.save import clean, saves
+from dist_train.checkpoint.save import clean
 from dist_train.config import Config, dump
 from dist_train.dist import World
 from dist_train.errors import ConfigError
@@ -30,7 +30,7 @@ def opened(config: Config, world: World) -> Iterator[Path]:
     """The run's folder, made and locked by rank 0, with the config in it. Collective. Raises ConfigError."""
     locks: list[IO[str]] = []
     folder = dist.on_main(lambda: _open(config, locks))
-    if saves(config.checkpoint) and world.size > 1:
+    if world.size > 1:
         _check_shared(folder, world)
     try:
         yield folder
@@ -48,6 +48,7 @@ def _open(config: Config, locks: list[IO[str]]) -> Path:
     if (folder / "metrics.jsonl").exists() and not manifest.folders(folder):
         print(f"{folder} holds a run that did not finish; it starts anew", flush=True)
     clean(folder)
+    (folder / "summary.json").unlink(missing_ok=True)  # of a run that was stopped
     write(folder / "config.yaml", dump(config))
     return folder
 

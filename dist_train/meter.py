@@ -1,5 +1,7 @@
 """Times and losses of a run. Between log points it only keeps references: nothing here waits for the device."""
 
+import itertools
+import statistics
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +11,12 @@ from typing import Protocol
 import torch
 
 from dist_train import dist
+from dist_train.errors import OtherRankError
+from dist_train.order import Plan
+from dist_train.phases import NAMES, Phases
+from dist_train.stop import Requests
 
+AGREE_EVERY_S = 1.0
 Metrics = dict[str, float | int]
 Progress = Mapping[str, float]  # what Meter.progress gives
 
@@ -19,18 +26,6 @@ class Sink(Protocol):
 
     def log(self, metrics: Metrics, line: str | None) -> None:
         """Metrics of a moment, and a line for people about them, if there is something to say."""
-
-
-class Requests:
-    """What a rank may ask of all between two steps. They agree on it where they sum the loss anyway."""
-
-    def __init__(self) -> None:
-        self.asked = {"save": False}
-        self.agreed = {"save": False}
-
-    def settle(self, counts: list[float]) -> None:
-        """How many ranks ask for each."""
-        self.agreed = {name: count > 0 for name, count in zip(self.asked, counts, strict=True)}
 
 
 @dataclass
@@ -63,36 +58,61 @@ class Result:
     evaluation: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class Control:
+    """What a run is watched and ended by.
+
+    Args:
+        requests: of this rank to all.
+        phases: where the main thread is.
+        stops_on_nan: a loss or norm that is not finite ends the run; else its step is left out.
+        norm_overflows: a norm may be infinite nevertheless, as the loss is scaled by trial.
+    """
+
+    requests: Requests = field(default_factory=Requests)
+    phases: Phases = field(default_factory=Phases)
+    stops_on_nan: bool = True
+    norm_overflows: bool = False
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or a gradient that is not finite."""
+
+
 class Meter:
     """Counts a run's steps and tells the tracker of them every `every_steps`, and at the end.
 
     Args:
         tracker: takes the metrics.
         total_steps: of the run.
-        steps_per_epoch: of the plan.
+        plan: which samples make up a step.
         every_steps: between log points.
         device: what the steps run on.
+        control: what may end the run early.
         progress: of the run so far, where it goes on from a checkpoint.
     """
 
     def __init__(
-        self, tracker: Sink, total_steps: int, steps_per_epoch: int, every_steps: int, device: torch.device,
-        progress: Progress | None = None,
+        self, tracker: Sink, total_steps: int, plan: Plan, every_steps: int, device: torch.device,
+        control: Control, progress: Progress | None = None,
     ):  # fmt: skip
-        self.tracker, self.total_steps, self.steps_per_epoch = tracker, total_steps, steps_per_epoch
+        self.tracker, self.total_steps, self.plan = tracker, total_steps, plan
         self.every_steps, self.device = every_steps, device
-        self.requests = Requests()
+        self.steps_per_epoch = plan.steps_per_epoch
+        self.requests, self.phases, self.stops_on_nan = control.requests, control.phases, control.stops_on_nan
+        self.norm_stops = control.stops_on_nan and not control.norm_overflows
         self.result = Result()
         self.losses: list[torch.Tensor] = []
-        self.counts: list[int] = []
+        self.batches: list[tuple[int, int]] = []  # step and its samples, of each of the losses
         self.logged_steps = self.interval_samples = 0
         self.interval_loss = 0.0  # of the interval's steps before a checkpoint, over all ranks
         self.compiled = Compiled()
         self.begin = self.train_begin = self.step_begin = self.interval_begin = time.perf_counter()
-        self.first_step = 0
+        self.first_step = self.skipped_steps = 0
         self.evaluated_step: int | None = None
         if progress is not None:
             self._resume(progress)
+        self.agreed_at, self.agreed_step, self.agree_step = self.begin, self.first_step, self.first_step + 1
 
     @property
     def epoch(self) -> float:
@@ -106,7 +126,7 @@ class Meter:
     def add(self, loss: torch.Tensor, count: int) -> None:
         """A micro-batch: its part of the loss of a step with `count` samples over all ranks."""
         self.losses.append(loss.detach())
-        self.counts.append(count)
+        self.batches.append((self.result.steps, count))
 
     def step(self, count: int, lr: float, norm: torch.Tensor | None) -> None:
         """The end of an optimizer step with `count` samples over all ranks. Collective where it is due."""
@@ -117,26 +137,96 @@ class Meter:
             self.result.first_step_s = time.perf_counter() - self.step_begin
         if self.result.steps == self.first_step + self.steps_per_epoch:
             self.compiled.first_epoch_over()
-        if self.due(self.result.steps):
+        self.phases("reduce")
+        due = self.due(self.result.steps)
+        # Between log points a norm on a device is not looked at.
+        if self.norm_stops and norm is not None and (due or norm.device.type == "cpu") and not norm.isfinite():
+            self._bad_norm(norm)
+        if due:
             self._log(lr, norm)
+        if self.result.steps >= self.agree_step:
+            self._agree()
+        self.phases.progressed(self.result.steps)
         if self.device.type == "cpu":
             now = time.perf_counter()
             self.result.step_ms.append((now - self.step_begin) * 1e3)
             self.step_begin = now
 
-    def _sum_losses(self) -> None:
-        """Adds the losses since the last call to those of the interval, over all ranks, and settles the requests."""
-        weights = torch.tensor(self.counts, dtype=torch.float64)
-        # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
-        mine = (torch.stack(self.losses).to("cpu", torch.float64) * weights).sum() if self.losses else 0.0  # waits
-        loss, *asked = dist.sum_numbers([float(mine), *self.requests.asked.values()], self.device)
-        self.interval_loss += loss
-        self.requests.settle(asked)
-        self.losses, self.counts = [], []
+    def _agree(self) -> None:
+        """Settles the requests, about once a second: how many steps that is, all ranks say together. Collective, among
+        the hosts alone."""
+        now = time.perf_counter()
+        step_s = (now - self.agreed_at) / (self.result.steps - self.agreed_step)
+        rows = dist.gather_numbers([step_s, *self.requests.asked()])
+        self.requests.settle([row[1:] for row in rows])
+        self.agreed_at, self.agreed_step = now, self.result.steps
+        mean_s = sum(row[0] for row in rows) / len(rows)
+        self.agree_step = self.result.steps + max(1, int(AGREE_EVERY_S / mean_s))
+
+    def _sum_losses(self) -> list[dict[str, float]]:
+        """Adds the losses since the last call to those of the interval, over all ranks. Collective.
+
+        Returns:
+            Seconds of every rank in each phase since the last call.
+        """
+        steps = torch.tensor([step for step, _ in self.batches], dtype=torch.int64)
+        counts = torch.tensor([count for _, count in self.batches], dtype=torch.float64)
+        first = int(steps[0]) if len(steps) else 0
+        sums = torch.zeros(int(steps[-1]) - first + 1 if len(steps) else 0, dtype=torch.float64)
+        if self.losses:
+            # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
+            losses = torch.stack(self.losses).to("cpu", torch.float64)  # waits for the device
+            sums.index_add_(0, steps - first, losses * counts)
+        rows = dist.gather_numbers([*sums.tolist(), *self.phases.take().values()])
+        by_step = torch.tensor(rows, dtype=torch.float64)[:, : len(sums)]  # [ranks, steps]
+        finite = by_step.isfinite().all(0)
+        if not finite.all():
+            self._not_finite(by_step, first, dict(self.batches), ~finite)
+        self.interval_loss += float(by_step[:, finite].sum())
+        self.losses, self.batches = [], []
+        return [dict(zip(NAMES, row[len(sums) :], strict=True)) for row in rows]
+
+    def _bad_norm(self, norm: torch.Tensor) -> None:
+        """The gradient norm, the same on all ranks, is not finite: ends the run by the loss, if that shows why."""
+        self._sum_losses()
+        if not self.plan.rank == 0:
+            raise OtherRankError(f"the gradient norm of step {self.result.steps} is {float(norm)}")
+        raise NonFiniteError(
+            f"the gradient norm of step {self.result.steps} is {float(norm)}, though its loss is finite. The newest "
+            f"checkpoint is from before it. A lower optim.lr or a train.grad_clip may help; --train.nonfinite skip "
+            f"leaves such steps out"
+        )
+
+    def _not_finite(self, by_step: torch.Tensor, first: int, counts: dict[int, int], bad: torch.Tensor) -> None:
+        """Some steps' losses are not finite: ends the run, or leaves them out of the mean as they were of training.
+
+        Args:
+            by_step: [ranks, steps] sums of losses.
+            first: of these steps, from 0.
+            counts: samples of each step.
+            bad: [steps] which of them.
+        """
+        steps = [first + int(i) for i in bad.nonzero()]
+        if not self.stops_on_nan:
+            self.skipped_steps += len(steps)
+            self.interval_samples -= sum(counts[step] for step in steps)
+            return
+        ranks = [int(rank) for rank in (~by_step[:, steps[0] - first].isfinite()).nonzero()]
+        if self.plan.rank not in ranks:
+            raise OtherRankError(f"the loss of step {steps[0] + 1} is not finite on rank {ranks[0]}")
+        number = next(i for i, (at, _) in enumerate(self.batches) if at == steps[0] and not self.losses[i].isfinite())
+        micro = number - next(i for i, (at, _) in enumerate(self.batches) if at == steps[0])
+        epoch, within = divmod(steps[0], self.plan.steps_per_epoch)
+        samples = next(itertools.islice(self.plan.indices(epoch, within), micro, None)).tolist()
+        raise NonFiniteError(
+            f"the loss of step {steps[0] + 1} is not finite on rank {self.plan.rank}, in micro-batch {micro} with the "
+            f"samples {samples}. The newest checkpoint is from before it. A lower optim.lr or a train.grad_clip may "
+            f"help; --train.nonfinite skip leaves such steps out"
+        )
 
     def _log(self, lr: float, norm: torch.Tensor | None) -> None:
-        self._sum_losses()
-        loss = self.interval_loss / self.interval_samples
+        by_rank = self._sum_losses()
+        loss = self.interval_loss / self.interval_samples if self.interval_samples else float("nan")
         seconds = time.perf_counter() - self.interval_begin
         steps = self.result.steps - self.logged_steps
         if self.device.type != "cpu":
@@ -149,12 +239,28 @@ class Meter:
                 "train/grad_norm": float(norm) if norm is not None else float("nan"),
                 "train/lr": lr,
                 "train/samples_per_s": rate,
-            },
+            }
+            | ({"train/skipped_steps": self.skipped_steps} if self.skipped_steps else {})
+            | self._straggler(by_rank, steps),
             f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
             f"{rate:,.0f} samples/s  ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
         )
         self.interval_samples, self.interval_loss = 0, 0.0
         self.logged_steps, self.interval_begin = self.result.steps, time.perf_counter()
+
+    def _straggler(self, by_rank: list[dict[str, float]], steps: int) -> Metrics:
+        """The rank that the others wait for: the one that is longest in what it does alone, data and forward. On one
+        rank nothing."""
+        if len(by_rank) == 1:
+            return {}
+        own_ms = [(seconds["data"] + seconds["forward"]) / steps * 1e3 for seconds in by_rank]
+        slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
+        return {
+            "straggler/rank": slowest,
+            "straggler/own_ms": own_ms[slowest],
+            "straggler/median_ms": statistics.median(own_ms),
+            "straggler/data_ms": by_rank[slowest]["data"] / steps * 1e3,
+        }
 
     @contextmanager
     def evaluating(self) -> Iterator[dict[str, float]]:
@@ -228,6 +334,20 @@ class Compiled:
     def first_epoch_over(self) -> None:
         """After the last step of the first epoch."""
         self.first_epoch = _graphs() - self.graphs - self.evaluated
+
+    def _straggler(self, by_rank: list[dict[str, float]], steps: int) -> Metrics:
+        """The rank that the others wait for: the one that is longest in what it does alone, data and forward. On one
+        rank nothing."""
+        if len(by_rank) == 1:
+            return {}
+        own_ms = [(seconds["data"] + seconds["forward"]) / steps * 1e3 for seconds in by_rank]
+        slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
+        return {
+            "straggler/rank": slowest,
+            "straggler/own_ms": own_ms[slowest],
+            "straggler/median_ms": statistics.median(own_ms),
+            "straggler/data_ms": by_rank[slowest]["data"] / steps * 1e3,
+        }
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

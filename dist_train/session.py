@@ -1,40 +1,65 @@
 """A run from its folder to its summary, in processes that have joined: start or resume, train, save."""
 
 import contextlib
+from pathlib import Path
 
-from dist_train import backends, dist, folder, optim, weights
+from dist_train import backends, dist, ending, folder, optim, watchdog, weights
 from dist_train.assemble import Parts
-from dist_train.checkpoint import resume, save
-from dist_train.checkpoint.save import Facts
+from dist_train.checkpoint import resume
+from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
 from dist_train.config import Config
 from dist_train.dist import World
-from dist_train.meter import Result
+from dist_train.meter import Control
+from dist_train.phases import Phases
+from dist_train.stop import Requests
 from dist_train.track import Tracker
 from dist_train.train import train
 
 
-def run(config: Config, world: World, parts: Parts, facts: Facts) -> Result:
-    """Trains to the end of the config. Collective. Raises ConfigError for what only the run's folder can show."""
-    with folder.opened(config, world) as path:
-        found, damaged = resume.find(config, world, path, facts)
-        at = found.manifest.step if found else 0
-        with contextlib.closing(Tracker(path if world.is_main else None, at)) as tracker:
-            tracker.say("\n".join([dist.rank_table(world), *parts.loaded]))
-            for error in damaged:
-                tracker.say(f"passed over a damaged checkpoint: {error}")
-            if found:
-                resume.load_model(found, parts.model)  # before it is sharded
-            backend = backends.create(config, world)
-            model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
-            tracker.say(f"backend {backends.chosen(config.backend.name, world.launcher)}, {parts.describe()}")
-            progress = None
-            if found:
-                progress = resume.load_state(found, backend, world, config.train.seed)
-                tracker.say(found.describe())
-            checkpoints = save.Checkpoints(config, world, path, facts, backend, damaged)
-            feeds = parts.feed, parts.test_feed
-            result = train(config, world, backend, model, optimizer, *feeds, tracker, checkpoints.after_step, progress)
+def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
+    """Trains to the end of the config, or until it is stopped. Collective.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: what only the run's folder can show.
+    """
+    cfg = config.train
+    control = Control(Requests(cfg.max_time_s), Phases(), cfg.nonfinite == "stop", cfg.precision == "float16")
+    with (
+        folder.opened(config, world) as path,
+        watchdog.watching(world, control.phases, cfg.step_timeout_s),
+        control.requests.listening(),
+    ):
+        return _run(config, world, parts, facts, path, control)
+
+
+def _run(config: Config, world: World, parts: Parts, facts: Facts, path: Path, control: Control) -> int:
+    found, damaged = resume.find(config, world, path, facts)
+    at = found.manifest.step if found else 0
+    with contextlib.closing(Tracker(path if world.is_main else None, at)) as tracker:
+        tracker.say("\n".join([dist.rank_table(world), *parts.loaded]))
+        for error in damaged:
+            tracker.say(f"passed over a damaged checkpoint: {error}")
+        if found:
+            resume.load_model(found, parts.model)  # before it is sharded
+        backend = backends.create(config, world)
+        model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
+        tracker.say(f"backend {backends.chosen(config.backend.name, world.launcher)}, {parts.describe()}")
+        progress = None
+        if found:
+            progress = resume.load_state(found, backend, world, config.train.seed)
+            tracker.say(found.describe())
+        checkpoints = Checkpoints(config, world, path, facts, backend, damaged)
+        of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, tracker
+        try:
+            result = train(*of, checkpoints.after_step, control, progress)
+        except Stopped as stopped:
             checkpoints.close()
-            weights.save_weights(tracker.folder, backend.weights())
-            tracker.finish(config, world, result, checkpoints.stalls_s)
-    return result
+            tracker.stopped(stopped.why, stopped.step)
+            return ending.STOPPED
+        checkpoints.close()
+        weights.save_weights(tracker.folder, backend.weights())
+        tracker.finish(config, world, result, checkpoints.stalls_s)
+    return ending.OK

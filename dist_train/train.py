@@ -12,15 +12,17 @@ from dist_train.config import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.dist import World
 from dist_train.losses import Loss, loss_fn
-from dist_train.meter import Meter, Progress, Result, Sink
+from dist_train.meter import Control, Meter, Progress, Result, Sink
 from dist_train.optim import lr_at, set_lr
 from dist_train.order import Plan, pieces, share
+from dist_train.phases import Phases
 from dist_train.precision import Precision
 
 
 def train(
     config: Config, world: World, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer,
-    feed: Feed, test_feed: Feed, tracker: Sink, after_step: Callable[[Meter], None], progress: Progress | None = None,
+    feed: Feed, test_feed: Feed, tracker: Sink, after_step: Callable[[Meter], None], control: Control,
+    progress: Progress | None = None,
 ) -> Result:  # fmt: skip
     """Trains `model` to the end of the config. Collective.
 
@@ -34,6 +36,7 @@ def train(
         test_feed: the test split.
         tracker: takes the metrics.
         after_step: called after every step, with its metrics; saves checkpoints.
+        control: what may end the run early, and where it says what it is doing.
         progress: of a checkpoint whose state was loaded; None at the start.
     """
     cfg = config.train
@@ -43,7 +46,10 @@ def train(
     loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
     if progress is None:
         dist.seed_draws(cfg.seed, world)
-    meter = Meter(tracker, total, plan.steps_per_epoch, config.track.every_steps, world.device, progress)
+    meter, phase = (
+        Meter(tracker, total, plan, config.track.every_steps, world.device, control, progress),
+        control.phases,
+    )
     while (done := meter.result.steps) < total:
         epoch, first = divmod(done, plan.steps_per_epoch)
         batches = feed(plan.indices(epoch, first), epoch)
@@ -52,18 +58,23 @@ def train(
             set_lr(optimizer, lr)
             count, micro_batches = plan.batch_size(step), plan.micro_batches(step)
             for i in range(micro_batches):
+                phase("data")
                 inputs, targets = next(batches)
+                phase("forward")
                 with backend.accumulate(last=i + 1 == micro_batches):
                     with precision.autocast():
                         outputs = model(inputs)
                     loss = loss_of(outputs.to(precision.dtype), targets) / count
+                    phase("backward")
                     backend.backward(loss)
                 meter.add(loss, count)
+            phase("optimizer")
             norm = backend.step(cfg.grad_clip, measure=meter.due(meter.result.steps + 1))
             meter.step(count, lr, norm)
             if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
                 with meter.evaluating() as result:
-                    result.update(evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision))
+                    evaluation = evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, phase)
+                    result.update(evaluation)
             after_step(meter)
     return meter.finish()
 
@@ -84,7 +95,13 @@ def evaluation_due(cfg: TrainConfig, done: int, total: int, steps_per_epoch: int
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loss_of: Loss, feed: Feed, batch_size: int, world: World, precision: Precision
+    model: nn.Module,
+    loss_of: Loss,
+    feed: Feed,
+    batch_size: int,
+    world: World,
+    precision: Precision,
+    phases: Phases | None = None,
 ) -> dict[str, float]:
     """Mean loss and accuracy over a split, each sample counted once at any world size. Collective.
 
@@ -95,6 +112,7 @@ def evaluate(
         batch_size: samples at once on a rank.
         world: this rank's place.
         precision: the formats of the forward pass.
+        phases: is told that this goes on.
 
     Returns:
         `eval/loss` and `eval/accuracy`, the same on every rank.
@@ -106,10 +124,13 @@ def evaluate(
     count = pieces(n, world.size, batch_size)  # the same on every rank: a sharded model's forward is collective
     wide = torch.float32 if feed.device.type == "mps" else torch.float64  # that device has nothing wider
     sums = torch.zeros(2, dtype=wide, device=feed.device)
+    phases = phases or Phases()
+    phases("evaluate")
     for inputs, targets in feed(mine[share(len(mine), i, count)] for i in range(count)):
         with precision.autocast():
             outputs = model(inputs).to(precision.dtype)
         labels = targets if targets.dim() == 1 else targets.argmax(1)
+        phases.progressed()
         sums += torch.stack([loss_of(outputs, targets), (outputs.argmax(1) == labels).sum()]).to(wide)
     model.train(training)
     loss, correct = (dist.sum_(sums) / n).tolist()

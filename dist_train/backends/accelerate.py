@@ -77,7 +77,7 @@ class Accelerate(Backend):
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
         weights = self.bare.parameters()
-        return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.world.size)
+        return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

@@ -31,6 +31,7 @@ class Backend(ABC):
     def __init__(self, config: Config, world: World):
         self.config, self.world = config, world
         self.scale = LossScale() if config.train.precision == "float16" else None
+        self.skips = config.train.nonfinite == "skip"
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -107,6 +108,7 @@ def update(
     max_norm: float | None,
     measure: bool,
     scale: LossScale | None,
+    skips: bool,
     averaged_over: int = 1,
 ) -> torch.Tensor | None:
     """The step of a backend whose gradients are in `parameters`: takes the loss's scale out, clips, updates, clears.
@@ -118,15 +120,16 @@ def update(
         max_norm: see Backend.step.
         measure: see Backend.step.
         scale: of the loss; None where it is not scaled.
+        skips: leave out the step where the norm is not finite.
         averaged_over: ranks whose mean a scaled gradient is. To undo the mean in the loss, as is done without a scale,
             would let float16 overflow that many times sooner than in one process.
     """
     parameters = list(parameters)
     if scale:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor / averaged_over)
-    norm = clip(parameters, norm_of, max_norm, measure or scale is not None)
-    # A scale waits for the device here: whether there is a step depends on it.
-    finite = scale is None or bool(norm.isfinite())
+    asks = skips or scale is not None
+    norm = clip(parameters, norm_of, max_norm, measure or asks)
+    finite = not asks or bool(norm.isfinite())  # waits for the device: whether there is a step depends on it
     if scale:
         scale.saw(finite)
     if finite:
@@ -188,14 +191,22 @@ def settle_buckets(model: DistributedDataParallel) -> None:
     of a run that was not cut off. Here a backward without a model takes that first place, in the reverse order of the
     parameters, which is about that of a real one.
     """
-    inner = model.module.forward
-    parameters = [p for p in model.module.parameters() if p.requires_grad]
     if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse for m in model.modules()):
         return  # its gradient would be dense here, and DDP expects what it was told
-    model.module.forward = lambda: torch.stack([p.sum() for p in parameters]).sum()
+    inner = model.module
+    model.module = _SumOfAll([p for p in inner.parameters() if p.requires_grad])  # not the model: it may have hooks
     model().backward()
-    model.module.forward = inner
+    model.module = inner
     model.zero_grad()
+
+
+class _SumOfAll(nn.Module):
+    def __init__(self, parameters: list[nn.Parameter]):
+        super().__init__()
+        self.of = parameters
+
+    def forward(self) -> torch.Tensor:
+        return torch.stack([p.sum() for p in self.of]).sum()
 
 
 def compile_(module: nn.Module, config: CompileConfig) -> None:

@@ -80,13 +80,16 @@ class DeepSpeed(Backend):
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
         if self.stage == 0:
-            norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure)
-            self.engine.step()
+            norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure or self.skips)
+            if self.skips and not norm.isfinite():
+                self.engine.zero_grad()
+            else:
+                self.engine.step()
             return norm
         assert max_norm == self.config.train.grad_clip  # what the engine was told
         self.engine.step()
-        if not self.engine.was_step_applied():
-            raise FloatingPointError("the gradient is not finite: DeepSpeed leaves out such a step without a word")
+        if not self.engine.was_step_applied():  # it leaves out such a step without a word
+            return torch.tensor(float("inf"))
         return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -62,7 +62,7 @@ class FSDP2(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.model.parameters(), self._norm, max_norm, measure, self.scale)
+        return update(self.optimizer, self.model.parameters(), self._norm, max_norm, measure, self.scale, self.skips)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

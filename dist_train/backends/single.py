@@ -40,7 +40,7 @@ class Single(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.model.parameters(), whole_norm, max_norm, measure, self.scale)
+        return update(self.optimizer, self.model.parameters(), whole_norm, max_norm, measure, self.scale, self.skips)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

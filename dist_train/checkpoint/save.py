@@ -76,8 +76,7 @@ class Checkpoints:
         self.host = HostCopy()
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
-        joined = saves(cfg) and torch_dist.is_initialized()
-        self.group = torch_dist.new_group(backend="gloo") if joined else None
+        self.group = torch_dist.new_group(backend="gloo") if torch_dist.is_initialized() else None
         if saves(cfg):
             from dist_train.checkpoint import storage  # noqa: F401  (it takes half a second: not in the first save)
         # A rank of a killed run may still write when the next run has begun: not into the same folder.
@@ -89,16 +88,21 @@ class Checkpoints:
         if self.pending is not None and self.pending.done():
             self._wait()
         if cfg.every_s is not None and self.world.is_main:
-            meter.requests.asked["save"] = time.monotonic() - self.saved_at >= cfg.every_s
+            meter.requests.saving = time.monotonic() - self.saved_at >= cfg.every_s
         every_epochs = cfg.every_epochs and cfg.every_epochs * meter.steps_per_epoch
         due = any(every and step % every == 0 for every in (cfg.every_steps, every_epochs))
-        if due or meter.requests.agreed["save"] or (saves(cfg) and step == meter.total_steps):
+        if due or meter.requests.save_agreed or (saves(cfg) and step == meter.total_steps):
             self.save(meter)
+        if meter.requests.stop_agreed and step < meter.total_steps:
+            self.save(meter)
+            raise Stopped(meter.requests.stop_agreed, step)
 
     def save(self, meter: Meter) -> None:
         """Saves the run as it is after the last step. Raises RuntimeError at once where not all ranks call it."""
         if meter.result.steps == self.saved_step:
             return
+        meter.phases("checkpoint")
+        meter.phases.progressed()
         with meter.away():
             start = time.perf_counter()
             self._wait()
@@ -114,7 +118,7 @@ class Checkpoints:
                 self.pending = self.thread.submit(self._write, self.host.of(state), what)
             self.stalls_s.append(time.perf_counter() - start)
         self.saved_at, self.saved_step = time.monotonic(), meter.result.steps
-        meter.requests.asked["save"] = meter.requests.agreed["save"] = False
+        meter.requests.saving = meter.requests.save_agreed = False
         meter.event({"checkpoint/stall_s": self.stalls_s[-1]})
 
     def close(self) -> None:
@@ -225,6 +229,19 @@ class Checkpoints:
                 keep.add(found[0])
                 whole.remove(found)
         return keep
+
+
+class Stopped(Exception):
+    """The run was asked to end, and is saved.
+
+    Args:
+        why: who asked.
+        step: that it ends after.
+    """
+
+    def __init__(self, why: str, step: int):
+        super().__init__(f"stopped by {why} after step {step}")
+        self.why, self.step = why, step
 
 
 class SaveError(OSError):

@@ -15,7 +15,7 @@ from dist_train.config import Config, load
 from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
-from dist_train.meter import Metrics, Result
+from dist_train.meter import Control, Metrics, Result
 from dist_train.train import train
 
 
@@ -87,7 +87,9 @@ def measured(config: Config, world: World) -> tuple[Trajectory, Result]:
     backend = backends.create(config, world)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
     recorder = Recorder()
-    result = train(config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None)
+    result = train(
+        config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None, Control()
+    )
     run = Trajectory(
         [m["train/loss"] for m in recorder.steps],
         [m["train/grad_norm"] for m in recorder.steps],
