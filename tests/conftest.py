@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ranks import WORKERS
+from zygote import Zygote
 
 torch.set_num_threads(1)  # as the workers: the number of threads decides the last bits
 
@@ -39,3 +40,11 @@ def _children() -> list[str]:
         for pid in (task / "children").read_text().split():
             found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
     return found
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """The process that runs are forked from."""
+    process = Zygote()
+    yield process
+    process.close()
