@@ -67,7 +67,9 @@ class Checkpoints:
         damaged: Sequence[Damaged] = (),
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
-        self.folder, self.damaged = folder / manifest.FOLDER, {error.folder for error in damaged}
+        self.folder = folder / manifest.FOLDER
+        # Those of another run, from which this one goes on, are not ours to remove.
+        self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
         self.stalls_s: list[float] = []
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
