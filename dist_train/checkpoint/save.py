@@ -79,6 +79,9 @@ class Checkpoints:
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
         joined = saves(cfg) and torch_dist.is_initialized()
         self.group = torch_dist.new_group(backend="gloo") if joined else None
+        # One to meet in: monitored_barrier keeps to its own timeout on rank 0 alone, the others to their group's.
+        together = timedelta(seconds=TOGETHER_S)
+        self.meeting = torch_dist.new_group(backend="gloo", timeout=together) if joined else None
 
     def after_step(self, meter: Meter) -> None:
         """Saves if the config says so. Raises what went wrong in the background since the last call."""
@@ -118,8 +121,9 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._wait()
-        if self.group is not None:
-            torch_dist.destroy_process_group(self.group)
+        for group in (self.group, self.meeting):
+            if group is not None:
+                torch_dist.destroy_process_group(group)
 
     def _wait(self) -> None:
         pending, self.pending = self.pending, None
@@ -127,10 +131,10 @@ class Checkpoints:
             pending.result()
 
     def _meet(self) -> None:
-        if self.group is None:
+        if self.meeting is None:
             return
         try:
-            torch_dist.monitored_barrier(self.group, timedelta(seconds=TOGETHER_S), wait_all_ranks=True)
+            torch_dist.monitored_barrier(self.meeting, timedelta(seconds=TOGETHER_S), wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(
                 f"save() is called by every rank, or by none; rank {self.world.rank} waited {TOGETHER_S:.0f} s for "
