@@ -185,7 +185,7 @@ class Checkpoints:
             yield
         except Exception as caught:
             error = caught
-        own = isinstance(error, OSError)
+        own = error is not None and not isinstance(error, OtherRankError)
         failed = [rank for rank, bad in enumerate(dist.gather(own, self.group)) if bad]
         if error is None and not failed:
             return

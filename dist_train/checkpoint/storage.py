@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from dist_train.checkpoint.manifest import Damaged, File
+from dist_train.errors import OtherRankError
 from dist_train.shards import Box, Shards
 
 METADATA = ".metadata"
@@ -43,7 +45,7 @@ def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGr
 
     Raises:
         OSError: a file could not be written here.
-        CheckpointException: it could not be written on another rank.
+        OtherRankError: a file could not be written on another rank.
     """
     writer = _Writer(folder)
     try:
@@ -51,11 +53,16 @@ def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGr
             dcp.save(
                 dict(state), storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None
             )
-    except BaseException as error:
+    except (Exception, CheckpointException) as error:  # which is no Exception
         # torch.save hides the cause: it goes on to say that its file ends in the wrong place.
         if writer.files.error is not None:
             raise writer.files.error from error
-        raise
+        if not isinstance(error, CheckpointException):
+            raise
+        rank = torch_dist.get_rank() if group else 0
+        if rank in error.failures:
+            raise error.failures[rank][0] from error
+        raise OtherRankError(f"rank {min(error.failures)}: {_root(error)}") from error
     return {path.name.removesuffix(".tmp"): file for path, file in writer.files.written.items()}
 
 
@@ -70,7 +77,7 @@ def read(folder: Path, state: Mapping[str, Shards]) -> None:
     try:
         with _quiet():
             dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
-    except Exception as error:  # DCP wraps what was raised, and torch.load has no error of its own
+    except (Exception, CheckpointException) as error:  # DCP wraps what was raised, in what is no Exception
         raise Damaged(folder, f"cannot be read: {_root(error)}") from error
 
 
