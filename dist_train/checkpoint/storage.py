@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from dist_train.checkpoint.manifest import Damaged, File
+from dist_train.checkpoint.manifest import METADATA, NAME, Damaged, File
 from dist_train.errors import OtherRankError
 from dist_train.shards import Box, Shards
-
-METADATA = ".metadata"
 
 
 def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGroup | None) -> dict[str, File]:
@@ -69,6 +67,13 @@ def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGr
 def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Shape and type of every tensor in a checkpoint, by name. Raises Damaged."""
     return _Reader(folder).read_metadata().state_dict_metadata
+
+
+def check(folder: Path, files: Container[str]) -> None:
+    """That the metadata can be read, and names no file but these. Raises Damaged."""
+    for info in _Reader(folder).read_metadata().storage_data.values():
+        if info.relative_path not in files:
+            raise Damaged(folder, f"{METADATA}: names the file {info.relative_path!r}, which {NAME} does not")
 
 
 def read(folder: Path, state: Mapping[str, Shards]) -> None:
