@@ -1,7 +1,7 @@
 """Small runs with checkpoints, cut off and looked at: for the tests of faults."""
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class Kind:
         return Run([*ARGV, *name, *asynchronous, "--run.dir", str(folder), *more], self.ranks, **keys)
 
 
+SAVE_9, SAVE_12 = (("mkdir", f".writing-step-{step:08d}", "", 0) for step in (9, 12))
 SINGLE, DDP, FSDP2 = Kind("single", 1), Kind("ddp", 2), Kind("fsdp2", 2)
 
 
@@ -51,6 +52,13 @@ def reference(zygote: Zygote, kind: Kind, place: Path) -> Reference:
     plant = {rank: ("trace", root(folder), str(path)) for rank, path in enumerate(traces)}
     zygote.run(kind.run(folder, plant=plant))[0].check()
     return Reference(weights(folder), [traced(path) for path in traces])
+
+
+def cut_off(zygote: Zygote, kind: Kind, folder: Path) -> Path:
+    """The folder of a run that was killed when the checkpoints of steps 6 and 9 stood."""
+    zygote.run(kind.run(folder, plant={0: ("kill_at", root(folder), SAVE_12)}, kill_all=True))
+    assert steps(folder) == [9, 6]
+    return folder
 
 
 def root(folder: Path) -> str:
@@ -84,6 +92,11 @@ def leftovers(folder: Path) -> list[str]:
     return [path.name for path in there if path not in manifest.folders(folder)]
 
 
+def checkpoint(folder: Path, step: int) -> Path:
+    """A checkpoint of a run."""
+    return folder / manifest.FOLDER / f"step-{step:08d}"
+
+
 def resumed_from(ended: Ended) -> int | None:
     """The step that a run went on from."""
     line = next((line for line in ended.out[0].splitlines() if line.startswith("resumed from")), None)
@@ -95,6 +108,11 @@ def copy(cut: Path, place: Path) -> Path:
     return Path(shutil.copytree(cut, place / "run"))
 
 
-def killed(run: Run, rank: int, *plant) -> Run:
-    """The run with something planted in a rank."""
-    return replace(run, plant={rank: plant})
+def refused(ended: Ended) -> str:
+    """What the ranks said that refused to run: one of them, in lines of its own, and none with a traceback."""
+    assert set(ended.codes) == {2}, ended
+    said = set(filter(None, ended.err))
+    assert len(said) == 1, ended  # the launcher ends the others before they say it too
+    (text,) = said
+    assert text.endswith("\n") and all(line.startswith("dist_train: ") for line in text.splitlines()), ended
+    return text

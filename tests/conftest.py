@@ -1,11 +1,13 @@
 """What every test gets: workers that end with the session, an environment that is put back, nothing left running."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_runs import cut_off, reference
 from ranks import WORKERS
 from zygote import Zygote
 
@@ -48,3 +50,15 @@ def zygote():
     process = Zygote()
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory):
+    """By kind of run, one that nothing disturbed. Each is made once."""
+    return functools.cache(lambda kind: reference(zygote, kind, tmp_path_factory.mktemp("reference")))
+
+
+@pytest.fixture(scope="session")
+def cut(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory):
+    """By kind of run, the folder of one that was killed after step 9: to be copied. Each is made once."""
+    return functools.cache(lambda kind: cut_off(zygote, kind, tmp_path_factory.mktemp("cut") / "run"))

@@ -70,7 +70,7 @@ class Zygote:
         """Starts the runs at the same moment, and waits for all."""
         if self.process is None:
             # One thread, for the fork to be safe.
-            threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
             with Listener(family="AF_UNIX") as listener:
                 serve = f"import zygote; zygote._serve({listener.address!r})"
@@ -131,12 +131,13 @@ def _run(runs: tuple[Run, ...]) -> list[Ended]:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(other, signal.SIGKILL)
         read = [
-            [[(Path(folder) / f"{i}.{rank}.{kind}").read_text() for rank in range(run.ranks)] for kind in ("out", "err")]
+            [
+                [(Path(folder) / f"{i}.{rank}.{kind}").read_text() for rank in range(run.ranks)]
+                for kind in ("out", "err")
+            ]
             for i, run in enumerate(runs)
         ]
-    return [
-        Ended([codes[i, rank] for rank in range(run.ranks)], *read[i], seconds[i]) for i, run in enumerate(runs)
-    ]
+    return [Ended([codes[i, rank] for rank in range(run.ranks)], *read[i], seconds[i]) for i, run in enumerate(runs)]
 
 
 def _rank(run: Run, rank: int, port: int, output: Path) -> None:
@@ -167,4 +168,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
