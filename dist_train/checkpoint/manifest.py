@@ -205,7 +205,7 @@ def _sensible(m: Manifest) -> Manifest:
     others = {"epoch": m.epoch, "step_in_epoch": m.step_in_epoch, "data.test": m.data.test}
     others |= {f"progress.{key}": progress[key] for key in (*_COUNTS, *_SECONDS)}
     others |= {f"the size of {name}": file.size for name, file in m.files.items()}
-    others |= {f"the shape of {name}": size for name, tensor in m.model.items() for size in tensor.shape}
+    others |= {f"the shape of {name}": min(tensor.shape, default=0) for name, tensor in m.model.items()}
     if m.loss_scale:
         positive["loss_scale.factor"] = m.loss_scale.factor
         others["loss_scale.finite_steps"] = m.loss_scale.finite_steps
