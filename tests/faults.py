@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -162,6 +163,18 @@ def start_after(paused: str, go: str) -> None:
     tell_end(go)
 
 
+def lock_after(checked: str, go: str) -> None:
+    """Makes the file `checked` when the config was found good, and asks for the lock when the file `go` is there."""
+    lock = folder._lock
+
+    def late(place: Path):
+        Path(checked).touch()
+        _await(go)
+        return lock(place)
+
+    folder._lock = late
+
+
 def tell_end(go: str) -> None:
     """Makes the file `go` when the run ends."""
     leave = ending.leave
@@ -250,24 +263,27 @@ def fail_second_write() -> None:
 
 
 def write_during_steps(steps: int) -> None:
-    """A write in the background ends only when training has made so many steps more."""
+    """A write in the background ends a while after training has made so many steps more; none is begun meanwhile."""
     write, after_step, made = storage.write, save.Checkpoints.after_step, threading.Semaphore(0)
-    running = threading.Lock()
+    begun = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *call):
+            assert all(future.done() for future in begun), "two writes at once, and two copies of the state"
+            begun.append(super().submit(*call))
+            return begun[-1]
 
     def slow(folder, state, group):
         assert threading.current_thread() is not threading.main_thread()
-        assert running.acquire(blocking=False), "two writes at once"
         if not folder.name.endswith("12"):  # there is no step after the last one
             for _ in range(steps):
                 assert made.acquire(timeout=5), "no step was made during the write"
-        try:
-            return write(folder, state, group)
-        finally:
-            running.release()
+        time.sleep(0.1)
+        return write(folder, state, group)
 
     def counted(self, meter):
         if self.pending is not None:
             made.release()
         after_step(self, meter)
 
-    storage.write, save.Checkpoints.after_step = slow, counted
+    storage.write, save.Checkpoints.after_step, save.ThreadPoolExecutor = slow, counted, Pool
