@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from dist_train import dist
-from dist_train.check import LOCK, run_folder
+from dist_train.check import LOCK, run_folder, status_of
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.save import clean
 from dist_train.config import Config, dump
@@ -43,14 +43,30 @@ def _open(config: Config, locks: list[IO[str]]) -> Path:
     folder = run_folder(config)
     if folder is None:
         folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _take(folder, locks)
+        write(folder / "config.yaml", dump(config))
+    except OSError as error:
+        raise ConfigError(
+            f"run.dir: got {folder}, which cannot be written to ({error.strerror}), expected a folder of your own on a "
+            f"disk with space"
+        ) from error
+    return folder
+
+
+def _take(folder: Path, locks: list[IO[str]]) -> None:
+    """Locks the folder and tidies it up."""
     locks.append(_lock(folder))
+    if status_of(folder) == "finished":  # since its status was looked at before, while that run had the lock
+        raise ConfigError(
+            f"run.dir: got {folder}, which holds a finished run; expected a new folder, for example --run.dir "
+            f"{folder}-2"
+        )
     if (folder / "metrics.jsonl").exists() and not manifest.folders(folder):
         print(f"{folder} holds a run that did not finish; it starts anew", flush=True)
     clean(folder)
     (folder / "summary.json").unlink(missing_ok=True)  # of a run that was stopped
-    write(folder / "config.yaml", dump(config))
-    return folder
 
 
 def _lock(folder: Path) -> IO[str]:

@@ -62,7 +62,6 @@ class Tracker:
         """summary.json, and a last line that says where the results are."""
         if self.folder is None:
             return
-        quantiles = statistics.quantiles(result.step_ms, n=20, method="inclusive") if len(result.step_ms) > 1 else None
         summary = {
             "status": "finished",
             "backend": chosen(config.backend.name, world.launcher),
@@ -76,10 +75,7 @@ class Tracker:
             "first_step_s": result.first_step_s,
             **_compiled(config, result),
             **_saved(stalls_s),
-            "step_ms": {
-                "p50": statistics.median(result.step_ms),
-                "p95": quantiles[18] if quantiles else result.step_ms[0],
-            },
+            **_durations(result.step_ms),
             "launcher": world.launcher,
             "device": str(world.device.type),
             "device_name": device_name(world.device),
@@ -122,6 +118,13 @@ def _saved(stalls_s: list[float]) -> dict[str, dict[str, float]]:
         return {}
     stall = {"median": statistics.median(stalls_s), "max": max(stalls_s)}
     return {"checkpoint": {"saves": len(stalls_s), "stall_s": stall}}
+
+
+def _durations(step_ms: list[float]) -> dict[str, dict[str, float]]:
+    if not step_ms:  # killed after the last checkpoint: no step was left
+        return {}
+    quantiles = statistics.quantiles(step_ms, n=20, method="inclusive") if len(step_ms) > 1 else None
+    return {"step_ms": {"p50": statistics.median(step_ms), "p95": quantiles[18] if quantiles else step_ms[0]}}
 
 
 def _compiled(config: Config, result: Result) -> dict[str, dict[str, float]]:

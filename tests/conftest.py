@@ -1,12 +1,15 @@
 """What every test gets: workers that end with the session, an environment that is put back, nothing left running."""
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from checkpoint_runs import cut_off, reference
 from ranks import WORKERS
+from zygote import Zygote
 
 torch.set_num_threads(1)  # as the workers: the number of threads decides the last bits
 
@@ -39,3 +42,23 @@ def _children() -> list[str]:
         for pid in (task / "children").read_text().split():
             found.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
     return found
+
+
+@pytest.fixture(scope="session")
+def zygote():
+    """The process that runs are forked from."""
+    process = Zygote()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory):
+    """By kind of run, one that nothing disturbed. Each is made once."""
+    return functools.cache(lambda kind: reference(zygote, kind, tmp_path_factory.mktemp("reference")))
+
+
+@pytest.fixture(scope="session")
+def cut(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory):
+    """By kind of run, the folder of one that was killed after step 9: to be copied. Each is made once."""
+    return functools.cache(lambda kind: cut_off(zygote, kind, tmp_path_factory.mktemp("cut") / "run"))

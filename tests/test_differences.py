@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from resume_cells import run_once, saving
 
 from dist_train.config import Config, DataConfig
 from dist_train.errors import ConfigError
 
 from parity_cells import config
+from resume_cells import run_once, saving
 
 
 def cell(**changes) -> Config:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cells import run_series, saving
 
 from dist_train import weights
 from dist_train.checkpoint import manifest
@@ -21,6 +20,7 @@ from dist_train.launcher import Launcher
 from dist_train.tools import export, inspect
 
 from parity_cells import config
+from resume_cells import run_series, saving
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from resume_cells import Outcome, run_series, saving
 
 from dist_train import precision
 from dist_train.checkpoint import manifest
@@ -19,6 +18,7 @@ from dist_train.config import CompileConfig, Config, ModelConfig
 
 from parity_cells import TOLERANCE, config
 from ranks import run_ranks
+from resume_cells import Outcome, run_series, saving
 
 # Backend and ranks; 0 is one process without a group.
 TOPOLOGIES = [

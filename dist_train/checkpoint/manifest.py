@@ -8,6 +8,8 @@ RUN/checkpoints/step-00000100/     absent, or whole: it gets this name by one re
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import re
 import types
 import typing
@@ -20,11 +22,17 @@ from dist_train.errors import ConfigError
 
 SCHEMA = 1
 NAME = "manifest.json"
+METADATA = ".metadata"
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 _BLOCK = 1 << 20
 # Metrics that decide which checkpoint is the best, and how.
 BEST = {"eval/accuracy": max, "eval/loss": min}
+_LARGEST = 2**63 - 1
+# Of the progress, which is the meter's, what must be there: counts, and seconds.
+_COUNTS = ("steps", "samples", "logged_steps", "interval_samples")
+_SECONDS = ("time_s", "train_s", "interval_s")
+_METRICS = {"eval/loss", "eval/accuracy"}
 
 
 class Damaged(ConfigError):
@@ -137,6 +145,7 @@ def read(folder: Path) -> Manifest:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         digest = tree.pop("sha256")
+        expected = _digest(tree)
     except FileNotFoundError:
         raise Damaged(folder, f"{NAME} is missing") from None
     except OSError as error:
@@ -145,11 +154,11 @@ def read(folder: Path) -> Manifest:
         raise Damaged(folder, f"{NAME} is not whole") from None
     if tree.get("schema") != SCHEMA:
         raise Damaged(folder, f"got schema {tree.get('schema')!r}, expected {SCHEMA}, the one that this version knows")
-    if digest != _digest(tree):
+    if digest != expected:
         raise Damaged(folder, f"the content of {NAME} does not fit its hash")
     try:
-        return _fitting(tree, Manifest)
-    except (TypeError, KeyError) as error:
+        return _sensible(_fitting(tree, Manifest))
+    except (TypeError, RecursionError) as error:
         raise Damaged(folder, f"{NAME} is not a manifest: {error}") from None
 
 
@@ -158,7 +167,7 @@ def _digest(tree: dict[str, Any]) -> str:
 
 
 def _fitting(value: Any, hint: Any) -> Any:
-    """The value as the type that the hint says. Raises TypeError or KeyError."""
+    """The value as the type that the hint says. Raises TypeError."""
     if hint is Any:
         return value
     if dataclasses.is_dataclass(hint):
@@ -166,6 +175,8 @@ def _fitting(value: Any, hint: Any) -> Any:
         if not isinstance(value, dict) or value.keys() != hints.keys():
             raise TypeError(f"got other keys than {', '.join(hints)}")
         return hint(**{name: _fitting(value[name], kind) for name, kind in hints.items()})
+    if type(value) is int and abs(value) > _LARGEST:
+        raise TypeError("got a number of more than 64 bits")
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
     if kind is types.UnionType:
         return None if value is None else _fitting(value, args[0])
@@ -178,12 +189,48 @@ def _fitting(value: Any, hint: Any) -> Any:
     return [_fitting(item, args[0]) for item in value] if kind is list else value
 
 
+def _sensible(m: Manifest) -> Manifest:
+    """The manifest, if a run could have written it: what goes on from it relies on that. Raises TypeError."""
+    progress = m.progress
+    for name, there, keys in (
+        ("progress", progress, (*_COUNTS, *_SECONDS, "interval_loss", *m.evaluation)),
+        ("config", m.config, ("data", "model", "optim", "train")),
+        ("config.optim", m.config.get("optim", {}), ("name",)),
+        ("config.train", m.config.get("train", {}), ("drop_last",)),
+        ("files", m.files, (METADATA,)),
+    ):
+        for key in keys:
+            if key not in there:
+                raise TypeError(f"got {name} without {key}")
+    positive = {"sequence": m.sequence, "step": m.step, "world_size": m.world_size, "data.train": m.data.train}
+    positive |= {"global_batch_size": m.global_batch_size}
+    others = {"epoch": m.epoch, "step_in_epoch": m.step_in_epoch, "data.test": m.data.test}
+    others |= {f"progress.{key}": progress[key] for key in (*_COUNTS, *_SECONDS)}
+    others |= {f"the size of {name}": file.size for name, file in m.files.items()}
+    others |= {f"the shape of {name}": min(tensor.shape, default=0) for name, tensor in m.model.items()}
+    if m.loss_scale:
+        positive["loss_scale.factor"] = m.loss_scale.factor
+        others["loss_scale.finite_steps"] = m.loss_scale.finite_steps
+    for name, value in (positive | others).items():
+        if not math.isfinite(value) or value < 0 or (name in positive and value == 0):
+            raise TypeError(f"got {value} for {name}, expected more")
+    if any(type(progress[key]) is not int for key in _COUNTS) or progress["steps"] != m.step:
+        raise TypeError(f"got progress of {progress['steps']} steps, expected {m.step}")
+    if progress["logged_steps"] > m.step:
+        raise TypeError(f"got progress.logged_steps {progress['logged_steps']}, expected at most {m.step}")
+    for metrics in (set(m.evaluation), {name for name in progress if name.startswith("eval/")}):
+        if metrics and metrics != _METRICS:
+            raise TypeError(f"got the metrics {sorted(metrics)}, expected {' and '.join(sorted(_METRICS))}")
+    for name in (m.backend, *m.files):
+        if not name.isprintable() or Path(name).name != name or name in ("", "..", NAME):
+            raise TypeError(f"got the name {name!r}, expected a plain one")
+    return m
+
+
 def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Compares files of a checkpoint with its manifest: there, of the right size, of the right hash. Raises Damaged."""
     for name in names:
         expected = manifest.files[name]
-        if Path(name).name != name:
-            raise Damaged(folder, f"got the file {name!r}, expected one in it")
         try:
             with (folder / name).open("rb") as file:
                 got = file.seek(0, 2)
@@ -205,14 +252,20 @@ def folders(run: Path) -> list[Path]:
     """The checkpoints of a run folder, damaged ones among them, in no order that means anything."""
     try:
         return sorted(path for path in (run / FOLDER).iterdir() if _STEP.fullmatch(path.name))
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has a NUL in its name
         return []
+    except OSError as error:  # to go on as if there were none would start anew
+        raise ConfigError(
+            f"checkpoint.resume: got {run / FOLDER}, which cannot be listed ({error.strerror}), expected a folder that "
+            f"can be read"
+        ) from None
 
 
 def listed(place: Path) -> tuple[list[tuple[Path, Manifest]], list[Damaged]]:
     """The checkpoints of a run folder, or the one that `place` is: newest first, and what is wrong with the others."""
     found, damaged = [], []
-    for folder in [place] if (place / NAME).exists() or _STEP.fullmatch(place.name) else folders(place):
+    one = os.path.exists(place / NAME) or (_STEP.fullmatch(place.name) and place.absolute().parent.name == FOLDER)
+    for folder in [place] if one else folders(place):
         try:
             found.append((folder, read(folder)))
         except Damaged as error:

@@ -19,6 +19,7 @@ from dist_train.config import Config, to_tree
 from dist_train.data.sets import Data
 from dist_train.dist import World
 from dist_train.errors import ConfigError
+from dist_train.order import steps_per_epoch
 from dist_train.shards import shards_of
 
 
@@ -62,7 +63,7 @@ def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
         error: Damaged | None = None
         try:
             manifest.verify(folder, what, mine)
-            storage.tensors(folder)
+            storage.check(folder, what.files)
         except Damaged as caught:
             error = caught
         errors = [e for e in dist.gather(error) if e is not None]
@@ -122,6 +123,13 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
     ):
         if got != expected:
             yield f"{path}: got {got}, expected {expected} as in {there}; {new} {there}"
+    cfg = config.train
+    total = cfg.epochs * steps_per_epoch(facts.data.train, cfg.global_batch_size, cfg.drop_last)
+    path, got = "train.epochs", cfg.epochs
+    if cfg.max_steps is not None and cfg.max_steps < total:
+        path, got, total = "train.max_steps", cfg.max_steps, cfg.max_steps
+    if m.step > total or (m.step == total and not m.evaluation):
+        yield f"{path}: got {got}, expected more than the {m.step} steps that are done in {there}; {new} {there}"
 
 
 def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]:

@@ -67,7 +67,9 @@ class Checkpoints:
         damaged: Sequence[Damaged] = (),
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
-        self.folder, self.damaged = folder / manifest.FOLDER, {error.folder for error in damaged}
+        self.folder = folder / manifest.FOLDER
+        # Those of another run, from which this one goes on, are not ours to remove.
+        self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
         self.stalls_s: list[float] = []
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
@@ -76,7 +78,11 @@ class Checkpoints:
         self.host = HostCopy()
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
-        self.group = torch_dist.new_group(backend="gloo") if torch_dist.is_initialized() else None
+        joined = torch_dist.is_initialized()
+        self.group = torch_dist.new_group(backend="gloo") if joined else None
+        # One to meet in: monitored_barrier keeps to its own timeout on rank 0 alone, the others to their group's.
+        together = timedelta(seconds=TOGETHER_S)
+        self.meeting = torch_dist.new_group(backend="gloo", timeout=together) if joined else None
         if saves(cfg):
             from dist_train.checkpoint import storage  # noqa: F401  (it takes half a second: not in the first save)
         # A rank of a killed run may still write when the next run has begun: not into the same folder.
@@ -124,8 +130,9 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for what is being written."""
         self._wait()
-        if self.group is not None:
-            torch_dist.destroy_process_group(self.group)
+        for group in (self.group, self.meeting):
+            if group is not None:
+                torch_dist.destroy_process_group(group)
 
     def _wait(self) -> None:
         pending, self.pending = self.pending, None
@@ -133,10 +140,10 @@ class Checkpoints:
             pending.result()
 
     def _meet(self) -> None:
-        if self.group is None:
+        if self.meeting is None:
             return
         try:
-            torch_dist.monitored_barrier(self.group, timedelta(seconds=TOGETHER_S), wait_all_ranks=True)
+            torch_dist.monitored_barrier(self.meeting, timedelta(seconds=TOGETHER_S), wait_all_ranks=True)
         except RuntimeError as error:
             raise RuntimeError(
                 f"save() is called by every rank, or by none; rank {self.world.rank} waited {TOGETHER_S:.0f} s for "
@@ -189,7 +196,7 @@ class Checkpoints:
             yield
         except Exception as caught:
             error = caught
-        own = isinstance(error, OSError)
+        own = error is not None and not isinstance(error, OtherRankError)
         failed = [rank for rank, bad in enumerate(dist.gather(own, self.group)) if bad]
         if error is None and not failed:
             return

@@ -9,7 +9,7 @@ import io
 import os
 import pickle
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -29,10 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from dist_train.checkpoint.manifest import Damaged, File
+from dist_train.checkpoint.manifest import METADATA, NAME, Damaged, File
+from dist_train.errors import OtherRankError
 from dist_train.shards import Box, Shards
-
-METADATA = ".metadata"
 
 
 def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGroup | None) -> dict[str, File]:
@@ -43,7 +43,7 @@ def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGr
 
     Raises:
         OSError: a file could not be written here.
-        CheckpointException: it could not be written on another rank.
+        OtherRankError: a file could not be written on another rank.
     """
     writer = _Writer(folder)
     try:
@@ -51,11 +51,16 @@ def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGr
             dcp.save(
                 dict(state), storage_writer=writer, planner=_SavePlanner(), process_group=group, no_dist=group is None
             )
-    except BaseException as error:
+    except (Exception, CheckpointException) as error:  # which is no Exception
         # torch.save hides the cause: it goes on to say that its file ends in the wrong place.
         if writer.files.error is not None:
             raise writer.files.error from error
-        raise
+        if not isinstance(error, CheckpointException):
+            raise
+        rank = torch_dist.get_rank() if group else 0
+        if rank in error.failures:
+            raise error.failures[rank][0] from error
+        raise OtherRankError(f"rank {min(error.failures)}: {_root(error)}") from error
     return {path.name.removesuffix(".tmp"): file for path, file in writer.files.written.items()}
 
 
@@ -64,13 +69,20 @@ def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
     return _Reader(folder).read_metadata().state_dict_metadata
 
 
+def check(folder: Path, files: Container[str]) -> None:
+    """That the metadata can be read, and names no file but these. Raises Damaged."""
+    for info in _Reader(folder).read_metadata().storage_data.values():
+        if info.relative_path not in files:
+            raise Damaged(folder, f"{METADATA}: names the file {info.relative_path!r}, which {NAME} does not")
+
+
 def read(folder: Path, state: Mapping[str, Shards]) -> None:
     """Fills the boxes of this rank, whatever the ranks that wrote them held. Not collective. Raises Damaged."""
     reader = _Reader(folder)
     try:
         with _quiet():
             dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
-    except Exception as error:  # DCP wraps what was raised, and torch.load has no error of its own
+    except (Exception, CheckpointException) as error:  # DCP wraps what was raised, in what is no Exception
         raise Damaged(folder, f"cannot be read: {_root(error)}") from error
 
 

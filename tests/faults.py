@@ -1,0 +1,289 @@
+"""What goes wrong in a rank: planted by functions that are called in its process before the run; see `zygote`."""
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_train import ending, folder
+from dist_train.checkpoint import save, storage
+
+
+class Event(NamedTuple):
+    """What a rank is about to do to the files of its checkpoints.
+
+    Args:
+        at: seconds by a clock that all ranks of a machine share.
+        what: mkdir, open (for writing), write, fsync, rename, remove or rmdir.
+        path: below the folder of checkpoints; "." is that folder.
+        to: of a rename.
+    """
+
+    at: float
+    what: str
+    path: str
+    to: str
+
+
+Moment = tuple[str, str, str, int]  # before an event: what, path and to, and how many such came before it
+
+
+def moments(events: list[Event]) -> list[Moment]:
+    """The moment of each event."""
+    before: Counter[tuple] = Counter()
+    found = []
+    for event in events:
+        found.append((*event[1:], before[event[1:]]))
+        before[event[1:]] += 1
+    return found
+
+
+def watch(root: str, then: Callable[[Event], None]) -> None:
+    """Calls `then` before everything that this process does to files below `root`, in whatever thread.
+
+    Python tells of every file that it opens, renames or removes; writes and fsync, of which it does not, are wrapped.
+    """
+    inside = threading.local()  # what `then` does itself is no event
+
+    def event(what: str, path: Any, to: Any = None, parent: int = -1) -> None:
+        if getattr(inside, "busy", False):
+            return
+        inside.busy = True
+        try:
+            path = os.fsdecode(path)
+            if parent >= 0:  # rmtree names files by their folder
+                path = os.path.join(os.readlink(f"/proc/self/fd/{parent}"), path)
+            if f"{path}/".startswith(f"{root}/"):
+                after = os.path.relpath(os.fsdecode(to), root) if to else ""
+                then(Event(time.monotonic(), what, os.path.relpath(path, root), after))
+        finally:
+            inside.busy = False
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "open":
+            path, _, flags = arguments
+            if not isinstance(path, int) and flags & (os.O_WRONLY | os.O_RDWR):
+                event("open", path)
+        elif name == "os.mkdir":
+            event("mkdir", arguments[0])
+        elif name == "os.rename":
+            event("rename", arguments[0], to=arguments[1])
+        elif name in ("os.remove", "os.rmdir"):
+            event(name.removeprefix("os."), arguments[0], parent=arguments[1])
+
+    fsync, write = os.fsync, storage._Hashed.write
+
+    def told_fsync(fd: int) -> None:
+        event("fsync", os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def told_write(self: storage._Hashed, data: Any) -> int:
+        event("write", self.name)
+        return write(self, data)
+
+    os.fsync, storage._Hashed.write = told_fsync, told_write
+    sys.addaudithook(hook)
+
+
+def trace(root: str, path: str) -> None:
+    """Writes every event to a file, a line each."""
+    out = os.open(path, os.O_WRONLY | os.O_CREAT)
+    watch(root, lambda event: os.write(out, f"{json.dumps(event)}\n".encode()))
+
+
+def traced(path: Path) -> list[Event]:
+    """What `trace` wrote."""
+    return [Event(*json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def at_event(root: str, moment: Moment, act: Callable[[Event], None]) -> None:
+    """Calls `act` before an event."""
+    left = [moment[-1]]
+
+    def maybe(event: Event) -> None:
+        if event[1:] == moment[:-1]:
+            left[0] -= 1
+            if left[0] == -1:
+                act(event)
+
+    watch(root, maybe)
+
+
+def kill_at(root: str, moment: Moment) -> None:
+    """Kills this process before an event. Of a file that is not synced yet only a half is there afterwards."""
+
+    def kill(event: Event) -> None:
+        path = os.path.join(root, event.path)
+        if event.what == "fsync" and os.path.isfile(path):
+            os.truncate(path, os.path.getsize(path) // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(60)  # the signal comes when it comes
+
+    at_event(root, moment, kill)
+
+
+def fill_at(root: str, moment: Moment, filler: str, other: str | None = None) -> None:
+    """Fills the file system before an event, once the file `other` has been written."""
+
+    def fill(_: Event) -> None:
+        while other and not (os.path.exists(other) and time.time() - os.path.getmtime(other) > 0.2):
+            time.sleep(0.02)
+        with open(filler, "wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(4096))
+            except OSError:
+                pass
+
+    at_event(root, moment, fill)
+
+
+def wait_at(root: str, moment: Moment, paused: str, go: str) -> None:
+    """Makes the file `paused` before an event, and waits for the file `go`."""
+
+    def wait(_: Event) -> None:
+        Path(paused).touch()
+        _await(go)
+
+    at_event(root, moment, wait)
+
+
+def start_after(paused: str, go: str) -> None:
+    """Waits for the file `paused`; makes the file `go` when the run ends."""
+    _await(paused)
+    tell_end(go)
+
+
+def lock_after(checked: str, go: str) -> None:
+    """Makes the file `checked` when the config was found good, and asks for the lock when the file `go` is there."""
+    lock = folder._lock
+
+    def late(place: Path):
+        Path(checked).touch()
+        _await(go)
+        return lock(place)
+
+    folder._lock = late
+
+
+def tell_end(go: str) -> None:
+    """Makes the file `go` when the run ends."""
+    leave = ending.leave
+
+    def told(code: int) -> None:
+        Path(go).touch()
+        leave(code)
+
+    ending.leave = told
+
+
+def race(root: str, ended: str) -> None:
+    """Of several runs at once, the one that saves waits until another has ended."""
+    folder.LOCK_WAIT_S = 0.3
+    wait_at(root, ("mkdir", ".writing-step-00000003", "", 0), f"{ended}.paused", ended)
+    tell_end(ended)
+
+
+def _await(path: str) -> None:
+    deadline = time.monotonic() + 20
+    while not os.path.exists(path):
+        assert time.monotonic() < deadline, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def clock_back(root: str, moment: Moment) -> None:
+    """The clock goes back an hour whenever it is read; killed at an event."""
+    now = datetime.now(timezone.utc)
+
+    class Clock:
+        reads = 0
+
+        @classmethod
+        def now(cls, _: timezone) -> datetime:
+            cls.reads += 1
+            return now - timedelta(hours=cls.reads)
+
+    save.datetime = Clock
+    kill_at(root, moment)
+
+
+def own_folder(parent: str) -> None:
+    """This process alone sees an empty folder in the place of `parent`."""
+    folder.SEEN_WITHIN_S = 0.5
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, private_and_below = 0x20000, 0x40000 | 0x4000
+    for done in (
+        libc.unshare(new_namespace),
+        libc.mount(b"none", b"/", None, private_and_below, None),
+        libc.mount(b"none", parent.encode(), b"tmpfs", 0, None),
+    ):
+        assert done == 0, os.strerror(ctypes.get_errno())
+
+
+def blind_soon() -> None:
+    """A folder that is not seen soon is not seen."""
+    folder.SEEN_WITHIN_S = 0.5
+
+
+def skip_save() -> None:
+    """This rank alone does not save."""
+    save.Checkpoints.save = lambda self, meter: None
+
+
+def meet_soon() -> None:
+    """Ranks that do not come to a save within a second do not come."""
+    save.TOGETHER_S = 1.0
+
+
+def fail_second_write() -> None:
+    """The second write in the background fails, and is over before the next step ends."""
+    write, after_step, writes = storage.write, save.Checkpoints.after_step, []
+
+    def failing(folder, state, group):
+        writes.append(folder)
+        if len(writes) == 2:
+            raise OSError(5, "Input/output error")
+        return write(folder, state, group)
+
+    def patient(self, meter):
+        if self.pending is not None:
+            self.pending.exception()  # waits
+        after_step(self, meter)
+
+    storage.write, save.Checkpoints.after_step = failing, patient
+
+
+def write_during_steps(steps: int) -> None:
+    """A write in the background ends a while after training has made so many steps more; none is begun meanwhile."""
+    write, after_step, made = storage.write, save.Checkpoints.after_step, threading.Semaphore(0)
+    begun = []
+
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *call):
+            assert all(future.done() for future in begun), "two writes at once, and two copies of the state"
+            begun.append(super().submit(*call))
+            return begun[-1]
+
+    def slow(folder, state, group):
+        assert threading.current_thread() is not threading.main_thread()
+        if not folder.name.endswith("12"):  # there is no step after the last one
+            for _ in range(steps):
+                assert made.acquire(timeout=5), "no step was made during the write"
+        time.sleep(0.1)
+        return write(folder, state, group)
+
+    def counted(self, meter):
+        if self.pending is not None:
+            made.release()
+        after_step(self, meter)
+
+    storage.write, save.Checkpoints.after_step, save.ThreadPoolExecutor = slow, counted, Pool

@@ -1,0 +1,170 @@
+"""Real runs for a tenth of the price: one process imports torch once, and every run is forked from it.
+
+A run is `python -m dist_train ARGV` on some ranks: a forked process has its command line, environment, output and exit
+code. What a test plants in a rank is a function, called there before the run begins; the product has no hook for it.
+"""
+
+import contextlib
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
+from typing import Any
+
+TIMEOUT_S = 40.0
+# Imported before the fork: what a run would import.
+WARM = ("dist_train.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
+WARM += ("dist_train.data.synthetic", "dist_train.models.mlp", "torch._dynamo", "torch.distributed.fsdp", "faults")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run to start.
+
+    Args:
+        argv: of `python -m dist_train`.
+        ranks: how many; 1 is a process alone.
+        plant: by rank, a function of the module `faults` and its arguments, called in the rank before the run.
+        kill_all: when a rank was killed, kill the others at once; else they end by themselves.
+    """
+
+    argv: list[str]
+    ranks: int = 1
+    plant: dict[int, tuple[Any, ...]] | None = None
+    kill_all: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run left, by rank: exit codes (negative: the signal), output and errors."""
+
+    codes: list[int]
+    out: list[str]
+    err: list[str]
+    seconds: float
+
+    def check(self) -> "Ended":
+        """Itself, if all ranks ended well."""
+        assert set(self.codes) == {0}, self
+        return self
+
+
+class Zygote:
+    """The process that is forked; see the module."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen | None = None
+        self.link: Connection | None = None
+
+    def run(self, *runs: Run) -> list[Ended]:
+        """Starts the runs at the same moment, and waits for all."""
+        if self.process is None:
+            # One thread, for the fork to be safe.
+            threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+            environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+            with Listener(family="AF_UNIX") as listener:
+                serve = f"import zygote; zygote._serve({listener.address!r})"
+                self.process = subprocess.Popen([sys.executable, "-c", serve], env=environment)
+                self.link = listener.accept()
+        self.link.send(runs)
+        answer = self.link.recv()
+        assert not isinstance(answer, str), answer
+        return answer
+
+    def close(self) -> None:
+        """Ends it."""
+        if self.process is not None:
+            self.link.close()
+            self.process.wait()
+
+
+def _serve(address: str) -> None:
+    for name in WARM:
+        importlib.import_module(name)
+    gc.freeze()  # a collection in a forked process would copy every page
+    link = Client(address, family="AF_UNIX")
+    while True:
+        try:
+            runs = link.recv()
+        except EOFError:  # the tests' process is gone
+            return
+        try:
+            answer: Any = _run(runs)
+        except Exception:
+            answer = traceback.format_exc()
+        link.send(answer)
+
+
+def _run(runs: tuple[Run, ...]) -> list[Ended]:
+    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        place: dict[int, tuple[int, int]] = {}  # by process
+        for i, run in enumerate(runs):
+            port = _free_port()
+            for rank in range(run.ranks):
+                pid = os.fork()
+                if not pid:
+                    _rank(run, rank, port, Path(folder) / f"{i}.{rank}")
+                place[pid] = i, rank
+        left, codes = set(place), {}
+        seconds = [0.0] * len(runs)
+        while left:
+            pid, status = os.wait()
+            left.discard(pid)
+            i, rank = place[pid]
+            codes[i, rank] = os.waitstatus_to_exitcode(status)
+            seconds[i] = time.perf_counter() - begin
+            if runs[i].kill_all and os.WIFSIGNALED(status):
+                for other in left:
+                    if place[other][0] == i:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(other, signal.SIGKILL)
+        read = [
+            [
+                [(Path(folder) / f"{i}.{rank}.{kind}").read_text() for rank in range(run.ranks)]
+                for kind in ("out", "err")
+            ]
+            for i, run in enumerate(runs)
+        ]
+    return [Ended([codes[i, rank] for rank in range(run.ranks)], *read[i], seconds[i]) for i, run in enumerate(runs)]
+
+
+def _rank(run: Run, rank: int, port: int, output: Path) -> None:
+    """In the forked process. Does not return."""
+    try:
+        for fd, kind in ((1, "out"), (2, "err")):
+            os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT), fd)
+        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
+        if run.ranks > 1:
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.ranks, "LOCAL_WORLD_SIZE": run.ranks}
+            os.environ |= {name: str(value) for name, value in place.items()}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        from dist_train import __main__, ending
+
+        ending.ECHO_WAIT_S = 0.1
+        sys.argv = ["dist_train", *run.argv]
+        if run.plant and rank in run.plant:
+            name, *arguments = run.plant[rank]
+            getattr(importlib.import_module("faults"), name)(*arguments)
+        __main__.main()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(99)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
