@@ -1,8 +1,10 @@
 """What goes wrong in a rank: planted by functions that are called in its process before the run; see `zygote`."""
 
 import ctypes
+import glob
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -63,8 +65,8 @@ def watch(root: str, then: Callable[[Event], None]) -> None:
             if parent >= 0:  # rmtree names files by their folder
                 path = os.path.join(os.readlink(f"/proc/self/fd/{parent}"), path)
             if f"{path}/".startswith(f"{root}/"):
-                after = os.path.relpath(os.fsdecode(to), root) if to else ""
-                then(Event(time.monotonic(), what, os.path.relpath(path, root), after))
+                after = alike(os.path.relpath(os.fsdecode(to), root)) if to else ""
+                then(Event(time.monotonic(), what, alike(os.path.relpath(path, root)), after))
         finally:
             inside.busy = False
 
@@ -92,6 +94,17 @@ def watch(root: str, then: Callable[[Event], None]) -> None:
 
     os.fsync, storage._Hashed.write = told_fsync, told_write
     sys.addaudithook(hook)
+
+
+def alike(path: str) -> str:
+    """A path as it is in every start: the folder that is written in has the start's own name."""
+    return re.sub(r"^\.writing-[0-9a-f]{8}-", ".writing-", path)
+
+
+def actual(root: str, path: str) -> str | None:
+    """Where a path that `alike` gave is in this start."""
+    found = glob.glob(os.path.join(root, path.replace(".writing-", ".writing-????????-")))
+    return found[0] if found else None
 
 
 def trace(root: str, path: str) -> None:
@@ -122,20 +135,26 @@ def kill_at(root: str, moment: Moment) -> None:
     """Kills this process before an event. Of a file that is not synced yet only a half is there afterwards."""
 
     def kill(event: Event) -> None:
-        path = os.path.join(root, event.path)
-        if event.what == "fsync" and os.path.isfile(path):
-            os.truncate(path, os.path.getsize(path) // 2)
+        if event.what == "fsync":
+            path = actual(root, event.path)
+            if path is not None and os.path.isfile(path):
+                os.truncate(path, os.path.getsize(path) // 2)
         os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(60)  # the signal comes when it comes
 
     at_event(root, moment, kill)
 
 
+def _written(root: str, path: str) -> bool:
+    found = actual(root, path)
+    return found is not None and time.time() - os.path.getmtime(found) > 0.2
+
+
 def fill_at(root: str, moment: Moment, filler: str, other: str | None = None) -> None:
     """Fills the file system before an event, once the file `other` has been written."""
 
     def fill(_: Event) -> None:
-        while other and not (os.path.exists(other) and time.time() - os.path.getmtime(other) > 0.2):
+        while other and not _written(root, other):
             time.sleep(0.02)
         with open(filler, "wb", buffering=0) as file:
             try:

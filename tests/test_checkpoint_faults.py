@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,7 +161,7 @@ def test_save_on_one_rank_alone_fails(zygote: Zygote, tmp_path: Path):
         assert ended.codes == [1, 1] and ended.seconds < 10, ended
         said = ended.err[alone]
         assert "RuntimeError: save() is called by every rank, or by none" in said and f"rank {alone} waited 1 s" in said
-        assert "lost another rank" in ended.err[1 - alone] or "Traceback" in ended.err[1 - alone]
+        assert any(said in ended.err[1 - alone] for said in ("lost another rank", "is gone", "Traceback"))
         assert leftovers(tmp_path / str(alone)) == [] if (tmp_path / str(alone) / "checkpoints").exists() else True
 
 
@@ -168,7 +169,8 @@ def test_an_error_in_the_background_ends_the_next_step(zygote: Zygote, tmp_path:
     kind, folder = replace(SINGLE, asynchronous=True), tmp_path / "run"
     (ended,) = zygote.run(kind.run(folder, plant={0: ("fail_second_write",)}))
     assert ended.codes == [1], ended
-    assert f"SaveError: {folder}/checkpoints/.writing-step-00000006: cannot be written" in ended.err[0]
+    named = rf"SaveError: {folder}/checkpoints/.writing-\w+-step-00000006: cannot be written"
+    assert re.search(named, ended.err[0])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 7, "saved at step 6, so raised at the end of the next"
     assert steps(folder) == [3] and not leftovers(folder)

@@ -55,14 +55,14 @@ MAY_IMPORT = {
     "shards": set(),
     "versions": set(),
     "checkpoint": {"errors"},
-    "checkpoint.storage": {"checkpoint.manifest", "shards"},
+    "checkpoint.storage": {"checkpoint.manifest", "errors", "shards"},
     "checkpoint.save": {
         *("backends", "backends.base", "checkpoint", "checkpoint.manifest", "checkpoint.randomness"),
         *("checkpoint.storage", "config", "dist", "errors", "meter", "shards", "versions"),
     },
     "checkpoint.resume": {
         *("backends.base", "checkpoint", "checkpoint.allowed", "checkpoint.manifest", "checkpoint.randomness"),
-        *("checkpoint.save", "checkpoint.storage", "config", "data.sets", "dist", "errors", "shards"),
+        *("checkpoint.save", "checkpoint.storage", "config", "data.sets", "dist", "errors", "order", "shards"),
     },
     "folder": {"check", "checkpoint", "checkpoint.manifest", "checkpoint.save", "config", "dist", "errors"},
     "track": {"backends", "config", "dist", "folder", "meter", "versions"},

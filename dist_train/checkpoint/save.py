@@ -219,12 +219,13 @@ class Checkpoints:
         target = next(t for t in _names(self.folder / name) if not t.exists())
         beside.rename(target)
         sync_folder(self.folder)
+        sync_folder(self.folder.parent)  # the first checkpoint's folder of checkpoints is new there
         keep = self._kept([(target, what), *older])
         for folder in [*(f for f, _ in older), *self.damaged]:
             if folder not in keep and folder.exists():
                 gone = folder.with_name(f"{REMOVING}{folder.name}")
                 folder.rename(gone)
-                shutil.rmtree(gone)
+                shutil.rmtree(gone, ignore_errors=True)  # the new one stands; what is left goes at the next start
 
     def _kept(self, newest_first: list[tuple[Path, Manifest]]) -> set[Path]:
         cfg = self.config.checkpoint
