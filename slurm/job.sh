@@ -18,6 +18,7 @@ site=${files:?}/site.env
 if [ -f "$site" ]; then . "$site" || refuse "got an error from $site"; fi
 PYTHON=${PYTHON:-python}
 RETRIES=${RETRIES:-0}
+[[ $RETRIES =~ ^[0-9]+$ ]] || refuse "RETRIES: got '$RETRIES', expected a number, such as 2"
 if [ -n "${INTERFACE:-}" ]; then export NCCL_SOCKET_IFNAME=$INTERFACE GLOO_SOCKET_IFNAME=$INTERFACE; fi
 # srun reads sbatch's --cpus-per-task from here alone.
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
@@ -80,12 +81,10 @@ train_with_torchrun() {
     endpoint=$(first_node):$(port)
     threads "$ranks"
     arguments=("$@")
+    # srun gives a signal to all processes of a step: USR1 is for the ranks, and the agent must outlive it.
     # shellcheck disable=SC2016  # for the shell on each node
-    supervise --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" -- '
-        trap "" USR1  # for the ranks: srun gives a signal to all processes of a step, the agent too
-        python=$1
-        shift
-        exec "$python" -m torch.distributed.run --rdzv-conf=is_host=$((SLURM_NODEID == 0)) "$@"' agent "$PYTHON" \
+    supervise --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" -- \
+        'trap "" USR1; exec "$0" -m torch.distributed.run --rdzv-conf=is_host=$((SLURM_NODEID == 0)) "$@"' "$PYTHON" \
         --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$ranks" --max-restarts=0 \
         --rdzv-backend=c10d --rdzv-endpoint="$endpoint" --rdzv-id="$job-${SLURM_RESTART_COUNT:-0}"
 }
@@ -97,10 +96,9 @@ train_with_srun() {
     local tasks=${SLURM_NTASKS:-$SLURM_JOB_NUM_NODES}
     threads $(((tasks + SLURM_JOB_NUM_NODES - 1) / SLURM_JOB_NUM_NODES))
     arguments=("$@")
+    # A rank must outlive a USR1 until dist_train listens to it.
     # shellcheck disable=SC2016
-    supervise --ntasks="$tasks" -- '
-        trap "" USR1  # until dist_train listens to it
-        exec "$@"' rank "$PYTHON" -u
+    supervise --ntasks="$tasks" -- 'trap "" USR1; exec "$0" -u "$@"' "$PYTHON"
 }
 
 # supervise SRUN_OPTIONS -- SCRIPT WORD...: trains with `arguments`, by a bash script on each node that gets the words

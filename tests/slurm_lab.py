@@ -3,7 +3,7 @@ card and processes of its own.
 
     def test_something(slurm: Slurm, tmp_path: Path):
         job = slurm.submit("--nodes=2", "script.sbatch", "argument", cwd=tmp_path)
-        slurm.wait(job, "COMPLETED")               # polls scontrol; fails with the job's log at once in another end state
+        slurm.wait(job, "COMPLETED")               # polls scontrol; another end state fails at once with the job's log
         slurm.log(job), slurm.show(job)            # what the job printed; the fields of `scontrol show job`
         slurm.client("scancel", job)               # any of SLURM's commands
         slurm.processes()                          # command lines of what runs on the nodes beside the daemons
@@ -183,8 +183,9 @@ class Slurm:
             with contextlib.suppress(OSError):
                 if status.parent.joinpath("ns/pid").readlink() in roots and "State:\tZ" not in status.read_text():
                     words = status.parent.joinpath("cmdline").read_text(errors="replace").split("\0")
-                    if not words[0].startswith(("slurmd", "slurmstepd", "/usr/sbin/slurm", "sh")):
-                        found.append(" ".join(words))
+                    daemon = words[0].startswith(("slurmd", "slurmstepd")) or any("slurmd -D" in w for w in words)
+                    if not daemon:
+                        found.append(" ".join(words).strip())
         return found
 
     # -- nodes -------------------------------------------------------------------------------------------------------
@@ -256,7 +257,9 @@ class Slurm:
                 f"ip -n {node} link set eth0 up",
             ]
         self._head("sh", "-ec", "\n".join(network))
-        munge = [f"--{name}={lab}/munge/{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "seed-file")]
+        munge = [
+            f"--{name}={lab}/munge/{name.split('-')[0]}" for name in ("socket", "key-file", "pid-file", "seed-file")
+        ]
         self._daemon("munged", "--foreground", "--force", f"--log-file={lab}/munge/log", *munge)
         self._until((lab / "munge/socket").exists, "munged")
         self._daemon("slurmctld", "-D", "-c", "-f", f"{lab}/slurm.conf")
