@@ -130,13 +130,15 @@ supervise() {
         [ -n "$interrupted" ] || break
         say "got $interrupted, asking the ranks to save and stop"
         if [ -z "$asking" ]; then
-            # More than once: a rank that is still starting does not listen yet.
-            while kill -USR1 "$child" 2>/dev/null; do sleep "${ASK_EVERY_S:-10}"; done &
+            ask "$child" &
             asking=$!
         fi
     done
     trap '' USR1 TERM
-    if [ -n "$asking" ]; then kill "$asking" 2>/dev/null; fi
+    if [ -n "$asking" ]; then
+        kill "$asking" 2>/dev/null
+        wait "$asking"
+    fi
 
     if [ "$code" -eq 0 ]; then exit 0; fi
     # A status that stood there before is that of an earlier start.
@@ -150,6 +152,17 @@ supervise() {
         requeue
     fi
     exit "$code"
+}
+
+# ask SRUN: passes a stop on, more than once, as a rank that is still starting does not listen yet.
+ask() {
+    local nap=''
+    trap 'kill $nap 2>/dev/null; exit' TERM
+    while kill -USR1 "$1" 2>/dev/null; do
+        sleep "${ASK_EVERY_S:-10}" &
+        nap=$!
+        wait "$nap"
+    done
 }
 
 status() { sed -n 's/^ *"status": "\([a-z]*\)".*/\1/p' "$folder/summary.json" 2>/dev/null | head -n 1; }

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ranks import WORKERS
+from slurm_lab import slurm, slurm_cluster  # noqa: F401  (fixtures)
 
 torch.set_num_threads(1)  # as the workers: the number of threads decides the last bits
 

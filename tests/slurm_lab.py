@@ -4,6 +4,7 @@ card and processes of its own.
     def test_something(slurm: Slurm, tmp_path: Path):
         job = slurm.submit("--nodes=2", "script.sbatch", "argument", cwd=tmp_path)
         slurm.wait(job, "COMPLETED")               # polls scontrol; another end state fails at once with the job's log
+        slurm.wait_log(job, "text", "more")        # until these stand in its log
         slurm.log(job), slurm.show(job)            # what the job printed; the fields of `scontrol show job`
         slurm.client("scancel", job)               # any of SLURM's commands
         slurm.processes()                          # command lines of what runs on the nodes beside the daemons
@@ -65,7 +66,7 @@ ReturnToService=2
 SchedulerType=sched/backfill
 SchedulerParameters=sched_interval=1,sched_min_interval=10000,batch_sched_delay=0,bf_interval=1
 EpilogMsgTime=1
-KillWait=2
+KillWait=5
 MessageTimeout=10
 TCPTimeout=2
 MinJobAge=300
@@ -154,10 +155,10 @@ class Slurm:
             assert time.monotonic() < deadline, f"job {job} not {states}: {fields}\n{self.log(job)}\n{self._tails()}"
             time.sleep(0.05)
 
-    def wait_log(self, job: str, text: str, timeout_s: float = TIMEOUT_S) -> str:
-        """Waits until `text` stands in the job's log, and returns the log."""
+    def wait_log(self, job: str, *texts: str, timeout_s: float = TIMEOUT_S) -> str:
+        """Waits until all the texts stand in the job's log, and returns the log."""
         deadline = time.monotonic() + timeout_s
-        while text not in self.log(job):
+        while any(text not in self.log(job) for text in texts):
             state = self.show(job)["JobState"]
             assert time.monotonic() < deadline and state not in END_STATES, f"job {job} {state}:\n{self.log(job)}"
             time.sleep(0.05)
@@ -169,10 +170,9 @@ class Slurm:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def start_now(self, job: str) -> None:
-        """Takes the minute away for which a requeued job would wait; `now` itself could fail it."""
-        deadline = time.monotonic() + 10
-        while self.show(job)["JobState"] != "PENDING" and time.monotonic() < deadline:
-            time.sleep(0.05)
+        """Waits until the job is back in the queue, and takes away the time for which SLURM would leave it there."""
+        self.wait(job, "PENDING")
+        # `now` itself could fail the job.
         self.client("scontrol", "update", f"JobId={job}", "StartTime=now+2", check=False)
 
     def processes(self) -> list[str]:
@@ -294,9 +294,10 @@ class Slurm:
         return subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=30, check=True).stdout
 
     def _daemon(self, *argv: str) -> None:
-        log = (self.lab / f"{argv[0]}.out").open("ab")
         command = [*self._inside("-n", "-m", "-u", "-p"), *argv]
-        self.daemons.append(subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
+        with (self.lab / f"{argv[0]}.out").open("ab") as log:
+            process = subprocess.Popen(command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        self.daemons.append(process)
 
     def _power_on(self, node: str) -> None:
         boot = (

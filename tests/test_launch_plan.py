@@ -249,7 +249,12 @@ time.sleep(0.2)
 print(*got, flush=True)
 sys.exit(75)
 """
-RUN = "import sys; from launch.plan import *; from launch.run import run; sys.exit(run(Plan((Command(tuple(sys.argv[1:])),))))"
+RUN = """\
+import sys
+from launch.plan import Command, Plan
+from launch.run import run
+sys.exit(run(Plan((Command(tuple(sys.argv[1:])),))))
+"""
 
 
 @pytest.mark.parametrize(
