@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -95,6 +96,23 @@ def test_the_sites_settings_are_read_before_submitting(tmp_path: Path, monkeypat
     script = plan(["--slurm", "--", "--run.name", "it's"], LAPTOP).script()
     said = subprocess.run(["bash"], input=script, capture_output=True, text=True, check=True).stdout.splitlines()
     assert said[0] == "big gpus" and said[-3:] == [f"{tmp_path}/slurm/train.sbatch", "--run.name", "it's"]
+
+
+def test_the_readmes_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Those of the table are accepted, and name files that are there."""
+    section = (ROOT / "README.md").read_text().partition("## Launching")[2].partition("\n## ")[0]
+    rows = [shlex.split(row.split("|")[2].strip(" `")) for row in section.splitlines() if row.startswith("| ")][1:]
+    (tmp_path / "hostfile").write_text("box1 slots=8\nbox2 slots=8\n")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("configs", "slurm"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for words in rows:
+        if words[0] == "sbatch":
+            script = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+            assert Path(words[script]).exists() and load(words[script + 1 :])
+        else:
+            assert words[:3] == ["python", "-m", "launch"] and plan(words[3:], BOX).commands
+    assert len(rows) == 8
 
 
 REFUSED = [
@@ -202,11 +220,10 @@ def test_what_cuda_visible_devices_leaves(visible: str | None, there: int, count
     assert visible_gpus(visible, there) == count
 
 
-def launch(*argv: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+def launch(*argv: str, cwd: Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "launch", *argv]
-    return subprocess.run(
-        command, cwd=cwd, env=os.environ | env, capture_output=True, text=True, timeout=60, check=False
-    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
 
 
 def test_it_answers_at_once(tmp_path: Path):
@@ -328,6 +345,7 @@ def test_the_commands_of_two_machines_meet(tmp_path: Path, free_port: int):
     assert {rank: place["WORLD_SIZE"] for rank, place in places(tmp_path).items()} == {"0": "2", "1": "2"}
 
 
+@pytest.mark.full
 def test_deepspeed_reads_the_hostfile(tmp_path: Path):
     (tmp_path / "host file").write_text("localhost slots=2\n")
     config = ["--config", "configs/deepspeed_zero1.yaml"]
@@ -336,6 +354,7 @@ def test_deepspeed_reads_the_hostfile(tmp_path: Path):
     assert {rank: place["WORLD_SIZE"] for rank, place in places(tmp_path).items()} == {"0": "2", "1": "2"}
 
 
+@pytest.mark.skipif(shutil.which("mpirun") is None, reason="needs MPI: Debian's openmpi-bin")
 def test_accelerate_reads_its_yaml_and_mpi_its_hosts(tmp_path: Path):
     script = printed(tmp_path, "--launcher", "accelerate", "--nproc", "2")
     assert [process.wait(60) for process in start_printed([script], tmp_path)] == [0]
@@ -343,10 +362,30 @@ def test_accelerate_reads_its_yaml_and_mpi_its_hosts(tmp_path: Path):
     assert {place["ACCELERATE_USE_CPU"] for place in places(tmp_path).values()} == {"True"}
 
 
+@pytest.mark.parametrize("name", ["accelerate_gpu", "accelerate_two_boxes"])
+def test_accelerate_takes_its_yaml_for_gpus(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its own reading of file and options, where there are no GPUs to start on."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    monkeypatch.chdir(ROOT)
+    argv, machine = GOLDEN[name]
+    made = plan([*shlex.split(argv), "--files", str(tmp_path)], machine)
+    (path,) = made.files
+    Path(path).write_text(made.files[path])
+    for rank, command in enumerate(made.commands):
+        read, _, _ = _validate_launch_command(launch_command_parser().parse_args(command.argv[3:]))
+        nodes = len(made.commands)
+        assert (read.multi_gpu, read.num_processes, read.num_machines) == (True, 8 * nodes, nodes)
+        assert (read.use_cpu, read.mixed_precision, read.dynamo_backend, read.gpu_ids) == (False, "no", "no", "all")
+        assert read.training_script == "dist_train" and read.module
+        if nodes == 2:
+            assert (read.machine_rank, read.main_process_ip, read.main_process_port) == (rank, "box1", 29500)
+
+
 def test_a_real_run(tmp_path: Path):
     (tmp_path / "c.yaml").write_text("train: {max_steps: 3, eval_every_epochs: null}\n")
-    done = launch("--config", "c.yaml", "--nproc", "2", "--", "--run.dir", "a run", cwd=tmp_path, PYTHONPATH=str(ROOT))
+    done = launch("--config", "c.yaml", "--nproc", "1", "--", "--run.dir", "a run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "a run/summary.json").read_text())["world_size"] == 2
-    assert done.stderr.startswith("# OMP_NUM_THREADS=") and "--standalone --nproc-per-node=2" in done.stderr
+    assert json.loads((tmp_path / "a run/summary.json").read_text())["steps"] == 3
+    assert done.stderr.startswith("# OMP_NUM_THREADS=") and " -m dist_train --config c.yaml " in done.stderr
     assert "results in a run" in done.stdout

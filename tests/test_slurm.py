@@ -200,20 +200,26 @@ def test_scancel_ends_all_processes_for_good(slurm: Slurm, folder: Path):
 
 @needs_slurm
 def test_a_sweep_gives_each_task_its_own_line_and_folder(slurm: Slurm, folder: Path):
+    """And each stops and goes on without the others: the last one's job has the id of the whole array."""
     (folder / "lines.txt").write_text('--optim.lr 0.1\n--run.dir \'a $HOME; "b"\' --optim.lr="0.2"\n')
-    args = [SWEEP, "lines.txt", "--finish", "0"]
-    jobs = [slurm.submit("--array=1-2", *args, cwd=folder, env=ENV)]
-    jobs.append(slurm.submit("--array=7", SWEEP, "--finish", "0", cwd=folder, env=ENV))
-    for job in (f"{jobs[0]}_1", f"{jobs[0]}_2", f"{jobs[1]}_7"):
-        slurm.wait(job, "COMPLETED")
+    lines = slurm.submit("--array=1-2", SWEEP, "lines.txt", "--finish", "0", cwd=folder, env=ENV)
+    seeds = slurm.submit("--array=7-8", SWEEP, cwd=folder, env=ENV)
+    for task in ("7", "8"):
+        slurm.wait_log(f"{seeds}_{task}", "rank 0 of 1 trains")
+    slurm.client("scancel", "--batch", "--signal=USR1", f"{seeds}_8")
+    slurm.start_now(f"{seeds}_8")
+    for task in (f"{lines}_1", f"{lines}_2", f"{seeds}_8"):
+        slurm.wait(task, "COMPLETED")
+    assert slurm.show(f"{seeds}_8")["Restarts"] == "1"
+    assert (slurm.show(f"{seeds}_7")["Restarts"], slurm.show(f"{seeds}_7")["JobState"]) == ("0", "RUNNING")
     expected = {
-        f"runs/sweep-{jobs[0]}_1": ["--optim.lr", "0.1"],
-        'a $HOME; "b"': ["--run.dir", 'a $HOME; "b"', "--optim.lr=0.2"],
-        f"runs/sweep-{jobs[1]}_7": ["--train.seed", "7"],
+        f"runs/sweep-{lines}_1": ["--finish", "0", "--optim.lr", "0.1"],
+        'a $HOME; "b"': ["--finish", "0", "--run.dir", 'a $HOME; "b"', "--optim.lr=0.2"],
+        f"runs/sweep-{seeds}_7": ["--train.seed", "7"],
     }
     for run, words in expected.items():
         argv = json.loads((folder / run / "argv-0-0").read_text())
-        assert argv == ["--finish", "0", *words, "--run.dir", run, "--run.name", "null"]
+        assert argv == [*words, "--run.dir", run, "--run.name", "null"]
 
 
 @needs_slurm
