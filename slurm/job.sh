@@ -147,6 +147,12 @@ supervise() {
         requeue
         exit 75
     fi
+    if [ -n "$asking" ] && { [ "$code" -eq 138 ] || [ "$code" -eq 143 ]; }; then
+        # Of USR1 or srun's TERM after it. A failure of its own comes again at the next start, where nobody asks.
+        say "the ranks ended of the signal before they could save"
+        requeue
+        exit 75
+    fi
     if [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt "$RETRIES" ]; then
         say "the run failed with code $code; start $((${SLURM_RESTART_COUNT:-0} + 1)) of at most $RETRIES more"
         requeue

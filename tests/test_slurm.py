@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,8 @@ ENV = {
 }
 
 # In place of dist_train, in the folder that a job starts in: keeps its side of the contract, without torch. It trains
-# until it is asked to stop, at its second start it finishes. Options: --fail RANK, --deaf SECONDS, --leave STATUS.
+# until it is asked to stop, at its second start it finishes. Options: --fail RANK, --deaf SECONDS, --dies START,
+# --finish START.
 STAND_IN = '''
 import json, os, signal, sys, time
 from pathlib import Path
@@ -53,8 +56,13 @@ def end(status, code):
 
 if options.get("--fail") == str(rank):
     time.sleep(0.5)
-    raise RuntimeError(f"planted on rank {rank}")
+    site = os.environ.get("WORD"), os.environ.get("GLOO_SOCKET_IFNAME")
+    raise RuntimeError(f"planted on rank {rank} of {world_size}", *site)
 if "--fail" in options:
+    time.sleep(60)
+if options.get("--dies") == start:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    print("rank dies of a signal", flush=True)
     time.sleep(60)
 time.sleep(float(options.get("--deaf", 0)))
 asked = []
@@ -66,7 +74,7 @@ if start == options.get("--finish", "1"):
 deadline = time.monotonic() + 40
 while time.monotonic() < deadline and not asked:
     time.sleep(0.02)
-end("preempted", 75)
+end("preempted", 75) if asked else sys.exit("nobody asked")
 '''
 
 
@@ -75,6 +83,14 @@ def folder(tmp_path: Path) -> Path:
     """Where jobs start, with the stand-in."""
     (tmp_path / "dist_train.py").write_text(STAND_IN)
     return tmp_path
+
+
+def wait_started(folder: Path, ranks: int) -> None:
+    """Until every rank runs; it need not listen yet."""
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("argv-0-*"))) < ranks:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def status(folder: Path) -> str:
@@ -132,10 +148,12 @@ def test_both_scripts_train_on_two_nodes_alike(slurm: Slurm, tmp_path: Path):
 
 @needs_slurm
 def test_a_stop_saves_requeues_and_finishes(slurm: Slurm, folder: Path):
-    """By srun: the ranks' own code, 75, tells. Then the finished job is put back by hand, and does not train again."""
-    job = slurm.submit("--nodes=2", "--ntasks-per-node=2", TRAIN_SRUN, "--a b", "it's \n$x", cwd=folder, env=ENV)
+    """By srun: the ranks' own code, 75, tells. They are asked before they listen. Then the finished job is put back by
+    hand, and does not train again."""
+    words = ["--deaf", "0.5", "--a b", "it's \n$x"]
+    job = slurm.submit("--nodes=2", "--ntasks-per-node=2", TRAIN_SRUN, *words, cwd=folder, env=ENV)
     run = folder / f"runs/dist_train-{job}"
-    slurm.wait_log(job, *(f"rank {rank} of 4 trains" for rank in range(4)))
+    wait_started(run, 4)
     slurm.client("scancel", "--batch", "--signal=USR1", job)
     slurm.start_now(job)
     assert status(run) == "preempted"
@@ -143,7 +161,7 @@ def test_a_stop_saves_requeues_and_finishes(slurm: Slurm, folder: Path):
     assert status(run) == "finished"
     own = ["--run.dir", f"runs/dist_train-{job}", "--run.name", "null"]
     assert {path.name: json.loads(path.read_text()) for path in run.glob("argv-*")} == {
-        f"argv-{start}-{rank}": ["--a b", "it's \n$x", *own] for start in "01" for rank in range(4)
+        f"argv-{start}-{rank}": [*words, *own] for start in "01" for rank in range(4)
     }
     slurm.client("scontrol", "requeue", job)
     slurm.start_now(job)
@@ -158,7 +176,7 @@ def test_a_stop_during_the_start_reaches_the_ranks_of_torchrun(slurm: Slurm, fol
     """By torchrun, whose own code is 1: summary.json tells. The ranks do not listen yet when they are asked first."""
     env = ENV | {"NPROC": "2"}
     job = slurm.submit("--nodes=2", TRAIN, "--run.dir", "my run", "--deaf", "1", cwd=folder, env=env)
-    slurm.wait_log(job, "slurm: job")
+    wait_started(folder / "my run", 4)
     slurm.client("scancel", "--batch", "--signal=USR1", job)
     slurm.start_now(job)
     assert status(folder / "my run") == "preempted" and len(list((folder / "my run").glob("saved-0-*"))) == 4
@@ -166,15 +184,31 @@ def test_a_stop_during_the_start_reaches_the_ranks_of_torchrun(slurm: Slurm, fol
 
 
 @needs_slurm
+def test_a_stop_that_kills_what_does_not_listen_yet_is_no_failure(slurm: Slurm, folder: Path):
+    job = slurm.submit(TRAIN_SRUN, "--dies", "0", cwd=folder, env=ENV)
+    slurm.wait_log(job, "rank dies of a signal")
+    slurm.client("scancel", "--batch", "--signal=USR1", job)
+    slurm.start_now(job)
+    assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+    assert "slurm: the ranks ended of the signal before they could save" in slurm.log(job)
+
+
+@needs_slurm
 def test_a_failing_rank_ends_the_job_with_its_error(slurm: Slurm, folder: Path):
-    """Under torchrun. An earlier start's status does not send it back to the queue."""
+    """Under torchrun, a process a GPU, in the repository of a site with settings. An earlier start's status does not
+    send it back to the queue."""
+    shutil.copytree(SCRIPTS, folder / "slurm")
+    words = "CONTAINER=(env 'WORD=a  b')\nSRUN_ARGS=(--label)\n: ${INTERFACE:=eth0} ${RETRIES:=0}\n"
+    (folder / "slurm/site.env").write_text(words)
     (folder / "old").mkdir()
     (folder / "old/summary.json").write_text(json.dumps({"status": "preempted"}, indent=2))
-    env = ENV | {"NPROC": "2"}
-    job = slurm.submit("--nodes=2", TRAIN, "--run.dir", "old", "--fail", "1", cwd=folder, env=env)
+    env = {key: value for key, value in ENV.items() if key != "DIST_TRAIN_SLURM"}
+    args = ["--nodes=2", "--gpus-per-node=2", TRAIN, "--run.dir", "old", "--fail", "1"]
+    job = slurm.submit(*args, cwd=folder, env=env)
     fields = slurm.wait(job, "FAILED")
     assert fields["Restarts"] == "0" and fields["ExitCode"] != "0:0"
-    assert "RuntimeError: planted on rank 1" in slurm.log(job) and not slurm.processes()
+    assert "RuntimeError: ('planted on rank 1 of 4', 'a  b', 'eth0')" in slurm.log(job) and not slurm.processes()
+    assert any(line.startswith(("0: ", "1: ")) for line in slurm.log(job).splitlines())  # srun --label
 
 
 @needs_slurm
@@ -184,7 +218,7 @@ def test_a_failed_job_starts_again_as_often_as_was_asked(slurm: Slurm, folder: P
     slurm.wait_log(job, "start 1 of at most 1 more")
     slurm.start_now(job)
     assert slurm.wait(job, "FAILED")["Restarts"] == "1"
-    assert slurm.log(job).count("RuntimeError: planted on rank 1") == 2
+    assert slurm.log(job).count("RuntimeError: ('planted on rank 1 of 2'") == 2
 
 
 @needs_slurm
