@@ -10,6 +10,7 @@ import pytest
 import dist_train
 
 ROOT = Path(dist_train.__file__).parent
+LAUNCH = sorted((ROOT.parent / "launch").glob("*.py"))
 MODULES = {
     "dist_train." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
@@ -89,6 +90,7 @@ MAY_IMPORT = {
     "data": {"errors", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }
+HEAVY = {"torch", "numpy", "sklearn", "torchvision"}
 FREE = {"__main__", "session", "tools", "__init__", ""}
 
 
@@ -121,6 +123,17 @@ def test_imports_go_in_the_designs_direction(module: str):
     assert own <= allowed(module), f"{module} imports {own - allowed(module)}"
 
 
+def test_launch_sees_the_config_alone():
+    ours = {"dist_train", "launch"}
+    seen = {name for path in LAUNCH for name in imports(path) if name.split(".")[0] not in sys.stdlib_module_names}
+    others = {name for name in seen if not name.startswith("launch")}
+    assert len(LAUNCH) > 5 and others == {"dist_train.config", "dist_train.errors", "yaml"}
+    assert not [path for path in MODULES.values() if any(name.split(".")[0] == "launch" for name in imports(path))]
+    code = f"import sys, launch.__main__; print(sorted({HEAVY} & sys.modules.keys()), {ours} <= sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True"
+
+
 def test_the_rule_sees_a_wrong_import(tmp_path: Path):
     planted = tmp_path / "train.py"
     planted.write_text("def f():\n    from dist_train.backends import ddp\n    import dist_train.track\n")
@@ -136,7 +149,6 @@ def test_the_loop_tells_no_rank_and_no_backend_apart():
 
 def test_the_light_modules_do_not_import_torch():
     names = ", ".join(f"dist_train.{name}" for name in sorted(LIGHT))
-    heavy = "{'torch', 'numpy', 'sklearn', 'torchvision'}"
-    code = f"import sys, {names}; print(sorted({heavy} & sys.modules.keys()))"
+    code = f"import sys, {names}; print(sorted({HEAVY} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
