@@ -40,19 +40,35 @@ def opened(config: Config, world: World) -> Iterator[Path]:
 
 
 def _open(config: Config, locks: list[IO[str]]) -> Path:
-    folder = run_folder(config)
+    folder = run_folder(config) or _before_restart()
     if folder is None:
         folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(folder, locks)
         write(folder / "config.yaml", dump(config))
+        if run_folder(config) is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
+            write(_mark(), str(folder))
     except OSError as error:
         raise ConfigError(
             f"run.dir: got {folder}, which cannot be written to ({error.strerror}), expected a folder of your own on a "
             f"disk with space"
         ) from error
     return folder
+
+
+def _before_restart() -> Path | None:
+    """The folder that the ranks had before torchrun started them again; None at the first start."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    with contextlib.suppress(OSError):
+        return Path(_mark().read_text(encoding="utf-8"))
+    return None
+
+
+def _mark() -> Path:
+    """Where the name of a folder is kept for torchrun's next start of the same ranks."""
+    return Path("runs") / f".torchrun-{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def _take(folder: Path, locks: list[IO[str]]) -> None:

@@ -53,13 +53,9 @@ class Tracker:
     def stopped(self, why: str, step: int) -> None:
         """summary.json of a run that was asked to end, and what to do next."""
         if self.folder is not None:
-            write(
-                self.folder / "summary.json",
-                json.dumps({"status": "preempted", "steps": step, "by": why}, indent=2) + "\n",
-            )
-            self.say(
-                f"stopped by {why} after step {step}, and saved; the same command with --run.dir {self.folder} goes on"
-            )
+            summary = {"status": "preempted", "steps": step, "by": why}
+            write(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            self.say(f"stopped by {why} after step {step}, and saved; --run.dir {self.folder} goes on from there")
 
     def finish(self, config: Config, world: World, result: Result, stalls_s: list[float]) -> None:
         """summary.json, and a last line that says where the results are."""

@@ -1,5 +1,6 @@
 """The command line as real processes: exit codes, what is said, by which rank, and what is not imported for it."""
 
+import json
 import os
 import re
 import signal
@@ -124,16 +125,47 @@ def test_contradicting_variables_are_the_users_mistake(tmp_path: Path):
     assert done.stderr.startswith("dist_train: environment: got RANK=2, WORLD_SIZE=2") and done.stderr.count("\n") == 1
 
 
-def test_an_interrupt_ends_in_a_line(tmp_path: Path):
-    argv = ["--train.epochs", "100000", "--run.dir", "run"]
-    with subprocess.Popen([*COMMAND, *argv], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+def interrupted(cwd: Path, *argv: str, again_after_s: float | None = None) -> tuple[int, str, str]:
+    """Ctrl-C while it trains, and perhaps once more: the exit code, and what was said."""
+    command = [*COMMAND, "--train.epochs", "100000", "--run.dir", "run", *argv]
+    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
         for line in run.stdout:
-            if b"backend single" in line:  # the loop is next
+            if "backend single" in line:  # the loop is next
                 break
+        time.sleep(0.3)
         run.send_signal(signal.SIGINT)
-        _, said = run.communicate(timeout=60)
-    assert run.returncode == ending.INTERRUPTED == 130
-    assert said == b"[rank 0] interrupted\n"
+        if again_after_s is not None:
+            time.sleep(again_after_s)
+            run.send_signal(signal.SIGINT)
+        out, err = run.communicate(timeout=60)
+    return run.returncode, out, err
+
+
+def test_an_interrupt_saves_and_ends_in_a_line(tmp_path: Path):
+    code, out, err = interrupted(tmp_path)
+    assert (code, err) == (ending.STOPPED, "") and code == 75
+    assert re.fullmatch(
+        r"stopped by SIGINT on rank 0 after step \d+, and saved; --run.dir run goes on .*", out.split("\n")[-2]
+    )
+    assert len(list((tmp_path / "run/checkpoints").glob("step-*"))) == 1
+    assert json.loads((tmp_path / "run/summary.json").read_text())["status"] == "preempted"
+
+
+SLOW = """
+import time
+from dist_train.models.mlp import MLP
+class Slow(MLP):
+    def forward(self, x):
+        time.sleep(4)
+        return super().forward(x)
+"""
+
+
+def test_an_impatient_interrupt_ends_at_once(tmp_path: Path):
+    (tmp_path / "slow.py").write_text(SLOW)
+    code, _, err = interrupted(tmp_path, "--model.name", "slow:Slow", again_after_s=0.8)
+    assert (code, err) == (ending.INTERRUPTED, "interrupted twice: ended without saving\n") and code == 130
+    assert not (tmp_path / "run/summary.json").exists()
 
 
 def test_an_error_of_ours_or_of_the_users_code_keeps_its_traceback(tmp_path: Path):
