@@ -121,7 +121,8 @@ class Watchdog:
                 self.peers.pop(link, None)
                 return
             elif self.world.is_main and (link in self.peers or said.get("token") == self.token):
-                self.peers[link] = said | {"heard": time.perf_counter()}
+                # a beat does not undo an answer that came before it
+                self.peers[link] = self.peers.get(link, {}) | said | {"heard": time.perf_counter()}
         if not data:
             selector.unregister(link)
             if link is self.link:

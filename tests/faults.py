@@ -16,8 +16,10 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_train import ending, folder
+from dist_train import ending, folder, meter
 from dist_train.checkpoint import save, storage
+from dist_train.data.feed import Feed
+from dist_train.phases import Phases
 
 
 class Event(NamedTuple):
@@ -306,3 +308,72 @@ def write_during_steps(steps: int) -> None:
         after_step(self, meter)
 
     storage.write, save.Checkpoints.after_step, save.ThreadPoolExecutor = slow, counted, Pool
+
+
+# -- hangs and stops ---------------------------------------------------------------------------------------------------
+
+
+def at_phase(phase: str, step: int, act: str) -> None:
+    """Does something in the main thread when it comes to a phase of a step, counted from 0."""
+    goes_over, done = Phases.__call__, []
+
+    def goes(self: Phases, name: str) -> None:
+        goes_over(self, name)
+        if name == phase and self.step >= step and not done:
+            done.append(True)
+            ACTS[act]()
+
+    Phases.__call__ = goes
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def _raise() -> None:
+    raise RuntimeError("planted")
+
+
+ACTS: dict[str, Callable[[], Any]] = {
+    "sleep": lambda: time.sleep(60),
+    "spin": _spin,
+    "raise": _raise,
+    "exit 0": lambda: os._exit(0),
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
+    "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "SIGTERM twice": lambda: [os.kill(os.getpid(), signal.SIGTERM) for _ in range(2)],
+    "nothing": lambda: None,
+}
+
+
+def eager(phase: str = "start", step: int = 0, act: str = "nothing") -> None:
+    """The ranks agree often; and see `at_phase`."""
+    meter.AGREE_EVERY_S = 0.0
+    at_phase(phase, step, act)
+
+
+def patient_steps(seconds: float) -> None:
+    """Every step takes so long."""
+    goes_over = Phases.__call__
+
+    def goes(self: Phases, name: str) -> None:
+        if name == "optimizer":
+            time.sleep(seconds)
+        goes_over(self, name)
+
+    Phases.__call__ = goes
+
+
+def bad_samples(samples: list[int]) -> None:
+    """The loss of every batch with one of these samples is not finite."""
+    from_memory = Feed._from_memory
+
+    def poisoned(self: Feed, batches: Any):
+        for batch in batches:
+            for inputs, labels in from_memory(self, [batch]):
+                yield (inputs * float("nan") if set(batch.tolist()) & set(samples) else inputs), labels
+
+    Feed._from_memory = poisoned
