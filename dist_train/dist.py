@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
+from dist_train import rendezvous
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
@@ -88,15 +89,15 @@ def joined(launcher: Launcher, device: torch.device) -> Iterator[World]:
         return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    torch_dist.init_process_group(
-        torch_dist.get_default_backend_for_device(device),
-        # torchrun's own store stands behind env://, where its agent already listens on the port
-        init_method="env://" if "RANK" in os.environ else f"tcp://{launcher.master_addr}:{launcher.master_port}",
-        rank=launcher.rank,
-        world_size=launcher.world_size,
-        timeout=timedelta(seconds=GROUP_TIMEOUT_S),
-        device_id=device if device.type == "cuda" else None,
-    )
+    with _meeting(launcher) as where:
+        torch_dist.init_process_group(
+            torch_dist.get_default_backend_for_device(device),
+            **where,
+            rank=launcher.rank,
+            world_size=launcher.world_size,
+            timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+            device_id=device if device.type == "cuda" else None,
+        )
     yield world
     torch_dist.barrier()
     torch_dist.destroy_process_group()
@@ -107,6 +108,18 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+@contextmanager
+def _meeting(launcher: Launcher) -> Iterator[dict[str, Any]]:
+    """Where the ranks find each other, as init_process_group takes it."""
+    if rendezvous.kept_by_torchrun():
+        with rendezvous.store_of_this_start(launcher.rank, launcher.world_size, GROUP_TIMEOUT_S) as store:
+            yield {"store": store}
+    elif "RANK" in os.environ:
+        yield {"init_method": "env://"}
+    else:
+        yield {"init_method": f"tcp://{launcher.master_addr}:{launcher.master_port}"}
 
 
 def gather_numbers(values: list[float]) -> list[list[float]]:
