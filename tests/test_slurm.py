@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from slurm_lab import Slurm, needs_slurm
+from zygote import Run, Zygote
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "slurm"
@@ -266,6 +268,51 @@ def test_a_job_outlives_its_node(slurm: Slurm, folder: Path):
     slurm.start_now(job)
     slurm.mend("node2")
     assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+
+
+LONG = ["--train.epochs", "40", "--train.eval_every_epochs", "null", "--optim.name", "SGD", "--optim.lr", "0.01"]
+LONG += ["--train.threads", "1", "--train.device", "cpu"]
+
+
+def wait_step(slurm: Slurm, job: str, run: Path, step: int) -> None:
+    """Until the metrics of a run have come to a step."""
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or f'"step": {step},' not in (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline and slurm.show(job)["JobState"] in ("PENDING", "RUNNING"), slurm.log(job)
+        time.sleep(0.05)
+
+
+@needs_slurm
+def test_a_real_run_is_stopped_requeued_and_ends_with_the_same_bits(slurm: Slurm, zygote: Zygote, tmp_path: Path):
+    """Two nodes, DDP by torchrun, no checkpoints but the one of the stop."""
+    env = ENV | {"PYTHONPATH": str(ROOT), "NPROC": "1"}
+    job = slurm.submit("--nodes=2", TRAIN, *LONG, "--run.dir", "run", cwd=tmp_path, env=env)
+    wait_step(slurm, job, tmp_path / "run", 100)
+    slurm.client("scancel", "--batch", "--signal=USR1", job)
+    slurm.start_now(job)
+    stopped = json.loads((tmp_path / "run/summary.json").read_text())
+    assert stopped["status"] == "preempted" and stopped["by"].startswith("SIGUSR1")
+    assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
+    assert f"resumed from run/checkpoints/step-{stopped['steps']:08d}" in slurm.log(job)
+    alone = Run([*LONG, "--run.dir", str(tmp_path / "alone"), "--backend.name", "ddp"], ranks=2)
+    zygote.run(alone)[0].check()
+    final, expected = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("run", "alone"))
+    assert all(torch.equal(final[name], value) for name, value in expected.items())
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 920
+
+
+@needs_slurm
+def test_a_cut_cable_is_noticed_and_named(slurm: Slurm, tmp_path: Path):
+    env = ENV | {"PYTHONPATH": str(ROOT)}
+    args = ["--nodes=2", "--ntasks-per-node=1", TRAIN_SRUN, *LONG, "--train.epochs", "4000", "--run.dir", "run"]
+    job = slurm.submit(*args, cwd=tmp_path, env=env)
+    wait_step(slurm, job, tmp_path / "run", 50)
+    slurm.cut_network("node2")
+    begin = time.monotonic()
+    slurm.wait_log(job, "[watchdog] rank 1 on node2", "is gone")
+    assert time.monotonic() - begin < 9  # 4 s of keepalive, 5 s to say it
+    slurm.mend("node2")
 
 
 @needs_slurm
