@@ -67,16 +67,15 @@ class Watchdog:
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
         return socket.create_server(("", 0), backlog=1024)
 
-    def close(self, orderly: bool) -> None:
-        """From here on this rank is not ended by others. Where it ends by an error, its end is the news to them."""
+    def leave(self) -> None:
+        """From here on this rank ends by itself. Where it ends by an error, its end is the news to the others."""
         self.leaving = True
-        if orderly:
-            for link in [*self.peers, *([self.link] if self.link else [])]:
-                with contextlib.suppress(OSError):
-                    _send(link, {"bye": True})
-            self.thread.join()
-            for link in [*self.buffers, *([self.server] if self.server else []), *([self.link] if self.link else [])]:
-                link.close()
+
+    def close(self) -> None:
+        """Ends the thread, when all ranks have left."""
+        self.thread.join()
+        for link in [*self.buffers, *([self.server] if self.server else []), *([self.link] if self.link else [])]:
+            link.close()
 
     # -- the thread ---------------------------------------------------------------------------------------------------
 
@@ -116,10 +115,6 @@ class Watchdog:
                 self._end(said["end"] if not self.world.is_main else "")
             elif "ask" in said:
                 _send(link, self._status(stack=True))
-            elif "bye" in said:
-                selector.unregister(link)
-                self.peers.pop(link, None)
-                return
             elif self.world.is_main and (link in self.peers or said.get("token") == self.token):
                 # a beat does not undo an answer that came before it
                 self.peers[link] = self.peers.get(link, {}) | said | {"heard": time.perf_counter()}
@@ -171,6 +166,8 @@ class Watchdog:
         self._tell_all(diagnosis([own, *self.peers.values()], self.timeout_s))
 
     def _tell_all(self, text: str) -> None:
+        if self.leaving:
+            return
         for link in list(self.peers):
             with contextlib.suppress(OSError):
                 _send(link, {"end": ""})
@@ -248,7 +245,7 @@ def watching(world: World, phases: Phases, timeout_s: float | None) -> Iterator[
     dog = Watchdog(world, phases, timeout_s)
     try:
         yield
-    except BaseException:
-        dog.close(orderly=False)
-        raise
-    dog.close(orderly=True)
+    finally:
+        dog.leave()
+    dist.gather(None)  # none closes its connection while another would take it for the end
+    dog.close()

@@ -13,7 +13,8 @@ from torch import nn
 
 from dist_train.config import CompileConfig, Config, DataConfig, ModelConfig
 from dist_train.dist import World
-from dist_train.meter import Meter, Result
+from dist_train.meter import Control, Meter, Result
+from dist_train.order import Plan
 from dist_train.tools.trajectory import Recorder, Trajectory, difference, measured
 
 from parity_cells import ALONE, BACKENDS, config, this_world
@@ -102,7 +103,8 @@ def test_what_is_a_recompilation():
     """After the first epoch in a step, after the first evaluation in an evaluation, and no graph counts twice."""
     torch._dynamo.reset()
     compiled = torch.compile(plain, backend="eager", dynamic=False)  # a graph for every new size
-    meter = Meter(Recorder(), total_steps=4, steps_per_epoch=2, every_steps=1, device=torch.device("cpu"))
+    plan = Plan(n=2, seed=0, global_batch_size=1, micro_batch_size=None, drop_last=False, rank=0, world_size=1)
+    meter = Meter(Recorder(), 4, plan, every_steps=1, device=torch.device("cpu"), control=Control())
 
     def step(size: int) -> None:
         meter.add(compiled(torch.ones(size)).sum(), count=1)
