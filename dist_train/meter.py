@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 
 from dist_train import dist
+from dist_train.compiled import Compiled
 from dist_train.errors import OtherRankError
 from dist_train.order import Plan
 from dist_train.phases import NAMES, Phases
@@ -320,58 +321,6 @@ class Meter:
         most = [max(counts) for counts in zip(*dist.gather(self.compiled.counts()), strict=True)]
         self.result.graphs, self.result.recompilations, self.result.cached_graphs = most
         return self.result
-
-
-class Compiled:
-    """Counts what torch.compile makes during a run; see Result. The process may have compiled before."""
-
-    def __init__(self) -> None:
-        self.graphs, self.cached = _graphs(), _cached()
-        self.evaluated = 0  # graphs of evaluations
-        self.first_epoch: int | None = None  # graphs of its steps
-        self.first_evaluation: int | None = None
-
-    def first_epoch_over(self) -> None:
-        """After the last step of the first epoch."""
-        self.first_epoch = _graphs() - self.graphs - self.evaluated
-
-    def _straggler(self, by_rank: list[dict[str, float]], steps: int) -> Metrics:
-        """The rank that the others wait for: the one that is longest in what it does alone, data and forward. On one
-        rank nothing."""
-        if len(by_rank) == 1:
-            return {}
-        own_ms = [(seconds["data"] + seconds["forward"]) / steps * 1e3 for seconds in by_rank]
-        slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
-        return {
-            "straggler/rank": slowest,
-            "straggler/own_ms": own_ms[slowest],
-            "straggler/median_ms": statistics.median(own_ms),
-            "straggler/data_ms": by_rank[slowest]["data"] / steps * 1e3,
-        }
-
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Around an evaluation."""
-        before = _graphs()
-        yield
-        self.evaluated += _graphs() - before
-        if self.first_evaluation is None:
-            self.first_evaluation = self.evaluated
-
-    def counts(self) -> tuple[int, int, int]:
-        """Graphs, recompilations and graphs from the cache, so far."""
-        graphs = _graphs() - self.graphs
-        trained = graphs - self.evaluated
-        again = trained - (trained if self.first_epoch is None else self.first_epoch)
-        return graphs, again + self.evaluated - (self.first_evaluation or 0), _cached() - self.cached
-
-
-def _graphs() -> int:
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def _cached() -> int:
-    return torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
 
 
 def duration(seconds: float) -> str:

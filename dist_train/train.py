@@ -46,10 +46,8 @@ def train(
     loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
     if progress is None:
         dist.seed_draws(cfg.seed, world)
-    meter, phase = (
-        Meter(tracker, total, plan, config.track.every_steps, world.device, control, progress),
-        control.phases,
-    )
+    meter = Meter(tracker, total, plan, config.track.every_steps, world.device, control, progress)
+    phase = control.phases
     while (done := meter.result.steps) < total:
         epoch, first = divmod(done, plan.steps_per_epoch)
         batches = feed(plan.indices(epoch, first), epoch)

@@ -270,6 +270,23 @@ def test_a_job_outlives_its_node(slurm: Slurm, folder: Path):
     assert slurm.wait(job, "COMPLETED")["Restarts"] == "1"
 
 
+@needs_slurm
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["accelerate", "deepspeed"])
+def test_the_libraries_train_under_both_scripts(slurm: Slurm, backend: str, tmp_path: Path):
+    env, of = ENV | {"PYTHONPATH": str(ROOT)}, []
+    more = ["--backend.zero_stage", "2"] if backend == "deepspeed" else []
+    for script, args in ((TRAIN, ["--nodes=2"]), (TRAIN_SRUN, ["--nodes=2", "--ntasks-per-node=2"])):
+        run = tmp_path / Path(script).stem
+        words = [*REAL, "--backend.name", backend, *more, "--run.dir", str(run)]
+        job = slurm.submit(*args, script, *words, cwd=tmp_path, env=env | {"NPROC": "2"})
+        slurm.wait(job, "COMPLETED")
+        summary = json.loads((run / "summary.json").read_text())
+        assert (summary["world_size"], summary["backend"]) == (4, backend)
+        of.append(losses(run))
+    assert len(of[0]) == 12 and of[0] == pytest.approx(of[1], rel=1e-5)
+
+
 LONG = ["--train.epochs", "40", "--train.eval_every_epochs", "null", "--optim.name", "SGD", "--optim.lr", "0.01"]
 LONG += ["--train.threads", "1", "--train.device", "cpu"]
 
