@@ -6,6 +6,8 @@ from pathlib import Path
 from dist_train import backends, dist, ending, folder, optim, watchdog, weights
 from dist_train.assemble import Parts
 from dist_train.checkpoint import resume
+from dist_train.checkpoint.manifest import Damaged
+from dist_train.checkpoint.resume import Found
 from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
 from dist_train.config import Config
 from dist_train.dist import World
@@ -27,16 +29,16 @@ def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
     """
     cfg = config.train
     control = Control(Requests(cfg.max_time_s), Phases(), cfg.nonfinite == "stop", cfg.precision == "float16")
-    with (
-        folder.opened(config, world) as path,
-        watchdog.watching(world, control.phases, cfg.step_timeout_s),
-        control.requests.listening(),
-    ):
-        return _run(config, world, parts, facts, path, control)
+    with folder.opened(config, world) as path:
+        found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
+        with watchdog.watching(world, control.phases, cfg.step_timeout_s), control.requests.listening():
+            return _run(config, world, parts, facts, path, control, found, damaged)
 
 
-def _run(config: Config, world: World, parts: Parts, facts: Facts, path: Path, control: Control) -> int:
-    found, damaged = resume.find(config, world, path, facts)
+def _run(
+    config: Config, world: World, parts: Parts, facts: Facts, path: Path, control: Control,
+    found: Found | None, damaged: list[Damaged],
+) -> int:  # fmt: skip
     at = found.manifest.step if found else 0
     with contextlib.closing(Tracker(path if world.is_main else None, at)) as tracker:
         tracker.say("\n".join([dist.rank_table(world), *parts.loaded]))
