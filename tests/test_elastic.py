@@ -35,7 +35,7 @@ RUN = (
 )
 
 # So that training does not amplify the last bit, in which other numbers of ranks differ.
-GENTLE = ("--train.epochs", "60", "--optim.lr", "0.001")
+GENTLE = ("--train.epochs", "60", "--optim.lr", "0.0003")
 
 
 def start(cwd: Path, *argv: str, **more: str) -> subprocess.Popen:
