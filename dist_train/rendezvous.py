@@ -9,6 +9,7 @@ import contextlib
 import os
 import secrets
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -31,6 +32,7 @@ def store_of_this_start(rank: int, world_size: int, timeout_s: float) -> Iterato
         token = secrets.token_hex(8)
         agent.set(f"dist_train/asks/{rank}", token)
         start = agent.get(f"dist_train/answers/{token}").decode()
+        agent.add(f"dist_train/arrived/{start}", 1)
         yield torch_dist.PrefixStore(f"dist_train/start/{start}", agent)
         return
     start = str(agent.add("dist_train/starts", 1))
@@ -40,6 +42,9 @@ def store_of_this_start(rank: int, world_size: int, timeout_s: float) -> Iterato
     thread.start()
     try:
         yield torch_dist.PrefixStore(f"dist_train/start/{start}", agent)
+        deadline = time.monotonic() + timeout_s
+        while agent.add(f"dist_train/arrived/{start}", 0) < world_size - 1 and time.monotonic() < deadline:
+            time.sleep(ASK_EVERY_S)  # nccl's group may be there before every rank has asked
     finally:
         answering.set()
         thread.join()

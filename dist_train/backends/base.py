@@ -195,7 +195,7 @@ def settle_buckets(model: DistributedDataParallel) -> None:
         return  # its gradient would be dense here, and DDP expects what it was told
     inner = model.module
     model.module = _SumOfAll([p for p in inner.parameters() if p.requires_grad])  # not the model: it may have hooks
-    model().backward()
+    model(None).backward()  # on a device, DDP takes no call without an argument
     model.module = inner
     model.zero_grad()
 
@@ -205,7 +205,7 @@ class _SumOfAll(nn.Module):
         super().__init__()
         self.of = parameters
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, _: None) -> torch.Tensor:
         return torch.stack([p.sum() for p in self.of]).sum()
 
 
