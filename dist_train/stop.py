@@ -9,11 +9,12 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from dist_train import ending
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A second SIGINT ends at once if it comes this soon. One that comes sooner than ECHO_S is the same key: the terminal
 # sends it to all processes, and a launcher passes it on.
 IMPATIENT_S, ECHO_S = 2.0, 0.5
-INTERRUPTED = 130
 OUT_OF_TIME = -1.0
 
 
@@ -71,6 +72,6 @@ class Requests:
             since = time.monotonic() - self.interrupted_at
             if ECHO_S < since < IMPATIENT_S:
                 os.write(2, b"interrupted twice: ended without saving\n")
-                os._exit(INTERRUPTED)
+                os._exit(ending.INTERRUPTED)
             if since >= IMPATIENT_S:
                 self.interrupted_at = time.monotonic()

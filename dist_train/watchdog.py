@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-from dist_train import dist
+from dist_train import dist, ending
 from dist_train.dist import World
 from dist_train.phases import NAMES, Phases
 
@@ -29,7 +29,6 @@ TICK_S = 0.25
 ANSWER_S = 2.0
 GRACE_S = 2 * ANSWER_S  # after which another rank speaks where rank 0 does not
 CONNECT_S = 20.0
-FAILED = 1
 # Where a thread stands that waits for other ranks, or for the device.
 LIBRARIES = ("torch", "deepspeed", "accelerate")
 STACK_LINES = 12
@@ -110,12 +109,10 @@ class Watchdog:
             data = b""
         *lines, self.buffers[link] = (self.buffers.get(link, b"") + data).split(b"\n")
         for line in lines:
-            said = json.loads(line)
-            if "end" in said:
-                self._end(said["end"] if not self.world.is_main else "")
-            elif "ask" in said:
-                _send(link, self._status(stack=True))
-            elif self.world.is_main and (link in self.peers or said.get("token") == self.token):
+            said = _message(line)
+            if not self.world.is_main:
+                self._obey(said)
+            elif link in self.peers or said.get("token") == self.token:  # anyone can reach the port
                 # a beat does not undo an answer that came before it
                 self.peers[link] = self.peers.get(link, {}) | said | {"heard": time.perf_counter()}
         if not data:
@@ -125,6 +122,14 @@ class Watchdog:
             elif link in self.peers:
                 self._lost(self.peers.pop(link))
 
+    def _obey(self, said: Status) -> None:
+        """What rank 0 asks of this rank."""
+        if "end" in said:
+            self._end("")
+        elif "ask" in said:
+            with contextlib.suppress(OSError):  # its end is heard
+                _send(self.link, self._status(stack=True))
+
     def _status(self, stack: bool = False) -> Status:
         phases, now = self.phases, time.perf_counter()
         where = {"phase": phases.name, "step": phases.step + 1, "for_s": now - phases.since}
@@ -132,7 +137,7 @@ class Watchdog:
         return status | (self._stacks() if stack else {})
 
     def _stacks(self) -> Status:
-        """The main thread's stack, and whether it waits in a library; and those of autograd's threads in user code."""
+        """The main thread's stack, and whether it waits in a library."""
         frames = sys._current_frames()
         stack = traceback.extract_stack(frames[self.main])
         waits = any(f"{os.sep}{name}{os.sep}" in stack[-1].filename for name in LIBRARIES)
@@ -170,7 +175,7 @@ class Watchdog:
             return
         for link in list(self.peers):
             with contextlib.suppress(OSError):
-                _send(link, {"end": ""})
+                _send(link, {"end": True})
         self._end(text)
 
     def _end(self, text: str) -> None:
@@ -180,7 +185,7 @@ class Watchdog:
             sys.stderr.write(text + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(FAILED)
+        os._exit(ending.FAILED)
 
 
 def diagnosis(statuses: list[Status], timeout_s: float) -> str:
@@ -233,6 +238,15 @@ def _keep_alive(link: socket.socket) -> None:
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, LOST_S - 1)
     link.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, LOST_S * 1000)
+
+
+def _message(line: bytes) -> Status:
+    """What `_send` sent; nothing where a stranger wrote the line."""
+    try:
+        said = json.loads(line)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _send(link: socket.socket, message: Status) -> None:

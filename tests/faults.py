@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -16,7 +17,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_train import ending, folder, meter
+from dist_train import ending, folder, meter, watchdog
 from dist_train.checkpoint import save, storage
 from dist_train.data.feed import Feed
 from dist_train.phases import Phases
@@ -377,3 +378,15 @@ def bad_samples(samples: list[int]) -> None:
                 yield (inputs * float("nan") if set(batch.tolist()) & set(samples) else inputs), labels
 
     Feed._from_memory = poisoned
+
+
+def stranger() -> None:
+    """Somebody else's connection to rank 0's watchdog, which says what only rank 0 may say, and nonsense."""
+    connect, kept = watchdog._connect, []
+
+    def both(addresses: list[str], port: int) -> socket.socket | None:
+        kept.append(socket.create_connection(("127.0.0.1", port)))
+        kept[0].sendall(b'{"end": true}\n{"ask": true}\nno message\n[1]\n{"token": "guessed", "rank": 1}\n')
+        return connect(addresses, port)
+
+    watchdog._connect = both

@@ -58,6 +58,11 @@ def test_a_rank_that_ends_early_ends_all_in_seconds(rank: int, zygote: Zygote, t
             assert f"[rank {rank}] RuntimeError: planted" in ended.err[rank]
 
 
+def test_a_stranger_at_the_port_is_not_heard(zygote: Zygote, tmp_path: Path):
+    ended = zygote.run(DDP.run(tmp_path, plant={0: ("patient_steps", 0.05), 1: ("stranger",)}))[0].check()
+    assert not any(ended.err)
+
+
 def test_a_diagnosis_names_who_is_silent_and_who_is_behind():
     def status(rank: int, phase: str, waits: bool, step: int = 7, **more) -> dict:
         return {"rank": rank, "host": "a", "pid": 10 + rank, "phase": phase, "step": step, "for_s": 2.0} | (
