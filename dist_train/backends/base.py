@@ -157,14 +157,15 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors, read: Reader) -> None:
     """Backend.load, where the optimizer holds the model's own parameters."""
     parameters = dict(model.named_parameters())
+    keys = optimizer_keys(saved, parameters)
     state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
-    for name, key in optimizer_keys(saved, parameters):
+    for name, key in keys:
         entry, parameter = saved[f"optim.{name}.{key}"], parameters[name]
         like = parameter.detach()  # a shard, if the parameter is one
         same = tuple(entry.size) == tuple(like.shape) and like.dim() > 0
         value = torch.zeros_like(like) if same else torch.zeros(entry.size)
         state.setdefault(parameter, {})[key] = value.to(entry.properties.dtype)
-    read({f"optim.{n}.{k}": shards_of(state[parameters[n]][k]) for n, k in optimizer_keys(saved, parameters)})
+    read({f"optim.{n}.{k}": shards_of(state[parameters[n]][k]) for n, k in keys})
     groups = optimizer.state_dict()["param_groups"]
     order = [p for group in optimizer.param_groups for p in group["params"]]
     numbered = {i: state[p] for i, p in enumerate(order) if p in state}

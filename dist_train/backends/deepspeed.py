@@ -128,8 +128,8 @@ class DeepSpeed(Backend):
                 continue  # on another rank
             state = self.optimizer.state[fragment.flat]
             if tuple(saved[path].size) == fragment.shape:
-                if state.setdefault(key, torch.zeros_like(fragment.flat)).shape != fragment.flat.shape:
-                    state[key] = torch.zeros_like(fragment.flat)
+                if key not in state or state[key].shape != fragment.flat.shape:
+                    state[key] = torch.zeros_like(fragment.flat)  # once for all parameters in the buffer
                 shards[path] = fragment.of(state[key])
             else:
                 value = torch.zeros(saved[path].size, dtype=saved[path].properties.dtype)
