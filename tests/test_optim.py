@@ -93,10 +93,12 @@ def test_losses_are_sums_over_samples():
         ("nll", labels, F.nll_loss(out, labels)),
         ("mse", soft, F.mse_loss(out, soft)),
     ):
-        assert loss_fn(name)(out, target) / 7 == pytest.approx(float(mean), rel=1e-6), name
-        assert loss_fn(name)(out[:0], target[:0]) == 0, f"{name} of no samples"
+        loss = loss_fn(name)
+        assert loss(out, target, 7) == pytest.approx(float(mean), rel=1e-6), name
+        assert loss(out[:3], target[:3], 7) + loss(out[3:], target[3:], 7) == pytest.approx(float(mean), rel=1e-6), name
+        assert loss(out[:0], target[:0], 7) == 0, f"{name} of no samples"
     smooth = F.cross_entropy(out, labels, label_smoothing=0.1)
-    assert loss_fn("cross_entropy", 0.1)(out, labels) / 7 == pytest.approx(float(smooth), rel=1e-6)
+    assert loss_fn("cross_entropy", 0.1)(out, labels, 7) == pytest.approx(float(smooth), rel=1e-6)
 
 
 @pytest.mark.parametrize(

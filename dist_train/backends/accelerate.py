@@ -72,12 +72,12 @@ class Accelerate(Backend):
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         # DDP divides the sum over ranks by their number. The scale is ours, as its own looks at one rank's gradients.
-        self.accelerator.backward(loss * (self.scale.factor if self.scale else self.world.size))
+        factor = self.scale.factor if self.scale else self.world.size
+        self.accelerator.backward(loss, gradient=loss.new_full((), factor))
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        weights = self.bare.parameters()
-        return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
+        return update(self.optimizer, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

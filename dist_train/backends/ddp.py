@@ -45,12 +45,11 @@ class DDP(Backend):
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         # DDP divides the sum over ranks by their number
-        (loss * (self.scale.factor if self.scale else self.world.size)).backward()
+        loss.backward(loss.new_full((), self.scale.factor if self.scale else self.world.size))
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        weights = self.bare.parameters()
-        return update(self.optimizer, weights, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
+        return update(self.optimizer, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

@@ -48,21 +48,24 @@ class FSDP2(Backend):
                 module.set_gradient_divide_factor(1.0)
                 # Else the factor is a multiplication before the sum, which gloo does not have.
                 module.set_force_sum_reduction_for_comms(True)
+        self.syncs = True
         self.optimizer = optimizer_fn(self.model.parameters())
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
         """See Backend."""
-        self.model.set_requires_gradient_sync(last)
+        if last != self.syncs:  # it goes through all modules
+            self.model.set_requires_gradient_sync(last)
+            self.syncs = last
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        (loss * self.scale.factor if self.scale else loss).backward()
+        loss.backward(loss.new_full((), self.scale.factor) if self.scale else None)
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.model.parameters(), self._norm, max_norm, measure, self.scale, self.skips)
+        return update(self.optimizer, self._norm, max_norm, measure, self.scale, self.skips)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

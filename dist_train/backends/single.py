@@ -36,11 +36,11 @@ class Single(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        (loss * self.scale.factor if self.scale else loss).backward()
+        loss.backward(loss.new_full((), self.scale.factor) if self.scale else None)
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.model.parameters(), whole_norm, max_norm, measure, self.scale, self.skips)
+        return update(self.optimizer, whole_norm, max_norm, measure, self.scale, self.skips)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

@@ -22,6 +22,8 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs [batch, *input_shape], targe
 
 # Data in memory moves to the device if it leaves most of the device's free memory for the model.
 DEVICE_SHARE = 0.25
+# Samples that are gathered at once from memory, if the batches are smaller.
+GATHERED = 512
 
 
 class Feed:
@@ -76,9 +78,14 @@ class Feed:
         return self._from_files(batches, epoch)
 
     def _from_memory(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
-        for batch in batches:
-            index = torch.from_numpy(batch).to(self.images.device, non_blocking=True)
-            yield self._finish(self.images[index], self.labels[index])
+        for several in _at_once(batches):
+            index = torch.from_numpy(np.concatenate(several)).to(self.images.device, non_blocking=True)
+            # index_select copies whole rows; indexing with [] goes through them number by number.
+            inputs, labels = self._finish(self.images.index_select(0, index), self.labels.index_select(0, index))
+            start = 0
+            for batch in several:
+                yield inputs.narrow(0, start, len(batch)), labels.narrow(0, start, len(batch))
+                start += len(batch)
 
     def _from_files(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
         loader = DataLoader(
@@ -199,6 +206,21 @@ def _context(dataset: Dataset[Any]) -> BaseContext:
     imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
     context.set_forkserver_preload([__name__, type(dataset).__module__, *imported])
     return context
+
+
+def _at_once(batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
+    """Batches in groups that are gathered together: a gather has a price of its own, which small batches would pay at
+    every step."""
+    several: list[np.ndarray] = []
+    samples = 0
+    for batch in batches:
+        several.append(batch)
+        samples += len(batch)
+        if samples >= GATHERED or len(several) >= GATHERED:
+            yield several
+            several, samples = [], 0
+    if several:
+        yield several
 
 
 def _fits(split: InMemory, device: torch.device) -> bool:
