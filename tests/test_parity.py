@@ -169,7 +169,7 @@ def test_the_measure_refuses_unlike_runs():
 def test_the_norm_is_torchs_own():
     """The definition of the norm that every backend is compared with."""
     model = nn.Linear(3, 2)
-    model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), 4.0)
     single = Single(config(), ALONE)
-    single.model, single.optimizer = model, torch.optim.SGD(model.parameters(), lr=0.0)
+    single.prepare(model, lambda parameters: torch.optim.SGD(parameters, lr=0.0))
+    model.weight.grad, model.bias.grad = torch.full((2, 3), 3.0), torch.full((2,), 4.0)
     assert float(single.step(None, measure=True)) == pytest.approx((6 * 9 + 2 * 16) ** 0.5)

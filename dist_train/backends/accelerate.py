@@ -61,7 +61,8 @@ class Accelerate(Backend):
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.
         assert type(self.model) is DistributedDataParallel, f"accelerate: got {type(self.model)}, expected DDP"
         settle_buckets(self.model)
-        optimizer = optimizer_fn(model.parameters())
+        self.parameters = list(model.parameters())
+        optimizer = optimizer_fn(self.parameters)
         self.optimizer = self.accelerator.prepare(optimizer)
         return self.model, optimizer
 
@@ -77,7 +78,9 @@ class Accelerate(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
+        return update(
+            self.optimizer, self.parameters, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

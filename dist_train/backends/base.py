@@ -103,6 +103,7 @@ def clip(
 
 def update(
     optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
     norm_of: Callable[[list[nn.Parameter]], torch.Tensor],
     max_norm: float | None,
     measure: bool,
@@ -110,10 +111,11 @@ def update(
     skips: bool,
     averaged_over: int = 1,
 ) -> torch.Tensor | None:
-    """The step of a backend whose optimizer holds the gradients: takes the loss's scale out, clips, updates, clears.
+    """The step of a backend whose gradients are in `parameters`: takes the loss's scale out, clips, updates, clears.
 
     Args:
-        optimizer: of parameters with the gradient of the step.
+        optimizer: of the parameters.
+        parameters: with the gradient of the step. Looked up once, in `prepare`: it goes through all modules.
         norm_of: the global norm of their gradients.
         max_norm: see Backend.step.
         measure: see Backend.step.
@@ -122,7 +124,6 @@ def update(
         averaged_over: ranks whose mean a scaled gradient is. To undo the mean in the loss, as is done without a scale,
             would let float16 overflow that many times sooner than in one process.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if scale:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor / averaged_over)
     asks = skips or scale is not None

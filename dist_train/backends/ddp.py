@@ -35,7 +35,8 @@ class DDP(Backend):
             model, device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
         )
         settle_buckets(self.model)
-        self.optimizer = optimizer_fn(model.parameters())
+        self.parameters = list(model.parameters())
+        self.optimizer = optimizer_fn(self.parameters)
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -49,7 +50,9 @@ class DDP(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size)
+        return update(
+            self.optimizer, self.parameters, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size
+        )
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

@@ -49,7 +49,8 @@ class FSDP2(Backend):
                 # Else the factor is a multiplication before the sum, which gloo does not have.
                 module.set_force_sum_reduction_for_comms(True)
         self.syncs = True
-        self.optimizer = optimizer_fn(self.model.parameters())
+        self.parameters = list(self.model.parameters())
+        self.optimizer = optimizer_fn(self.parameters)
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -65,7 +66,7 @@ class FSDP2(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self._norm, max_norm, measure, self.scale, self.skips)
+        return update(self.optimizer, self.parameters, self._norm, max_norm, measure, self.scale, self.skips)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

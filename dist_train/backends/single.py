@@ -27,7 +27,8 @@ class Single(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         compile_(model, self.config.compile)
-        self.model, self.optimizer = model, optimizer_fn(model.parameters())
+        self.model, self.parameters = model, list(model.parameters())
+        self.optimizer = optimizer_fn(self.parameters)
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -40,7 +41,7 @@ class Single(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, whole_norm, max_norm, measure, self.scale, self.skips)
+        return update(self.optimizer, self.parameters, whole_norm, max_norm, measure, self.scale, self.skips)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
