@@ -462,7 +462,8 @@ def describe(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin is list:
-        return f"a list such as [512, 512] ({describe(args[0])} each)"
+        example = _example(hint).strip("'")
+        return f"a list such as {example} ({describe(args[0])} each)"
     if origin is dict:
         return "keys with values"
     return " or ".join(describe(a) for a in args)  # a union

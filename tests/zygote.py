@@ -9,6 +9,7 @@ import faulthandler
 import gc
 import importlib
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -36,12 +37,16 @@ class Run:
         ranks: how many; 1 is a process alone.
         plant: by rank, a function of the module `faults` and its arguments, called in the rank before the run.
         kill_all: when a rank was killed, kill the others at once; else they end by themselves.
+        cwd: the folder to start in; None for that of the tests.
+        script: a Python file to run in place of the package, in `cwd`.
     """
 
     argv: list[str]
     ranks: int = 1
     plant: dict[int, tuple[Any, ...]] | None = None
     kill_all: bool = False
+    cwd: str | None = None
+    script: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +162,11 @@ def _rank(run: Run, rank: int, port: int, output: Path) -> None:
         if run.plant and rank in run.plant:
             name, *arguments = run.plant[rank]
             getattr(importlib.import_module("faults"), name)(*arguments)
+        if run.cwd is not None:
+            os.chdir(run.cwd)
+        if run.script is not None:
+            runpy.run_path(run.script, run_name="__main__")
+            ending.leave(ending.OK)
         __main__.main()
     except BaseException:
         traceback.print_exc()
