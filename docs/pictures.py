@@ -74,18 +74,16 @@ def curves(out: Path, steps: int) -> None:
             alone[precision] = _losses(_run(folder, f"single-{precision}", 1, *argv))
         fig, (top, below) = plt.subplots(2, 1, figsize=(8, 5.6), sharex=True, height_ratios=(1, 1.2))
         top.plot(*_line(alone["float32"]), color=GREY, linewidth=6, label="one process")
-        for (name, argv, precisions), colour, dash, size in zip(
-            cells, COLOURS, ("-", "--", ":"), (6, 4, 2), strict=False
-        ):
+        styles = zip(COLOURS, ("-", "--", ":"), ("o", "s", "^"), strict=False)
+        for (name, argv, precisions), (colour, dash, shape) in zip(cells, styles, strict=True):
             for precision in precisions:
                 argv_all = (*common, *argv, "--train.precision", precision)
                 losses = _losses(_run(folder, f"{argv[1]}-{precision}", 2, *argv_all))
-                marks = {"color": colour, "linestyle": "none", "marker": "o", "markersize": size, "markeredgewidth": 0}
-                below.plot(
-                    *_difference(losses, alone[precision]), **marks, label=name if precision == "float32" else None
-                )
-                if precision == "float32":
-                    top.plot(*_line(losses), color=colour, linestyle=dash, label=name)
+                label = name if precision == "float32" else None
+                marks = {"color": colour, "linestyle": "none", "marker": shape, "markersize": 3.5, "markeredgewidth": 0}
+                below.plot(*_difference(losses, alone[precision]), **marks, alpha=0.8, label=label)
+                if label is not None:
+                    top.plot(*_line(losses), color=colour, linestyle=dash, label=label)
     top.set_ylabel("loss of the step")
     top.legend(frameon=False, fontsize=9)
     below.set_yscale("symlog", linthresh=1e-17, linscale=0.3)
