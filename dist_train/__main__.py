@@ -12,14 +12,14 @@ from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
 
-TOOLS = ("eval", "explain", "export", "inspect", "parity")
+TOOLS = ("doctor", "eval", "explain", "export", "inspect", "parity")
 
 
 def main() -> None:
     """The console script. Ends the process with a code of `ending`."""
     launcher = Launcher()
     try:
-        launcher = detect()
+        launcher = _launcher(sys.argv[1:])
         argv = clean_argv(sys.argv[1:], launcher)
         command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
         if command == "train":
@@ -35,6 +35,16 @@ def main() -> None:
     except BaseException as error:
         code = ending.fail(error, launcher)
     ending.leave(code)
+
+
+def _launcher(argv: list[str]) -> Launcher:
+    """Who started this process. Where the environment contradicts itself, the doctor says it among its lines."""
+    try:
+        return detect()
+    except ConfigError:
+        if "doctor" not in argv[:1]:
+            raise
+        return Launcher()
 
 
 def run(config: Config, launcher: Launcher) -> int:

@@ -1,5 +1,6 @@
 """From a config to the parts of a run, before any process group: what is wrong with them is said by one line."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from dist_train import optim, weights
-from dist_train.config import Config
+from dist_train.config import Config, DataConfig
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
@@ -56,7 +57,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     precision = Precision(config.train.precision, device)
     precision.apply()
     cfg, dtype = config.data, precision.dtype
-    data = _call(load(DATASETS, cfg.name, "data.name"), "data.args", root=cfg.root, download=cfg.download, **cfg.args)
+    data = read_data(cfg, cfg.download)
     if steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last) == 0:
         raise ConfigError(
             f"train.drop_last: got true with {len(data.train)} samples in batches of {config.train.global_batch_size}, "
@@ -71,6 +72,11 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     return Parts(data, model.to(device), *feeds, precision, loaded)
 
 
+def read_data(cfg: DataConfig, download: bool) -> Data:
+    """The data set. Raises ConfigError."""
+    return _call(load(DATASETS, cfg.name, "data.name"), "data.args", root=cfg.root, download=download, **cfg.args)
+
+
 def build_model(
     config: Config, data: Data, dtype: torch.dtype, trained: Path | None = None, warm: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
@@ -78,6 +84,16 @@ def build_model(
 
     Its initial weights depend on the seed alone, and on the file of model.init_from: the same on every rank.
     """
+    cfg, make = config.model, maker(config, data)
+    if trained is not None:
+        return weights.trained(make, dtype, trained), ()
+    if warm and cfg.init_from is not None:
+        return weights.warm_start(make, dtype, Path(cfg.init_from), cfg.init_strict)
+    return make().to(dtype), ()
+
+
+def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
+    """A function that makes the model with its initial weights."""
     cfg = config.model
     fields = {"hidden": cfg.hidden, "activation": cfg.activation, "dropout": cfg.dropout}
     given = {k: v for k, v in fields.items() if v is not None} | cfg.args
@@ -88,11 +104,7 @@ def build_model(
             torch.default_generator.manual_seed(config.train.seed)
             return _call(kind, "model.args", input_shape=data.input_shape, classes=len(data.classes), **given)
 
-    if trained is not None:
-        return weights.trained(make, dtype, trained), ()
-    if warm and cfg.init_from is not None:
-        return weights.warm_start(make, dtype, Path(cfg.init_from), cfg.init_strict)
-    return make().to(dtype), ()
+    return make
 
 
 def _call(function, path: str, **arguments):

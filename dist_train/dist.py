@@ -79,9 +79,15 @@ def seed_draws(seed: int, world: World, step: int = 0) -> None:
 
 
 @contextmanager
-def joined(launcher: Launcher, device: torch.device) -> Iterator[World]:
+def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TIMEOUT_S) -> Iterator[World]:
     """Joins the processes that were started together. At the end the group is left after every rank has come there;
-    on an error at once, so that the other ranks notice."""
+    on an error at once, so that the other ranks notice.
+
+    Args:
+        launcher: the place of this rank.
+        device: of this rank.
+        timeout_s: that joining may take, and a collective.
+    """
     place = launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size
     world = World(*place, device, launcher.name, launcher.master_addr)
     if launcher.name == "none":
@@ -89,13 +95,13 @@ def joined(launcher: Launcher, device: torch.device) -> Iterator[World]:
         return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    with _meeting(launcher) as where:
+    with _meeting(launcher, timeout_s) as where:
         torch_dist.init_process_group(
             torch_dist.get_default_backend_for_device(device),
             **where,
             rank=launcher.rank,
             world_size=launcher.world_size,
-            timeout=timedelta(seconds=GROUP_TIMEOUT_S),
+            timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
     yield world
@@ -111,10 +117,10 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _meeting(launcher: Launcher) -> Iterator[dict[str, Any]]:
+def _meeting(launcher: Launcher, timeout_s: float) -> Iterator[dict[str, Any]]:
     """Where the ranks find each other, as init_process_group takes it."""
     if rendezvous.kept_by_torchrun():
-        with rendezvous.store_of_this_start(launcher.rank, launcher.world_size, GROUP_TIMEOUT_S) as store:
+        with rendezvous.store_of_this_start(launcher.rank, launcher.world_size, timeout_s) as store:
             yield {"store": store}
     elif "RANK" in os.environ:
         yield {"init_method": "env://"}

@@ -31,7 +31,7 @@ def opened(config: Config, world: World) -> Iterator[Path]:
     locks: list[IO[str]] = []
     folder = dist.on_main(lambda: _open(config, locks))
     if world.size > 1:
-        _check_shared(folder, world)
+        check_shared(folder, world)
     try:
         yield folder
     finally:
@@ -107,8 +107,8 @@ def _lock(folder: Path) -> IO[str]:
     return file
 
 
-def _check_shared(folder: Path, world: World) -> None:
-    """Refuses a folder that is another one on another node: a checkpoint there would be a part of one."""
+def check_shared(folder: Path, world: World) -> None:
+    """Refuses a folder that is another one on another node: a checkpoint there would be a part of one. Collective."""
     name = dist.on_main(lambda: f".seen-{secrets.token_hex(8)}")
     mark = folder / name
     if world.is_main:

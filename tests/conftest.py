@@ -2,6 +2,7 @@
 
 import functools
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,24 @@ def references(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory):
 def cut(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory):
     """By kind of run, the folder of one that was killed after step 9: to be copied. Each is made once."""
     return functools.cache(lambda kind: cut_off(zygote, kind, tmp_path_factory.mktemp("cut") / "run"))
+
+
+@pytest.fixture
+def mounts():
+    """Mounts file systems, which are gone after the test."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a file system needs root")
+    done: list[Path] = []
+
+    def mount(place: Path, *options: str) -> Path:
+        place.mkdir(exist_ok=True)
+        made = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
+        if place not in done:
+            done.append(place)
+        return place
+
+    yield mount
+    for place in reversed(done):
+        subprocess.run(["umount", "-l", str(place)], check=True)

@@ -1,10 +1,12 @@
 """What goes wrong in a rank: planted by functions that are called in its process before the run; see `zygote`."""
 
+import contextlib
 import ctypes
 import glob
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -14,12 +16,17 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_train import ending, folder, meter, watchdog
+import torch.distributed as torch_dist
+
+from dist_train import ending, folder, meter, versions, watchdog
+from dist_train.backends import rules
 from dist_train.checkpoint import save, storage
 from dist_train.data.feed import Feed
+from dist_train.doctor import join, machine, meeting
 from dist_train.phases import Phases
 
 
@@ -390,3 +397,112 @@ def stranger() -> None:
         return connect(addresses, port)
 
     watchdog._connect = both
+
+
+# -- what the doctor is to find ----------------------------------------------------------------------------------------
+
+
+def environment(**variables: str) -> None:
+    """Variables that another program left, or a user set."""
+    os.environ.update(variables)
+
+
+def sick(*faults: tuple[Any, ...]) -> None:
+    """Several of these at once: a name and its arguments each."""
+    for name, *arguments in faults:
+        globals()[name](*arguments)
+
+
+def wait_less(seconds: float) -> None:
+    """The doctor waits for other ranks so long."""
+    meeting.COME_WITHIN_S, join.GROUP_S, join.MORE_S = seconds, 3.0, 0.5
+
+
+def installed(folder: str) -> None:
+    """The distributions in this folder are the first that Python finds."""
+    sys.path.insert(0, folder)
+
+
+def not_installed(name: str) -> None:
+    """This library has never been installed."""
+    version, find = metadata.version, rules.find_spec
+
+    def absent(asked: str) -> str:
+        if asked == name:
+            raise metadata.PackageNotFoundError(name)
+        return version(asked)
+
+    metadata.version = absent
+    rules.find_spec = lambda asked: None if asked == name else find(asked)
+
+
+def listens_only() -> None:
+    """A stranger in the place of rank 0: it takes connections, and never answers."""
+    server = socket.create_server(("", int(os.environ["MASTER_PORT"])))
+    taken, _ = server.accept()
+    server.settimeout(20)
+    with contextlib.suppress(OSError):
+        kept, _ = server.accept()
+        kept.settimeout(20)
+        while kept.recv(1 << 16):
+            pass
+    taken.close()
+    os._exit(0)
+
+
+def leaves() -> None:
+    """A rank that ends before it has met the others."""
+    os._exit(0)
+
+
+def clock_ahead(seconds: float) -> None:
+    """This rank's clock is ahead."""
+    now = time.time
+    time.time = lambda: now() + seconds
+
+
+def flips_bits(least_bytes: int) -> None:
+    """What this rank receives of a large sum has a wrong bit."""
+    reduce = torch_dist.all_reduce
+
+    def wrong(tensor: Any, *arguments: Any, **options: Any) -> None:
+        reduce(tensor, *arguments, **options)
+        if tensor.nbytes >= least_bytes:
+            tensor.view(-1)[-1] += 1
+
+    torch_dist.all_reduce = wrong
+
+
+def torn_checkpoint(by: str) -> None:
+    """A disk that acknowledges what it did not write: a byte differs, or the last ones are not there."""
+    write = storage.write
+
+    def torn(folder: Path, state: Any, group: Any) -> Any:
+        files = write(folder, state, group)
+        path = next(folder / name for name in files if name != ".metadata")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data if by == "flip" else data[:-1000])
+        return files
+
+    storage.write = torn
+
+
+def other_version(name: str) -> None:
+    """This rank has another version of a library."""
+    used = versions.versions
+    versions.versions = lambda: used() | {name: "0.0.1"}
+
+
+def broken_check() -> None:
+    """A check of the doctor has a mistake."""
+
+    def raises() -> tuple[int, int]:
+        raise KeyError("MemAvailable")
+
+    machine.memory = raises
+
+
+def few_files(limit: int) -> None:
+    """ulimit -n."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))

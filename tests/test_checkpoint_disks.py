@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,27 +38,6 @@ FULL = {
     "rank-1-of-2": (DDP, 1, OPEN_RANK_1),
     "rank-1-of-2-asynchronous": (replace(DDP, asynchronous=True), 1, OPEN_RANK_1),
 }
-
-
-@pytest.fixture
-def mounts():
-    """Mounts file systems, which are gone after the test."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a file system needs root")
-    done: list[Path] = []
-
-    def mount(place: Path, *options: str) -> Path:
-        place.mkdir(exist_ok=True)
-        made = subprocess.run(["mount", *options, str(place)], capture_output=True, text=True)
-        if made.returncode:
-            pytest.skip(f"no file system can be mounted here: {made.stderr.strip()}")
-        if place not in done:
-            done.append(place)
-        return place
-
-    yield mount
-    for place in reversed(done):
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 @pytest.mark.parametrize("name", FULL)

@@ -230,22 +230,26 @@ def _sensible(m: Manifest) -> Manifest:
 def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Compares files of a checkpoint with its manifest: there, of the right size, of the right hash. Raises Damaged."""
     for name in names:
-        expected = manifest.files[name]
-        try:
-            with (folder / name).open("rb") as file:
-                got = file.seek(0, 2)
-                if got != expected.size:
-                    raise Damaged(folder, f"got {got} bytes in {name}, expected {expected.size}")
-                file.seek(0)
-                digest = hashlib.sha256()
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-        except FileNotFoundError:
-            raise Damaged(folder, f"{name} is missing") from None
-        except OSError as error:
-            raise Damaged(folder, f"{name} cannot be read: {error.strerror}") from None
-        if digest.hexdigest() != expected.sha256:
-            raise Damaged(folder, f"the content of {name} does not fit its hash")
+        verify_file(folder, name, manifest.files[name])
+
+
+def verify_file(folder: Path, name: str, expected: File) -> None:
+    """Compares a file with what was written. Raises Damaged."""
+    try:
+        with (folder / name).open("rb") as file:
+            got = file.seek(0, 2)
+            if got != expected.size:
+                raise Damaged(folder, f"got {got} bytes in {name}, expected {expected.size}")
+            file.seek(0)
+            digest = hashlib.sha256()
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    except FileNotFoundError:
+        raise Damaged(folder, f"{name} is missing") from None
+    except OSError as error:
+        raise Damaged(folder, f"{name} cannot be read: {error.strerror}") from None
+    if digest.hexdigest() != expected.sha256:
+        raise Damaged(folder, f"the content of {name} does not fit its hash")
 
 
 def folders(run: Path) -> list[Path]:

@@ -26,31 +26,50 @@ CIFAR10_STATS = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
 NETWORK_TIMEOUT_S = 30.0
 
 Archives = dict[str, str]  # file name: md5
+KINDS = {
+    "mnist": datasets.MNIST,
+    "fashion_mnist": datasets.FashionMNIST,
+    "kmnist": datasets.KMNIST,
+    "cifar10": datasets.CIFAR10,
+}
 
 
 def mnist(root: str, download: bool) -> Data:
     """60,000 and 10,000 handwritten digits, 28x28. Source: LeCun, Cortes, Burges, 1998."""
-    return _load(datasets.MNIST, root, download, MNIST_STATS, dict(datasets.MNIST.resources))
+    return _load("mnist", root, download, MNIST_STATS)
 
 
 def fashion_mnist(root: str, download: bool) -> Data:
     """60,000 and 10,000 pictures of clothes, 28x28. Source: Xiao, Rasul, Vollgraf, arXiv:1708.07747."""
-    return _load(datasets.FashionMNIST, root, download, FASHION_STATS, dict(datasets.FashionMNIST.resources))
+    return _load("fashion_mnist", root, download, FASHION_STATS)
 
 
 def kmnist(root: str, download: bool) -> Data:
     """60,000 and 10,000 Japanese characters, 28x28. Source: Clanuwat et al., arXiv:1812.01718."""
-    return _load(datasets.KMNIST, root, download, KMNIST_STATS, dict(datasets.KMNIST.resources))
+    return _load("kmnist", root, download, KMNIST_STATS)
 
 
 def cifar10(root: str, download: bool) -> Data:
     """50,000 and 10,000 colour photographs, 32x32. Source: Krizhevsky, 2009."""
-    return _load(datasets.CIFAR10, root, download, CIFAR10_STATS, {datasets.CIFAR10.filename: datasets.CIFAR10.tgz_md5})
+    return _load("cifar10", root, download, CIFAR10_STATS)
 
 
-def _load(kind: type, root: str, download: bool, stats: tuple, archives: Archives) -> Data:
-    home = Path(root).expanduser()
-    folder = home / kind.__name__ / "raw" if issubclass(kind, datasets.MNIST) else home
+def archives_of(name: str, root: str) -> tuple[Path, Archives]:
+    """The folder that a data set's archives lie in, and their checksums.
+
+    Args:
+        name: a key of KINDS.
+        root: data.root.
+    """
+    kind, home = KINDS[name], Path(root).expanduser()
+    if issubclass(kind, datasets.MNIST):
+        return home / kind.__name__ / "raw", dict(kind.resources)
+    return home, {kind.filename: kind.tgz_md5}
+
+
+def _load(name: str, root: str, download: bool, stats: tuple) -> Data:
+    kind, home = KINDS[name], Path(root).expanduser()
+    folder, archives = archives_of(name, root)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
             train, test = _both(kind, home, folder, download, archives)

@@ -1,0 +1,98 @@
+"""The data set: there, whole, readable. Nothing is downloaded."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_train.config import Config
+from dist_train.data.sets import Data, FromFiles, InMemory
+from dist_train.doctor.report import Line, size
+from dist_train.errors import ConfigError
+
+# torchvision's, by the names of the registry.
+DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "cifar10")
+
+
+def check(config: Config, data: Data | Exception) -> Iterator[Line]:
+    """What is in the folder, then what came of reading it.
+
+    Args:
+        config: the run.
+        data: the data set, or what reading it raised.
+    """
+    cfg = config.data
+    if cfg.name in DOWNLOADED:
+        found = list(archives(config))
+        yield from found
+        if isinstance(data, Exception) and any(line.status != "pass" for line in found):
+            return  # the line above is the reason
+    if isinstance(data, Exception):
+        lines = data.lines if isinstance(data, ConfigError) else (f"data.name: {cfg.name} raises {data!r}",)
+        for text in lines:
+            yield Line("fail", "data set", text, "--data.root FOLDER   of the data, or mend what the line names")
+        return
+    counts = f"{len(data.train):,} samples to train on, {len(data.test):,} to test, {list(data.input_shape)}"
+    facts = {"train": len(data.train), "test": len(data.test), "input_shape": list(data.input_shape)}
+    yield Line("pass", "data set", f"{cfg.name}: {counts}, {len(data.classes)} classes", facts=facts)
+    yield from _samples("train", data.train)
+    yield from _samples("test", data.test)
+
+
+def archives(config: Config) -> Iterator[Line]:
+    """The checksums of a data set that torchvision downloads, and what was unpacked from it."""
+    from dist_train.data import vision
+
+    cfg = config.data
+    folder, wanted = vision.archives_of(cfg.name, cfg.root)
+    absent, whole, damaged, differing = [], [], [], []
+    for name, md5 in wanted.items():
+        archive, unpacked = folder / name, folder / name.removesuffix(".gz")
+        if not archive.is_file():
+            absent += [] if unpacked != archive and unpacked.is_file() else [name]
+        elif not vision.check_integrity(archive, md5):
+            damaged.append(name)
+        elif unpacked != archive and unpacked.is_file() and not _same(archive, unpacked):
+            differing.append(unpacked.name)
+        else:
+            whole.append(archive)
+    again = "the next run downloads it" if cfg.download else "get it again, or add --data.download true"
+    for name in damaged:
+        what = f"{folder / name} has a wrong checksum, expected md5 {wanted[name]}"
+        yield Line("fail", "checksums", what, f"rm {folder / name}   {again}")
+    for name in differing:
+        what = f"{folder / name} is not what {name}.gz beside it holds"
+        yield Line("fail", "checksums", what, f"rm {folder / name}   the next run unpacks it again")
+    if absent:
+        what = f"{', '.join(absent)} not in {folder}"
+        if cfg.download:
+            get = f"from dist_train.data import vision; vision.{cfg.name}({cfg.root!r}, True)"
+            mend = f'python -c "{get}"   downloads it now; or --data.root FOLDER   that has it'
+            yield Line("warn", "data set", f"{what}; downloaded when the run starts", mend)
+        else:
+            mend = "--data.root FOLDER   that has them, or --data.download true"
+            yield Line("fail", "data set", f"{what}, and data.download is false", mend)
+    elif whole and not damaged and not differing:
+        total = sum(path.stat().st_size for path in whole)
+        what = f"{len(whole)} archives in {folder}, {size(total)}, all right"
+        yield Line("pass", "checksums", what, facts={"bytes": total, "files": len(whole)})
+
+
+def _same(archive: Path, unpacked: Path) -> bool:
+    with gzip.open(archive) as packed, unpacked.open("rb") as file:
+        while block := packed.read(1 << 20):
+            if block != file.read(len(block)):
+                return False
+        return not file.read(1)
+
+
+def _samples(split: str, samples: InMemory | FromFiles) -> Iterator[Line]:
+    """The first and the last of a split from files can be read."""
+    if isinstance(samples, InMemory):
+        return
+    try:
+        for index in (0, len(samples) - 1):
+            samples.dataset[index]
+    except ConfigError as error:
+        yield Line("fail", f"{split} samples", error.lines[0], "mend the file, or take its line out")
+        return
+    yield Line("pass", f"{split} samples", "the first and the last can be read")

@@ -1,0 +1,85 @@
+"""The config: valid, and what the run needs of memory against what there is."""
+
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from dist_train import backends, check
+from dist_train.config import Config
+from dist_train.doctor.machine import memory
+from dist_train.doctor.report import Line, reason, size
+from dist_train.launcher import Launcher
+
+if TYPE_CHECKING:
+    import torch
+
+    from dist_train.doctor.needs import Needs
+
+FULL = 0.8  # what is fragmented, and what libraries take for themselves, is not in the estimate
+
+
+def valid(config: Config, launcher: Launcher) -> Iterator[Line]:
+    """What training would refuse."""
+    check.check(config, launcher)  # raises a line for every mistake
+    backend = backends.chosen(config.backend.name, launcher.name)
+    yield Line("pass", "config", f"valid: backend {backend} on {launcher.world_size} ranks")
+
+
+def estimate(config: Config, launcher: Launcher, device: "torch.device", found: "Needs | Exception") -> Iterator[Line]:
+    """What the run needs on the device, and on the host.
+
+    Args:
+        config: the run.
+        launcher: of this rank.
+        device: of this rank.
+        found: what a rank needs, or what kept that from being known.
+    """
+    if isinstance(found, Exception):
+        mend = "mend the lines above; or start one run of --train.max_steps 1 to see"
+        yield Line("warn", "memory", f"not estimated: {reason(found)}", mend)
+        return
+    backend, n = backends.chosen(config.backend.name, launcher.name), launcher.local_world_size
+    state = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
+    rest = {backend: found.library, f"micro-batch of {found.micro_batch}": found.working}
+    if device.type == "cuda":
+        import torch
+
+        from dist_train.data.feed import DEVICE_SHARE
+
+        free, _ = torch.cuda.mem_get_info(device)
+        resident = found.data if found.data < DEVICE_SHARE * free else 0
+        offloaded = {name: state.pop(name) for name in _offloaded(config, backend)}
+        yield _against(state | rest | {"data": resident}, free, f"a rank, of {device}", config, backend, found)
+        # A rank builds the model on the host, then keeps there what does not go to the device.
+        host = {"model": max(found.weights, sum(offloaded.values())), "data": found.data}
+    else:
+        host = state | rest | {"data": found.data}
+    _, available = memory()
+    whole = {name: n * count for name, count in host.items()}
+    yield _against(whole, available, f"{n} rank{'s' * (n > 1)}, of main memory", config, backend, found)
+
+
+def _offloaded(config: Config, backend: str) -> tuple[str, ...]:
+    if not config.backend.offload:
+        return ()
+    return ("weights", "gradients", "optimizer") if backend == "fsdp2" else ("optimizer",)
+
+
+def _against(parts: dict[str, int], free: int, whose: str, config: Config, backend: str, found: "Needs") -> Line:
+    total = sum(parts.values())
+    said = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
+    what = f"{size(total)} for {whose}, which has {size(free)} free: {said}"
+    facts = {"needed_bytes": total, "free_bytes": free, "parts": parts, "rank": asdict(found)}
+    if total <= FULL * free:
+        return Line("pass", "memory", what, facts=facts)
+    largest = max(parts, key=lambda name: parts[name])
+    mend = f"--train.micro_batch_size {max(1, found.micro_batch // 2)}"
+    if largest == "data":
+        mend = "start fewer ranks on the node, or read the data from files (csv_images)"
+    elif not largest.startswith("micro-batch") or found.micro_batch == 1:
+        mend = "torchrun --nproc_per_node=N -m dist_train --backend.name fsdp2, on more ranks"
+        if backend in ("fsdp2", "deepspeed") and not config.backend.offload:
+            mend = "--backend.offload true, or more ranks"
+        if backend == "deepspeed" and config.backend.zero_stage != 3:
+            mend = "--backend.zero_stage 3"
+    return Line("fail" if total > free else "warn", "memory", what, mend, facts)

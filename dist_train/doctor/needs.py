@@ -1,0 +1,200 @@
+"""How much memory a run needs, computed without having it: the model, a step and an evaluation on fake tensors."""
+
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dist_train import assemble, backends, optim
+from dist_train.backends.base import blocks
+from dist_train.config import Config
+from dist_train.data.sets import Data, InMemory
+from dist_train.launcher import Launcher
+from dist_train.losses import loss_fn
+from dist_train.order import pieces
+from dist_train.precision import Precision
+
+BUCKET_ELEMENTS = 500_000_000  # the most that DeepSpeed reduces at once
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of a rank.
+
+    Args:
+        weights: parameters and buffers, as the backend shares them out.
+        gradients: likewise.
+        optimizer: its state, likewise.
+        library: what the backend holds beside these: gathered layers, buckets, masters.
+        working: the most that a step or an evaluation holds beyond all these: activations, temporaries.
+        data: the data set, where it is held in memory.
+        state: weights and optimizer state of the whole model, as a checkpoint holds them.
+        micro_batch: samples at once.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    library: int
+    working: int
+    data: int
+    state: int
+    micro_batch: int
+
+
+def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) -> Needs:
+    """Of rank 0, which holds the largest share. Raises what the model raises on fake tensors."""
+    cfg, world = config.train, launcher.world_size
+    precision = Precision(cfg.precision, torch.device("cpu"))  # a size does not depend on the device
+    share = -(-cfg.global_batch_size // world)
+    micro = -(-share // pieces(cfg.global_batch_size, world, cfg.micro_batch_size))
+    evaluated = min(cfg.eval_batch_size, -(-len(data.test) // world))
+    with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):
+        model = assemble.maker(config, data)()
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        training = peak(lambda: _step(config, model, data, precision, micro))
+        with torch.no_grad():
+            evaluation = peak(lambda: model.eval()(_inputs(data, precision, evaluated)))
+    state, updating = _optimizer(config, parameters, device)
+    shares = _shares(config, launcher, model, state)
+    held = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.test) if isinstance(s, InMemory))
+    whole = _bytes(model.state_dict().values()) + sum(_bytes(tensors) for tensors in state.values())
+    return Needs(*shares, max(training, evaluation, updating), held, whole, micro)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What is made is of this type; a module of fake tensors cannot be converted."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _inputs(data: Data, precision: Precision, count: int) -> torch.Tensor:
+    return torch.zeros(count, *data.input_shape, dtype=precision.dtype)
+
+
+def _step(config: Config, model: nn.Module, data: Data, precision: Precision, count: int) -> None:
+    """A micro-batch, as the loop computes it."""
+    classes = len(data.classes)
+    targets = torch.zeros(count, classes, dtype=precision.dtype) if config.data.one_hot else torch.zeros(count).long()
+    model.train()
+    with precision.autocast():
+        outputs = model(_inputs(data, precision, count))
+    loss_fn(config.train.loss, config.train.label_smoothing)(outputs.to(precision.dtype), targets).backward()
+
+
+State = dict[nn.Parameter, list[torch.Tensor]]
+
+
+def _optimizer(config: Config, parameters: list[nn.Parameter], device: torch.device) -> tuple[State, int]:
+    """The optimizer's state by parameter, and the most that its step holds beyond it."""
+    build = optim.factory(config.optim)
+
+    def step(of: list[nn.Parameter]) -> tuple[State, int]:
+        optimizer = build(of)
+        for group in optimizer.param_groups:
+            if device.type != "cpu" and group.get("foreach", 0) is None:
+                group["foreach"] = True  # torch's choice on an accelerator: all parameters at once
+        optimizer.step()
+        temporary = peak(optimizer.step)
+        return {p: [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)] for p in of}, temporary
+
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return step(parameters)
+    except torch._subclasses.fake_tensor.DataDependentOutputException:
+        pass  # one that reads its own numbers; it steps on real zeros, a parameter at a time
+    state, most = {}, 0
+    for p in parameters:
+        real = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype))
+        real.grad = torch.zeros_like(real)
+        found, temporary = step([real])
+        state[p], most = [v.to("meta") for v in found[real]], max(most, temporary)
+    return state, most
+
+
+def _shares(config: Config, launcher: Launcher, model: nn.Module, state: State) -> tuple[int, int, int, int]:
+    """Weights, gradients, optimizer state and the library's own, in bytes on rank 0."""
+    n, backend = launcher.world_size, backends.chosen(config.backend.name, launcher.name)
+    parameters, buffers = list(model.parameters()), _bytes(model.buffers())
+    weights, gradients = _bytes(parameters), _bytes(state)
+    optimizer = sum(_bytes(tensors) for tensors in state.values())
+    if backend == "fsdp2":
+        layers = [_bytes(layer.parameters()) for layer in blocks(model)]
+        rest = weights - sum(layers)
+        # The weights outside of layers stay gathered. Of layers one computes and one is on its way, and a gradient.
+        library = rest + 3 * max(layers, default=0) if layers else 2 * weights
+        sharded = sum(_rows(t, p, n) for p, tensors in state.items() for t in tensors)
+        return sum(_rows(p, p, n) for p in parameters) + buffers, sum(_rows(p, p, n) for p in state), sharded, library
+    if backend == "deepspeed":
+        stage = config.backend.zero_stage or 0
+        bucket = min(weights // 4, BUCKET_ELEMENTS) * 4
+        masters = -(-weights // n) if stage else 0
+        return (
+            (-(-weights // n) if stage == 3 else weights) + buffers,
+            -(-gradients // n) if stage >= 2 else gradients,
+            -(-optimizer // n) if stage else optimizer,
+            masters + bucket,
+        )
+    return weights + buffers, gradients, optimizer, 0
+
+
+def _rows(tensor: torch.Tensor, parameter: torch.Tensor, n: int) -> int:
+    """Bytes of rank 0's part of a tensor that is sharded as its parameter is: by rows."""
+    if tensor.shape != parameter.shape or not tensor.dim():
+        return tensor.nbytes
+    return -(-tensor.shape[0] // n) * math.prod(tensor.shape[1:]) * tensor.itemsize
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the tensors that were made within, and are still there; and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
+                self._made(tensor.untyped_storage())
+        return out
+
+    def _made(self, storage: torch.UntypedStorage) -> None:
+        key, count = storage._cdata, storage.nbytes()
+        if key in self.sizes:
+            return
+        self.sizes[key] = count
+        self.now += count
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def peak(run: Callable[[], Any]) -> int:
+    """The most bytes that tensors made by `run` take at once."""
+    with _Live() as live:
+        run()
+    return live.most
