@@ -20,14 +20,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as torch_dist
 
 from dist_train import ending, folder, meter, versions, watchdog
-from dist_train.backends import rules
+from dist_train.backends import BACKENDS, rules
 from dist_train.checkpoint import save, storage
 from dist_train.data.feed import Feed
-from dist_train.doctor import join, machine, meeting
+from dist_train.doctor import link, machine, meeting
+from dist_train.lookup import load
 from dist_train.phases import Phases
+from dist_train.shards import shards_of
 
 
 class Event(NamedTuple):
@@ -402,20 +405,14 @@ def stranger() -> None:
 # -- what the doctor is to find ----------------------------------------------------------------------------------------
 
 
-def environment(**variables: str) -> None:
+def set_environment(variables: dict[str, str]) -> None:
     """Variables that another program left, or a user set."""
     os.environ.update(variables)
 
 
-def sick(*faults: tuple[Any, ...]) -> None:
-    """Several of these at once: a name and its arguments each."""
-    for name, *arguments in faults:
-        globals()[name](*arguments)
-
-
 def wait_less(seconds: float) -> None:
     """The doctor waits for other ranks so long."""
-    meeting.COME_WITHIN_S, join.GROUP_S, join.MORE_S = seconds, 3.0, 0.5
+    meeting.COME_WITHIN_S, meeting.MORE_S = seconds, 0.5
 
 
 def installed(folder: str) -> None:
@@ -506,3 +503,32 @@ def broken_check() -> None:
 def few_files(limit: int) -> None:
     """ulimit -n."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+
+
+def far_apart() -> None:
+    """The ranks are on two nodes, whose link is below what is expected."""
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    meeting.several_nodes = lambda launcher: False  # they meet at 127.0.0.1 all the same
+    link.SLOW_GB_PER_S = 1e9
+
+
+def weigh(backend: str, path: str) -> None:
+    """Writes the bytes of weights and gradients before the first update, and of the optimizer's state after it."""
+    kind = load(BACKENDS, backend, "backend.name")
+    step, done = kind.step, []
+
+    def weighed(self: Any, *arguments: Any, **options: Any) -> Any:
+        weights = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = [_bytes(weights), _bytes([p.grad for p in weights])]
+        norm = step(self, *arguments, **options)
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        if not done:
+            done.append(Path(path).write_text(json.dumps([*held, _bytes(states)])))
+        return norm
+
+    kind.step = weighed
+
+
+def _bytes(tensors: list[Any]) -> int:
+    """Of what this rank holds."""
+    return sum(part.nbytes for t in tensors if isinstance(t, torch.Tensor) for _, part in shards_of(t).boxes)

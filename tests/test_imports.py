@@ -89,6 +89,13 @@ MAY_IMPORT = {
     "backends.deepspeed": {"backends.base", "config", "dist", "errors", "precision", "shards"},
     "backends.base": {"config", "dist", "precision", "shards"},
     "backends.rules": {"backends", "config", "launcher"},
+    "doctor": {
+        *("assemble", "backends", "backends.base", "check", "checkpoint", "checkpoint.manifest", "checkpoint.save"),
+        *("checkpoint.storage", "config", "data.feed", "data.sets", "data.vision", "dist", "ending", "errors"),
+        *("folder", "launcher", "losses", "optim", "order", "precision", "rendezvous", "shards"),
+        *("doctor.link", "doctor.machine", "doctor.meeting", "doctor.needs", "doctor.peers", "doctor.report"),
+        *("doctor", "doctor.subject"),
+    },
     "data": {"errors", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }

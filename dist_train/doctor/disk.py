@@ -18,7 +18,7 @@ from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.doctor.peers import Peers
 from dist_train.doctor.report import Line, size
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, OtherRankError
 from dist_train.shards import Shards
 
 ANOTHER = "--run.dir FOLDER   on a disk that can be written to and has space"
@@ -119,9 +119,9 @@ def checkpoint(config: Config, peers: Peers | None) -> Iterator[Line]:
         return
     try:
         yield from _there_and_back(Path(name), rank, ranks, group)
+    finally:
         if peers:
             peers.gather(None)  # all have read
-    finally:
         if rank == 0:
             shutil.rmtree(name, ignore_errors=True)
 
@@ -137,6 +137,8 @@ def _there_and_back(place: Path, rank: int, ranks: int, group) -> Iterator[Line]
         mend = f"df -h {place.parent}   or {ANOTHER}"
         yield Line("fail", "checkpoint", f"cannot be written in {place.parent}: {error.strerror}", mend)
         return
+    except OtherRankError:
+        return  # which says it
     written_s = time.perf_counter() - start
     mend = f"dmesg | tail   for errors of the disk; then {ANOTHER}"
     back = torch.zeros_like(mine)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from dist_train.doctor.peers import Peers
 
 GROUP_S = 20.0  # that joining may take once all have come, and a timed collective
-MORE_S = 5.0  # after which what has not kept to its own limit is cut off
 TOGETHER_S = 300.0  # that ranks wait for the one that is slowest to read its data
 
 
@@ -36,7 +35,7 @@ def join(subject: Subject, stack: contextlib.ExitStack) -> "tuple[World, Peers] 
         ("port", meeting.port, launcher, kept, deadline),
         ("rendezvous", arrival.check),
     ):
-        with subject.limit("network", name, deadline - time.monotonic() + MORE_S, where):
+        with subject.limit("network", name, deadline - time.monotonic() + meeting.MORE_S, where):
             lines = attempt(name, check, *arguments)
         report.add("network", lines)
         if worst(lines) == "fail":
@@ -45,7 +44,7 @@ def join(subject: Subject, stack: contextlib.ExitStack) -> "tuple[World, Peers] 
     try:
         device = dist.resolve_device(train.device, launcher.local_rank)
         dist.set_threads(train.threads, launcher.local_world_size)
-        with subject.limit("network", "rendezvous", GROUP_S + MORE_S, where):
+        with subject.limit("network", "rendezvous", GROUP_S + meeting.MORE_S, where):
             world = stack.enter_context(dist.joined(launcher, device, GROUP_S))
             hosts = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=TOGETHER_S))
             # The ranks of a node have the same first rank.

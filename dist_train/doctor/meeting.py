@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch.distributed as torch_dist
 
 COME_WITHIN_S = 15.0  # from the start of this rank
+MORE_S = 5.0  # after which what has not kept to that is cut off
 INTERFACES = Path("/sys/class/net")
 
 
@@ -179,10 +180,11 @@ class Arrival:
         keys = [f"dist_train/doctor/{start}/{rank}" for rank in range(of.world_size)]
         self.store.set(keys[of.rank], socket.gethostname())
         missing = list(range(of.world_size))
-        while missing := [rank for rank in missing if not self.store.check([keys[rank]])]:
-            if time.monotonic() > self.deadline:
-                break
-            time.sleep(0.02)
+        with contextlib.suppress(RuntimeError):  # rank 0 has given up, and its store with it
+            while missing := [rank for rank in missing if not self.store.check([keys[rank]])]:
+                if time.monotonic() > self.deadline:
+                    break
+                time.sleep(0.02)
         place = f"{of.master_addr} ({_resolved(of.master_addr)}) port {of.master_port}"
         if missing:
             shown = ", ".join(map(str, missing[:8])) + ("..." if len(missing) > 8 else "")

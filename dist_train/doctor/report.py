@@ -46,7 +46,8 @@ def attempt(name: str, check: Callable[..., Iterable[Line]], *arguments: Any) ->
     except ConfigError as error:
         lines += [Line("fail", name, text) for text in error.lines]
     except Exception as error:
-        lines.append(Line("fail", name, reason(error)))
+        mend = "report it as a mistake of the doctor's, with this line; the other lines hold"
+        lines.append(Line("fail", name, reason(error), mend))
     return lines
 
 

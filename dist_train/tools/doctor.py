@@ -189,12 +189,8 @@ def _run(subject: Subject, world: "World | None", peers: "Peers | None") -> None
 def _refused(lines: tuple[str, ...]) -> Iterator[Line]:
     for text in lines:
         yield Line("fail", "config", text)
-    yield Line(
-        "warn",
-        "data, memory",
-        "not checked, as the config cannot be read",
-        f"{PROG} --only data,config   once the lines above are mended",
-    )
+    mend = f"{PROG} --only data,config   once the lines above are mended"
+    yield Line("warn", "data, memory", "not checked, as the config cannot be read", mend)
 
 
 def _or_error(function: Callable[..., Any], *arguments: Any) -> Any:
