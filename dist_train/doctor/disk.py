@@ -91,8 +91,7 @@ def speed(config: Config) -> Iterator[Line]:
 def shared(config: Config, world: World, peers: Peers) -> Iterator[Line]:
     """That all ranks see the folder of rank 0. Collective."""
     place = Path(peers.gather(str(place_of(config).absolute()))[0])
-    writable = peers.gather(os.access(place, os.W_OK) if world.is_main else None)[0]
-    if not writable:
+    if not peers.gather(_can_write(place) if world.is_main else None)[0]:
         return  # which another line says
     try:
         folder.check_shared(place, world)
@@ -100,6 +99,14 @@ def shared(config: Config, world: World, peers: Peers) -> Iterator[Line]:
         yield Line("fail", "same folder", error.lines[0], "--run.dir FOLDER   on a file system that all nodes mount")
     else:
         yield Line("pass", "same folder", f"{peers.size} ranks see {place}")
+
+
+def _can_write(place: Path) -> bool:
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError:
+        return False
+    return True
 
 
 def checkpoint(config: Config, peers: Peers | None) -> Iterator[Line]:

@@ -40,7 +40,8 @@ def estimate(config: Config, launcher: Launcher, device: "torch.device", found: 
         return
     backend, n = backends.chosen(config.backend.name, launcher.name), launcher.local_world_size
     state = {"weights": found.weights, "gradients": found.gradients, "optimizer": found.optimizer}
-    rest = {backend: found.library, f"micro-batch of {found.micro_batch}": found.working}
+    during = f"{found.busiest} of {found.samples}" if found.samples else found.busiest
+    rest = {backend: found.library, during: found.working}
     if device.type == "cuda":
         import torch
 
@@ -73,13 +74,14 @@ def _against(parts: dict[str, int], free: int, whose: str, config: Config, backe
     if total <= FULL * free:
         return Line("pass", "memory", what, facts=facts)
     largest = max(parts, key=lambda name: parts[name])
-    mend = f"--train.micro_batch_size {max(1, found.micro_batch // 2)}"
+    mend = "torchrun --nproc_per_node=N -m dist_train --backend.name fsdp2, on more ranks"
     if largest == "data":
         mend = "start fewer ranks on the node, or read the data from files (csv_images)"
-    elif not largest.startswith("micro-batch") or found.micro_batch == 1:
-        mend = "torchrun --nproc_per_node=N -m dist_train --backend.name fsdp2, on more ranks"
-        if backend in ("fsdp2", "deepspeed") and not config.backend.offload:
-            mend = "--backend.offload true, or more ranks"
-        if backend == "deepspeed" and config.backend.zero_stage != 3:
-            mend = "--backend.zero_stage 3"
+    elif largest.startswith(found.busiest) and found.samples > 1:
+        option = "train.micro_batch_size" if found.busiest == "micro-batch" else "train.eval_batch_size"
+        mend = f"--{option} {found.samples // 2}"
+    elif backend == "deepspeed" and config.backend.zero_stage != 3:
+        mend = "--backend.zero_stage 3"
+    elif backend in ("fsdp2", "deepspeed") and not config.backend.offload:
+        mend = "--backend.offload true, or more ranks"
     return Line("fail" if total > free else "warn", "memory", what, mend, facts)

@@ -29,13 +29,14 @@ def join(subject: Subject, stack: contextlib.ExitStack) -> "tuple[World, Peers] 
     kept, deadline = rendezvous.kept_by_torchrun(), time.monotonic() + meeting.COME_WITHIN_S
     arrival = meeting.Arrival(launcher, kept, deadline)
     where = f"at {launcher.master_addr} port {launcher.master_port}"
+    who = f"ss -ltnp 'sport = :{launcher.master_port}'   on the host of rank 0 shows who listens there, if not rank 0"
     for name, check, *arguments in (
         ("interface", meeting.interfaces),
         ("address", meeting.address, launcher),
         ("port", meeting.port, launcher, kept, deadline),
         ("rendezvous", arrival.check),
     ):
-        with subject.limit("network", name, deadline - time.monotonic() + meeting.MORE_S, where):
+        with subject.limit("network", name, deadline - time.monotonic() + meeting.MORE_S, where, who):
             lines = attempt(name, check, *arguments)
         report.add("network", lines)
         if worst(lines) == "fail":

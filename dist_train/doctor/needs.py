@@ -37,7 +37,8 @@ class Needs:
         working: the most that a step or an evaluation holds beyond all these: activations, temporaries.
         data: the data set, where it is held in memory.
         state: weights and optimizer state of the whole model, as a checkpoint holds them.
-        micro_batch: samples at once.
+        busiest: when that is: in a micro-batch, an evaluation, or an update of the weights.
+        samples: at once, then.
     """
 
     weights: int
@@ -47,7 +48,8 @@ class Needs:
     working: int
     data: int
     state: int
-    micro_batch: int
+    busiest: str
+    samples: int
 
 
 def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) -> Needs:
@@ -69,7 +71,9 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     shares = _shares(config, launcher, model, state)
     held = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.test) if isinstance(s, InMemory))
     whole = _bytes(model.state_dict().values()) + sum(_bytes(tensors) for tensors in state.values())
-    return Needs(*shares, max(training, evaluation, updating), held, whole, micro)
+    phases = [(training, "micro-batch", micro), (evaluation, "evaluation", evaluated), (updating, "update", 0)]
+    working, busiest, samples = max(phases)
+    return Needs(*shares, working, held, whole, busiest, samples)
 
 
 @contextmanager

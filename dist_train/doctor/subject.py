@@ -13,6 +13,8 @@ from dist_train.config import Config
 from dist_train.doctor.report import Line, Report, attempt
 from dist_train.launcher import Launcher
 
+MEND = "see the lines above, and what the other ranks say"
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -42,12 +44,11 @@ class Subject:
             self.report.show()
 
     @contextlib.contextmanager
-    def limit(self, section: str, name: str, seconds: float, where: str = "") -> Iterator[threading.Timer]:
+    def limit(self, section: str, name: str, seconds: float, where: str = "", mend: str = MEND) -> Iterator[None]:
         """Where this takes longer, says so with what is known, and ends the process: it may wait in a library for
         ever, as torch does for a server at the port that is no store."""
 
         def end() -> None:
-            mend = "see the lines above, and what the other ranks say"
             what = f"did not end within {seconds:.0f} s {where}".rstrip()
             self.report.add(section, [Line("fail", name, what, mend)])
             self.report.alone()
@@ -60,7 +61,7 @@ class Subject:
         timer.daemon = True
         timer.start()
         try:
-            yield timer
+            yield
         finally:
             timer.cancel()
 
