@@ -15,7 +15,7 @@ from torchvision import datasets
 from dist_train import assemble
 from dist_train.config import Config, load
 from dist_train.doctor import data as data_checks
-from dist_train.doctor import machine, meeting, needs, versions
+from dist_train.doctor import fit, machine, meeting, needs, versions
 from dist_train.doctor.report import Line, Report, merge
 from dist_train.launcher import Launcher
 
@@ -87,7 +87,7 @@ def test_under_torchrun(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     tree = json.loads(done.stdout)
     names = {line["name"]: line for line in tree["lines"]}
-    assert names["launcher"]["what"].startswith("torchrun: 2 ranks, 2 of them here")
+    assert names["launcher"]["what"].startswith("torchrun: 2 ranks, 2 here")
     assert names["clocks"]["status"] == "pass" and len(names["clocks"]["facts"]["skew_s"]) == 2
 
 
@@ -452,8 +452,17 @@ def test_what_a_step_holds_is_the_same_on_real_tensors():
     real = needs.peak(lambda: needs._step(config, model, data, precision, 100))
     few = replace(config.train, eval_batch_size=1)
     assert needs.needs(replace(config, train=few), data, Launcher(), torch.device("cpu")).working == real
-    activations = 100 * 4 * (64 + 2 * 300 + 2 * 200 + 2 * 10)  # inputs; each layer before and after its ReLU; outputs
+    # 600 samples are gathered at once; each layer is there before and after its ReLU; the outputs.
+    activations = 4 * (600 * 64 + 100 * (2 * 300 + 2 * 200 + 2 * 10))
     assert activations <= real <= activations + 4 * (300 * 200 + 300 * 200)
+
+
+def test_a_model_whose_memory_cannot_be_known(zygote: Zygote, tmp_path: Path):
+    options = ["--only=config", "--data.name=kmnist", f"--data.root={tmp_path}"]
+    line = lines(examined(zygote, tmp_path, *options))["memory"]
+    assert line["status"] == "warn" and line["what"].startswith("not estimated, as it depends on")
+    (line,) = fit.estimate(Config(), Launcher(), torch.device("cpu"), RuntimeError("data dependent"))
+    assert line.status == "warn" and line.what == "not estimated: RuntimeError: data dependent" and line.mend
 
 
 # -- the report --------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from dist_train.doctor.report import Line, size
 from dist_train.errors import ConfigError, OtherRankError
 from dist_train.shards import Shards
 
-ANOTHER = "--run.dir FOLDER   on a disk that can be written to and has space"
+ANOTHER = "--run.dir FOLDER   on another disk"
 TEST_BYTES = 64_000_000
 BLOCK_BYTES = 4_000_000
 WRITE_S = 5.0

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from dist_train import backends, check
 from dist_train.config import Config
 from dist_train.doctor.machine import memory
-from dist_train.doctor.report import Line, reason, size
+from dist_train.doctor.report import Line, ranks, reason, size
+from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def valid(config: Config, launcher: Launcher) -> Iterator[Line]:
     """What training would refuse."""
     check.check(config, launcher)  # raises a line for every mistake
     backend = backends.chosen(config.backend.name, launcher.name)
-    yield Line("pass", "config", f"valid: backend {backend} on {launcher.world_size} ranks")
+    yield Line("pass", "config", f"valid: backend {backend} on {ranks(launcher.world_size)}")
 
 
 def estimate(config: Config, launcher: Launcher, device: "torch.device", found: "Needs | Exception") -> Iterator[Line]:
@@ -35,7 +36,11 @@ def estimate(config: Config, launcher: Launcher, device: "torch.device", found: 
         found: what a rank needs, or what kept that from being known.
     """
     if isinstance(found, Exception):
-        mend = "mend the lines above; or start one run of --train.max_steps 1 to see"
+        if isinstance(found, ConfigError):  # of the data or the device, which has a line of its own
+            mend = "python -m dist_train doctor --only config   once the lines above are mended"
+            yield Line("warn", "memory", "not estimated, as it depends on what the lines above tell of", mend)
+            return
+        mend = "a run of --train.max_steps 1 shows it: torch's fake tensors do not pass through this model"
         yield Line("warn", "memory", f"not estimated: {reason(found)}", mend)
         return
     backend, n = backends.chosen(config.backend.name, launcher.name), launcher.local_world_size
@@ -57,7 +62,7 @@ def estimate(config: Config, launcher: Launcher, device: "torch.device", found: 
         host = state | rest | {"data": found.data}
     _, available = memory()
     whole = {name: n * count for name, count in host.items()}
-    yield _against(whole, available, f"{n} rank{'s' * (n > 1)}, of main memory", config, backend, found)
+    yield _against(whole, available, f"{ranks(n)}, of main memory", config, backend, found)
 
 
 def _offloaded(config: Config, backend: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.doctor.report import Line
+from dist_train.doctor.report import Line, ranks
 from dist_train.launcher import Launcher
 
 if TYPE_CHECKING:
@@ -195,4 +195,4 @@ class Arrival:
             )
             yield Line("fail", "rendezvous", what, mend, {"missing": missing})
             return
-        yield Line("pass", "rendezvous", f"{of.world_size} ranks came to {place}")
+        yield Line("pass", "rendezvous", f"{ranks(of.world_size)} came to {place}")

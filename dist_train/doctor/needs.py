@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from dist_train import assemble, backends, optim
 from dist_train.backends.base import blocks
 from dist_train.config import Config
+from dist_train.data.feed import GATHERED
 from dist_train.data.sets import Data, InMemory
 from dist_train.launcher import Launcher
 from dist_train.losses import loss_fn
@@ -88,7 +89,9 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def _inputs(data: Data, precision: Precision, count: int) -> torch.Tensor:
-    return torch.zeros(count, *data.input_shape, dtype=precision.dtype)
+    """A batch; from memory, the first of those that are gathered together."""
+    together = count * -(-GATHERED // count) if isinstance(data.train, InMemory) else count
+    return torch.zeros(together, *data.input_shape, dtype=precision.dtype).narrow(0, 0, count)
 
 
 def _step(config: Config, model: nn.Module, data: Data, precision: Precision, count: int) -> None:
@@ -98,7 +101,7 @@ def _step(config: Config, model: nn.Module, data: Data, precision: Precision, co
     model.train()
     with precision.autocast():
         outputs = model(_inputs(data, precision, count))
-    loss_fn(config.train.loss, config.train.label_smoothing)(outputs.to(precision.dtype), targets).backward()
+    loss_fn(config.train.loss, config.train.label_smoothing)(outputs.to(precision.dtype), targets, count).backward()
 
 
 State = dict[nn.Parameter, list[torch.Tensor]]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as torch_dist
 
 from dist_train import dist
-from dist_train.doctor.report import Line
+from dist_train.doctor.report import Line, ranks
 from dist_train.launcher import Launcher
 
 
@@ -57,7 +57,8 @@ def agreement(peers: Peers, facts: dict[str, str]) -> Iterator[Line]:
     """That every rank has the same of each of these, such as the version of torch. Collective."""
     rows = peers.gather(facts)
     same = True
-    for name, first in rows[0].items():
+    for name in dict.fromkeys(name for row in rows for name in row):
+        first = rows[0].get(name)
         others = {rank: row.get(name) for rank, row in enumerate(rows) if row.get(name) != first}
         if others:
             same = False
@@ -65,4 +66,4 @@ def agreement(peers: Peers, facts: dict[str, str]) -> Iterator[Line]:
             what = f"{name} is {first} on rank 0, but {got}"
             yield Line("fail", "same on all", what, f"give all ranks the same {name}", {"ranks": [*others]})
     if same:
-        yield Line("pass", "same on all", f"{', '.join(rows[0])}: the same on {peers.size} ranks")
+        yield Line("pass", "same on all", f"{', '.join(rows[0])}: the same on {ranks(peers.size)}")

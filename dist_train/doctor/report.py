@@ -157,6 +157,11 @@ def merge(gathered: list[list[Line]]) -> list[Line]:
     return sorted(merged.values(), key=lambda line: sections.index(line.section))
 
 
+def ranks(count: int) -> str:
+    """A number of ranks, in words."""
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
 def size(count: float) -> str:
     """Bytes in the unit that fits."""
     for unit, power in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):

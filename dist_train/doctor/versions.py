@@ -1,5 +1,6 @@
 """Versions of Python and of the libraries, against what the package's own metadata asks for."""
 
+import contextlib
 import platform
 import re
 import shutil
@@ -37,6 +38,15 @@ def check(config: Config, launcher: Launcher) -> Iterator[Line]:
         elif extra[1] == name and name in OPTIONAL:
             yield _library(name, _least(requirement), name in needed, f"{PACKAGE}[{name}]")
     yield from _cuda(config)
+
+
+def installed() -> dict[str, str]:
+    """Versions of the optional libraries that are there."""
+    found = {}
+    for name in OPTIONAL:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _library(name: str, least: str, needed: bool, source: str) -> Line:

@@ -17,7 +17,7 @@ from dist_train import ending
 from dist_train.config import Config, dump, load, unknown
 from dist_train.doctor import fit, machine, meeting, pair, versions
 from dist_train.doctor.join import GROUP_S, join
-from dist_train.doctor.report import Line, Report, attempt, reason, worst
+from dist_train.doctor.report import Line, Report, attempt, ranks, reason, worst
 from dist_train.doctor.subject import Subject
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
@@ -139,7 +139,7 @@ def _seen() -> Iterator[Line]:
     if found.name == "none":
         yield Line("pass", "launcher", "none: this process was started alone", facts=facts)
         return
-    what = f"{found.name}: {found.world_size} ranks, {found.local_world_size} of them here; rank 0 at"
+    what = f"{found.name}: {ranks(found.world_size)}, {found.local_world_size} here; rank 0 at"
     yield Line("pass", "launcher", f"{what} {found.master_addr} port {found.master_port}", facts=facts)
 
 
@@ -154,7 +154,11 @@ def _facts(subject: Subject) -> dict[str, str]:
     """What must be the same on all ranks."""
     from dist_train import versions as used
 
-    return used.versions() | {"config": hashlib.sha256(dump(subject.config).encode()).hexdigest()[:12]}
+    return (
+        used.versions()
+        | versions.installed()
+        | {"config": hashlib.sha256(dump(subject.config).encode()).hexdigest()[:12]}
+    )
 
 
 def _run(subject: Subject, world: "World | None", peers: "Peers | None") -> None:
