@@ -24,6 +24,8 @@ from dist_train.models import MODELS
 NOT_YET = (*("track.wandb", "track.tensorboard"),)
 # Locked by the process that writes in a run's folder, which says in it who it is.
 LOCK = ".lock"
+# The keys of track.profile, with what each is where another is given.
+PROFILE = {"start_step": 10, "steps": 5}
 NULL_IS_OFF = ("train.grad_clip", "train.max_time_s", "train.step_timeout_s", "checkpoint.every_s")
 # Given by the package itself, so not for `args`.
 DATA_GIVEN = ("root", "download")
@@ -48,8 +50,8 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    rules = [_ranges, _batch, _names, _init_from, _loss, _optimizer, _schedule, _backend, _checkpoint, _not_yet]
-    for rule in [*rules, _folder] if writes else rules:
+    rules = [_ranges, _batch, _names, _init_from, _loss, _optimizer, _schedule, _backend, _checkpoint, _profile]
+    for rule in [*rules, _not_yet, _folder] if writes else [*rules, _not_yet]:
         try:
             lines += rule(config, launcher)
         except ConfigError as error:
@@ -259,6 +261,26 @@ def _checkpoint(config: Config, _: Launcher) -> Iterator[str]:
                 f"checkpoint.resume: got {cfg.resume}, expected auto, never, or the folder of a checkpoint or of a run "
                 f"that has some; for example runs/RUN/checkpoints/step-00000100"
             )
+
+
+def _profile(config: Config, _: Launcher) -> Iterator[str]:
+    given, total = config.track.profile, config.train.max_steps
+    for key, value in given.items():
+        path = f"track.profile.{key}"
+        if key not in PROFILE:
+            yield unknown("track.profile", str(key), list(PROFILE))
+        elif type(value) is not int or value < 1:
+            yield f"{path}: got {value!r}, expected an integer of at least 1; for example --{path} {PROFILE[key]}"
+    wanted = PROFILE | given
+    if not given or total is None or any(type(wanted[key]) is not int for key in PROFILE):
+        return
+    last = wanted["start_step"] + wanted["steps"] - 1
+    if last > total:
+        first, steps = max(1, total - wanted["steps"] + 1), min(total, wanted["steps"])
+        yield (
+            f"track.profile: got steps {wanted['start_step']} to {last}, expected them within train.max_steps, which "
+            f"is {total}; for example --track.profile '{{start_step: {first}, steps: {steps}}}'"
+        )
 
 
 def _not_yet(config: Config, _: Launcher) -> Iterator[str]:

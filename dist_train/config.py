@@ -204,6 +204,9 @@ class TrackConfig:
     """Also record to Weights & Biases."""
     tensorboard: bool = False
     """Also record for TensorBoard."""
+    profile: dict[str, int] = field(default_factory=dict)
+    """Write a trace of some optimizer steps with torch.profiler, and say where their time went. start_step is the first
+    of them, counted from 1 (10), steps how many (5); with neither, nothing is profiled."""
 
 
 @dataclass(frozen=True)
@@ -362,19 +365,20 @@ def _check_path(path: str) -> None:
     name, _, rest = key.partition(".")
     if not name:
         raise ConfigError(f"{section}: got --{section}, expected --{section}.KEY with KEY one of {', '.join(valid)}")
-    if name not in valid or (rest and name != "args"):
+    if name not in valid or (rest and not _is_dict(valid[name])):
         raise ConfigError(unknown(section, name if name not in valid else key, list(valid)))
     if "." in rest:
         top, _, below = rest.partition(".")
-        whole = f"--{section}.args.{top} '{{{below}: VALUE}}'"
-        raise ConfigError(f"{section}.args: got --{path}, expected the keys below {top} in one value; write {whole}")
+        whole = f"--{section}.{name}.{top} '{{{below}: VALUE}}'"
+        raise ConfigError(f"{section}.{name}: got --{path}, expected the keys below {top} in one value; write {whole}")
 
 
 # -- files -----------------------------------------------------------------------------------------------------------
 
 
 def _read(name: str) -> dict[str, dict[str, Any]]:
-    """The keys of a YAML file, by section. A section or `args` with nothing below it is the same as none."""
+    """The keys of a YAML file, by section. A section, or a field with keys of its own such as `args`, with nothing
+    below it is the same as none."""
     try:
         tree = strict_yaml.parse(Path(name).read_text(encoding="utf-8"), _is_text_at)
     except OSError as error:
@@ -391,9 +395,10 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
     for section, body in (tree or {}).items():
         out[section] = {}
         for key, value in (body or {}).items():
+            hint = fields_of(section)[key]
             try:
-                if (key, value) != ("args", None):
-                    out[section][key] = _fitting(f"{section}.{key}", value, fields_of(section)[key], f" in {name}")
+                if value is not None or not _is_dict(hint):
+                    out[section][key] = _fitting(f"{section}.{key}", value, hint, f" in {name}")
             except ConfigError as error:
                 lines += error.lines
     if lines:
@@ -433,6 +438,11 @@ def _is_text(hint: Any) -> bool:
     return hint in (str, str | None) or typing.get_origin(hint) is Literal
 
 
+def _is_dict(hint: Any) -> bool:
+    """Whether what stands there has keys below it."""
+    return typing.get_origin(hint) is dict
+
+
 def _is_optional(hint: Any) -> bool:
     return type(None) in typing.get_args(hint)
 
@@ -464,7 +474,7 @@ def describe(hint: Any) -> str:
     if origin is list:
         example = _example(hint).strip("'")
         return f"a list such as {example} ({describe(args[0])} each)"
-    if origin is dict:
+    if _is_dict(hint):
         return "keys with values"
     return " or ".join(describe(a) for a in args)  # a union
 
@@ -488,6 +498,6 @@ def _example(hint: Any) -> str:
         return str(args[0])
     if typing.get_origin(hint) is list:
         return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
-    if typing.get_origin(hint) is dict:
-        return "'{key: 1}'"
+    if _is_dict(hint):
+        return "'{start_step: 10, steps: 5}'" if args[1] is int else "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])

@@ -18,7 +18,8 @@ from dist_train.phases import NAMES, Phases
 from dist_train.stop import Requests
 
 AGREE_EVERY_S = 1.0
-Metrics = dict[str, float | int]
+LISTED_RANKS = 1024  # above, a line of metrics does not list every rank
+Metrics = dict[str, float | int | list[float]]
 Progress = Mapping[str, float]  # what Meter.progress gives
 
 
@@ -45,6 +46,7 @@ class Result:
             have shown every shape of the run.
         cached_graphs: of these, those that an earlier run had left in torch's cache.
         evaluation: the newest `eval/loss` and `eval/accuracy`.
+        profile: what track.profile found, `profile/...`; on rank 0.
     """
 
     steps: int = 0
@@ -57,6 +59,7 @@ class Result:
     recompilations: int = 0
     cached_graphs: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)
+    profile: Metrics = field(default_factory=dict)
 
 
 @dataclass
@@ -242,26 +245,12 @@ class Meter:
                 "train/samples_per_s": rate,
             }
             | ({"train/skipped_steps": self.skipped_steps} if self.skipped_steps else {})
-            | self._straggler(by_rank, steps),
+            | _by_rank(by_rank, steps),
             f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
             f"{rate:,.0f} samples/s  ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
         )
         self.interval_samples, self.interval_loss = 0, 0.0
         self.logged_steps, self.interval_begin = self.result.steps, time.perf_counter()
-
-    def _straggler(self, by_rank: list[dict[str, float]], steps: int) -> Metrics:
-        """The rank that the others wait for: the one that is longest in what it does alone, data and forward. On one
-        rank nothing."""
-        if len(by_rank) == 1:
-            return {}
-        own_ms = [(seconds["data"] + seconds["forward"]) / steps * 1e3 for seconds in by_rank]
-        slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
-        return {
-            "straggler/rank": slowest,
-            "straggler/own_ms": own_ms[slowest],
-            "straggler/median_ms": statistics.median(own_ms),
-            "straggler/data_ms": by_rank[slowest]["data"] / steps * 1e3,
-        }
 
     @contextmanager
     def evaluating(self) -> Iterator[dict[str, float]]:
@@ -284,7 +273,7 @@ class Meter:
         counts = {"steps": self.result.steps, "samples": self.result.samples, "logged_steps": self.logged_steps}
         interval = {"interval_samples": self.interval_samples, "interval_loss": self.interval_loss}
         times = {"time_s": now - self.begin, "train_s": now - self.train_begin, "interval_s": now - self.interval_begin}
-        return counts | interval | times | self.result.evaluation
+        return counts | interval | times | self.result.evaluation | self.result.profile
 
     def _resume(self, progress: Progress) -> None:
         """Goes on from what `progress` gave."""
@@ -295,6 +284,7 @@ class Meter:
         self.train_begin -= progress["train_s"]
         self.interval_begin -= progress["interval_s"]
         self.result.evaluation = {name: value for name, value in progress.items() if name.startswith("eval/")}
+        self.result.profile = {name: value for name, value in progress.items() if name.startswith("profile/")}
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -321,6 +311,22 @@ class Meter:
         most = [max(counts) for counts in zip(*dist.gather(self.compiled.counts()), strict=True)]
         self.result.graphs, self.result.recompilations, self.result.cached_graphs = most
         return self.result
+
+
+def _by_rank(by_rank: list[dict[str, float]], steps: int) -> Metrics:
+    """Milliseconds a step of every rank in what it does alone, data and forward; and of several ranks the one that the
+    others wait for: the one that is longest in that."""
+    own_ms = [(seconds["data"] + seconds["forward"]) / steps * 1e3 for seconds in by_rank]
+    listed: Metrics = {"ranks/own_ms": own_ms} if len(own_ms) <= LISTED_RANKS else {}
+    if len(own_ms) == 1:
+        return listed
+    slowest = max(range(len(own_ms)), key=own_ms.__getitem__)
+    return listed | {
+        "straggler/rank": slowest,
+        "straggler/own_ms": own_ms[slowest],
+        "straggler/median_ms": statistics.median(own_ms),
+        "straggler/data_ms": by_rank[slowest]["data"] / steps * 1e3,
+    }
 
 
 def duration(seconds: float) -> str:

@@ -3,7 +3,7 @@
 import contextlib
 from pathlib import Path
 
-from dist_train import backends, dist, ending, folder, optim, watchdog, weights
+from dist_train import backends, dist, ending, folder, optim, profiling, watchdog, weights
 from dist_train.assemble import Parts
 from dist_train.checkpoint import resume
 from dist_train.checkpoint.manifest import Damaged
@@ -11,11 +11,12 @@ from dist_train.checkpoint.resume import Found
 from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
 from dist_train.config import Config
 from dist_train.dist import World
+from dist_train.losses import loss_fn
 from dist_train.meter import Control
-from dist_train.phases import Phases
+from dist_train.mistakes import Mistakes
 from dist_train.stop import Requests
 from dist_train.track import Tracker
-from dist_train.train import train
+from dist_train.train import evaluate, train
 
 
 def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
@@ -28,7 +29,8 @@ def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
         ConfigError: what only the run's folder can show.
     """
     cfg = config.train
-    control = Control(Requests(cfg.max_time_s), Phases(), cfg.nonfinite == "stop", cfg.precision == "float16")
+    phases = profiling.phases(config)
+    control = Control(Requests(cfg.max_time_s), phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         with watchdog.watching(world, control.phases, cfg.step_timeout_s), control.requests.listening():
@@ -46,6 +48,7 @@ def _run(
             tracker.say(f"passed over a damaged checkpoint: {error}")
         if found:
             resume.load_model(found, parts.model)  # before it is sharded
+        flops = profiling.flops_of_step(config, world, parts)
         backend = backends.create(config, world)
         model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
         tracker.say(f"backend {backends.chosen(config.backend.name, world.launcher)}, {parts.describe()}")
@@ -55,13 +58,20 @@ def _run(
             tracker.say(found.describe())
         checkpoints = Checkpoints(config, world, path, facts, backend, damaged)
         of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, tracker
+        after_step = profiling.profiled(config, world, path, control, tracker.say, flops, at, checkpoints.after_step)
+        mistakes = Mistakes(config.train.loss, parts.test_feed, parts.data.classes, world)
         try:
-            result = train(*of, checkpoints.after_step, control, progress)
+            result = train(*of, after_step, control, progress, mistakes)
         except Stopped as stopped:
             checkpoints.close()
             tracker.stopped(stopped.why, stopped.step)
             return ending.STOPPED
         checkpoints.close()
+        if not mistakes.seen:  # killed after its last step: no evaluation was left
+            cfg, loss_of = config.train, loss_fn(config.train.loss)
+            of = model, loss_of, parts.test_feed, cfg.eval_batch_size, world, parts.precision, control.phases
+            evaluate(*of, mistakes)
+        mistakes.write(path)
         weights.save_weights(tracker.folder, backend.weights())
         tracker.finish(config, world, result, checkpoints.stalls_s)
     return ending.OK

@@ -5,6 +5,7 @@ import os
 import statistics
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +75,7 @@ class Tracker:
             "first_step_s": result.first_step_s,
             **_compiled(config, result),
             **_saved(stalls_s),
+            **_profiled(result),
             **_durations(result.step_ms),
             "launcher": world.launcher,
             "device": str(world.device.type),
@@ -117,6 +119,18 @@ def _saved(stalls_s: list[float]) -> dict[str, dict[str, float]]:
         return {}
     stall = {"median": statistics.median(stalls_s), "max": max(stalls_s)}
     return {"checkpoint": {"saves": len(stalls_s), "stall_s": stall}}
+
+
+def _profiled(result: Result) -> dict[str, Any]:
+    """What `profile/a` and `profile/b/c` give, as keys within keys."""
+    tree: dict[str, Any] = {}
+    for name, value in result.profile.items():
+        *sections, key = name.split("/")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return tree
 
 
 def _durations(step_ms: list[float]) -> dict[str, dict[str, float]]:

@@ -18,11 +18,13 @@ from dist_train.order import Plan, pieces, share
 from dist_train.phases import Phases
 from dist_train.precision import Precision
 
+Watcher = Callable[[torch.Tensor, torch.Tensor], None]
+
 
 def train(
     config: Config, world: World, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer,
     feed: Feed, test_feed: Feed, tracker: Sink, after_step: Callable[[Meter], None], control: Control,
-    progress: Progress | None = None,
+    progress: Progress | None = None, watch_last: Watcher | None = None,
 ) -> Result:  # fmt: skip
     """Trains `model` to the end of the config. Collective.
 
@@ -38,6 +40,7 @@ def train(
         after_step: called after every step, with its metrics; saves checkpoints.
         control: what may end the run early, and where it says what it is doing.
         progress: of a checkpoint whose state was loaded; None at the start.
+        watch_last: of the evaluation after the last step.
     """
     cfg = config.train
     plan = Plan.of(len(feed.split), cfg, world)
@@ -70,9 +73,10 @@ def train(
             norm = backend.step(cfg.grad_clip, measure=meter.due(meter.result.steps + 1))
             meter.step(count, lr, norm)
             if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
+                watch = watch_last if meter.result.steps == total else None
+                of = model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, phase, watch
                 with meter.evaluating() as result:
-                    evaluation = evaluate(model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, phase)
-                    result.update(evaluation)
+                    result.update(evaluate(*of))
             after_step(meter)
     return meter.finish()
 
@@ -100,6 +104,7 @@ def evaluate(
     world: World,
     precision: Precision,
     phases: Phases | None = None,
+    watch: Watcher | None = None,
 ) -> dict[str, float]:
     """Mean loss and accuracy over a split, each sample counted once at any world size. Collective.
 
@@ -111,6 +116,7 @@ def evaluate(
         world: this rank's place.
         precision: the formats of the forward pass.
         phases: is told that this goes on.
+        watch: is given outputs and targets of each batch of this rank, in the order of the split.
 
     Returns:
         `eval/loss` and `eval/accuracy`, the same on every rank.
@@ -129,6 +135,8 @@ def evaluate(
             outputs = model(inputs).to(precision.dtype)
         labels = targets if targets.dim() == 1 else targets.argmax(1)
         phases.progressed()
+        if watch:
+            watch(outputs, targets)
         sums += torch.stack([loss_of(outputs, targets, 1), (outputs.argmax(1) == labels).sum()]).to(wide)
     model.train(training)
     loss, correct = (dist.sum_(sums) / n).tolist()

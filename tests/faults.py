@@ -29,6 +29,7 @@ from dist_train.checkpoint import save, storage
 from dist_train.data.feed import Feed
 from dist_train.doctor import link, machine, meeting
 from dist_train.lookup import load
+from dist_train.models.mlp import MLP
 from dist_train.phases import Phases
 from dist_train.shards import shards_of
 
@@ -366,16 +367,21 @@ def eager(phase: str = "start", step: int = 0, act: str = "nothing") -> None:
     at_phase(phase, step, act)
 
 
-def patient_steps(seconds: float) -> None:
-    """Every step takes so long."""
+def patient_steps(seconds: float, phase: str = "optimizer") -> None:
+    """Every step takes so long, before it comes to a phase."""
     goes_over = Phases.__call__
 
     def goes(self: Phases, name: str) -> None:
-        if name == "optimizer":
+        if name == phase:
             time.sleep(seconds)
         goes_over(self, name)
 
     Phases.__call__ = goes
+
+
+def looks_at_values() -> None:
+    """The model's way depends on its input's values."""
+    MLP.forward = lambda self, x: self.layers(x if float(x.sum()) < 1e9 else -x)
 
 
 def bad_samples(samples: list[int]) -> None:

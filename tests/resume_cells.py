@@ -71,7 +71,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
 
         weights = {n: v.double().numpy() for n, v in torch.load(folder / "weights.pt", weights_only=True).items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    timed = ("_s", "straggler/")
+    timed = ("_s", "straggler/", "ranks/")
     metrics = [{k: v for k, v in line.items() if not (k.endswith(timed) or k.startswith(timed))} for line in lines]
     return Outcome(weights, ledger, [line for line in metrics if line.keys() - {"step", "epoch"}])
 

@@ -104,6 +104,22 @@ BAD = [
     Bad("model.hidden", ("got [1.5] in f.yaml, expected a list", "an integer each"), file="model: {hidden: [1.5]}"),
     Bad("data.args", ("got 'n' in f.yaml, expected keys with values", "'{key: 1}'"), file="data: {args: n}"),
     Bad("data.args", ("got 3, expected keys with values",), "--data.args 3"),
+    Bad("track.profile", ("got 5, expected keys with values", "'{start_step: 10, steps: 5}'"), "--track.profile 5"),
+    Bad("track.profile", ("got --track.profile.a.b", "--track.profile.a '{b: VALUE}'"), "--track.profile.a.b 3"),
+    Bad("track.profile", ("unknown key 'step'", "start_step, steps", "mean steps?"), "--track.profile.step 3"),
+    Bad(
+        "track.profile.steps",
+        ("got 0, expected an integer of at least 1; for example --track.profile.steps 5",),
+        "--track.profile.steps 0",
+    ),
+    Bad("track.profile.start_step", ("got True, expected an integer",), file="track: {profile: {start_step: true}}"),
+    Bad("track.profile.steps", ("got 'few', expected an integer",), "--track.profile.steps few"),
+    Bad(
+        "track.profile",
+        ("got steps 10 to 14, expected them within train.max_steps, which is 12", "'{start_step: 8, steps: 5}'"),
+        "--train.max_steps 12 --track.profile.start_step 10",
+    ),
+    Bad("train", ("unknown key 'epochs.x'",), "--train.epochs.x=3"),
     Bad("optim.args", ("got --optim.args.a.b", "write --optim.args.a '{b: VALUE}'"), "--optim.args.a.b 3"),
     # files
     Bad("--config", ("got 'nope.yaml'", "expected a YAML file that can be read", "No such file"), "--config nope.yaml"),
@@ -345,6 +361,8 @@ def value_at(config: Config, path: str) -> Any:
         ("data: {args: {a: '1e-3', b: 'null', c: '[1]'}}", "data.args", {"a": "1e-3", "b": "null", "c": "[1]"}),
         ("data: {args: {a: 2024-01-02, b: 08}}", "data.args", {"a": "2024-01-02", "b": "08"}),
         ("data:\n  args:\n", "data.args", {}),
+        ("track:\n  profile:\n", "track.profile", {}),
+        ("track: {profile: {steps: 3}}", "track.profile", {"steps": 3}),
         ("train:\n", "train.epochs", 20),
         ("", "train.epochs", 20),
         ("# nothing yet\n", "train.epochs", 20),
@@ -402,6 +420,12 @@ def test_what_a_file_means(file: str, path: str, value: Any, place: Path):
             {"a": "1", "b": None, "c": ""},
         ),
         (["--data.args.a", "-3", "--data.args.b", "{c: [1]}"], "data.args", {"a": -3, "b": {"c": [1]}}),
+        (["--track.profile", "{start_step: 10, steps: 5}"], "track.profile", {"start_step": 10, "steps": 5}),
+        (
+            ["--track.profile.start_step=10", "--track.profile.steps", "5"],
+            "track.profile",
+            {"start_step": 10, "steps": 5},
+        ),
     ],
 )
 def test_what_a_command_line_means(argv: list[str], path: str, value: Any):
@@ -456,6 +480,7 @@ OF_TYPE = {
     list[int]: st.lists(st.integers(), max_size=4),
     list[str]: st.lists(TEXT, max_size=3),
     dict[str, Any]: st.dictionaries(TEXT, VALUE, max_size=4),
+    dict[str, int]: st.dictionaries(TEXT, st.integers(), max_size=3),
 }
 
 

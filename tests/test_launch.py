@@ -38,11 +38,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_torchrun_gives_what_one_process_gives(runs: Path, nproc: int):
     alone, together = lines_of(runs / "n0"), lines_of(runs / f"n{nproc}")
     assert all("straggler/rank" in line for line in together if "train/loss" in line)
+    for lines, ranks in ((alone, 1), (together, nproc)):
+        assert all(len(line["ranks/own_ms"]) == ranks for line in lines if "train/loss" in line)
+    slowest = [line for line in together if "train/loss" in line]
+    assert all(max(line["ranks/own_ms"]) == line["straggler/own_ms"] for line in slowest)
     together = [{k: v for k, v in line.items() if not k.startswith("straggler/")} for line in together]
     assert len(alone) == len(together) > 12
     for a, b in zip(alone, together, strict=True):
         assert a.keys() == b.keys()
-        for name in a.keys() - {"time_s", "train/samples_per_s"}:
+        for name in a.keys() - {"time_s", "train/samples_per_s", "ranks/own_ms"}:
             assert b[name] == pytest.approx(a[name], rel=1e-5)
 
 

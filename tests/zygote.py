@@ -26,6 +26,7 @@ TIMEOUT_S = 40.0
 # Imported before the fork: what a run would import.
 WARM = ("dist_train.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
 WARM += ("dist_train.data.synthetic", "dist_train.models.mlp", "torch._dynamo", "torch.distributed.fsdp", "faults")
+WARM += ("torch._inductor", "torch._subclasses.fake_tensor", "torch.utils.flop_counter")
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,19 @@ class Feed:
             return self._from_memory(batches)
         return self._from_files(batches, epoch)
 
+    def pixels(self, samples: np.ndarray) -> torch.Tensor:
+        """These samples as the data set has them, on the CPU: uint8 or float [samples, *input_shape].
+
+        Raises:
+            ConfigError: one of them is bad.
+        """
+        if isinstance(self.split, InMemory):
+            return self.split.images[torch.from_numpy(samples)]
+        item = self.reader[samples]
+        if isinstance(item, str):
+            raise ConfigError(item)
+        return item[0]
+
     def _from_memory(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
         for several in _at_once(batches):
             index = torch.from_numpy(np.concatenate(several)).to(self.images.device, non_blocking=True)
