@@ -1,5 +1,6 @@
 """track.profile: a trace of some steps by torch.profiler, and where their time and their arithmetic went."""
 
+import importlib
 import json
 import os
 import time
@@ -111,7 +112,7 @@ class Recording:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it says of a machine without a GPU that there is none
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
         self.profiler = torch.profiler.profile(activities=activities, acc_events=True)
-        hasattr(torch, "_inductor")  # imports it, as the profiler does at its start: a second, not between two steps
+        importlib.import_module("torch._inductor")  # the profiler does at its start: a second, not between two steps
         if isinstance(counted, str):
             say(f"track.profile: FLOPs are not counted, as the model does not run on tensors without values: {counted}")
         self.act = self._wait

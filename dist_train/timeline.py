@@ -1,5 +1,6 @@
 """Where the time of profiled steps went, read from a trace of torch.profiler."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ OF_A_STEP = ("data", "forward", "backward", "optimizer", "reduce")
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 COLLECTIVES = ("gloo:", "nccl:", "mpi:", "ucc:", "xccl:")
+# What computes on the CPU. Of nodes of the graph only torch's own: a library's hooks wait within the others.
+OPERATOR = re.compile(r"(?!c10d::|autograd::|torch::autograd::)\w[\w.]*::|## Call Compiled|\w+Backward\d+$")
 # A thread that runs no operator for so long while a collective is under way waits for it. Shorter pauses are Python's.
 PAUSE_US = 100.0
 
@@ -67,7 +70,8 @@ def shares(trace: dict[str, Any]) -> Shares:
         kernels, busy = dict.fromkeys(OF_A_STEP, []), []
         flights = common(union(_span(e) for e in events if e["name"].startswith(COLLECTIVES)), steps)
         thread = ranges[0][3]
-        operators = union(_span(e) for e in events if e.get("cat") == "cpu_op" and e["tid"] == thread)
+        here = [e for e in events if e.get("cat") == "cpu_op" and e["tid"] == thread]
+        operators = union(_span(e) for e in here if OPERATOR.match(e["name"]))
         pauses = [(begin, end) for begin, end in without(steps, operators) if end - begin >= PAUSE_US]
         waits = common(flights, pauses)
     taken, seen, seconds = union([*busy, *waits]), [], {}

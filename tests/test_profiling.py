@@ -71,8 +71,9 @@ def test_a_slow_phase_is_seen(zygote: Zygote, tmp_path: Path):
         assert profile_of(tmp_path / phase)["share"][phase] > 0.6
 
 
-def test_the_wait_for_a_slow_rank_is_reduction(zygote: Zygote, tmp_path: Path):
-    ended = zygote.run(DDP.run(tmp_path, *PROFILE, plant={1: ("patient_steps", 0.05, "forward")}))[0].check()
+@pytest.mark.parametrize("kind", [DDP, FSDP2], ids=lambda kind: kind.backend)
+def test_the_wait_for_a_slow_rank_is_reduction(kind: Kind, zygote: Zygote, tmp_path: Path):
+    ended = zygote.run(kind.run(tmp_path, *PROFILE, plant={1: ("patient_steps", 0.05, "forward")}))[0].check()
     profile = profile_of(tmp_path)
     assert profile["share"]["reduction"] > 0.6 and profile["collectives_in_flight"] > 0.6
     assert said(ended, "reduction is what the rank only waited for: collectives were under way for ")
@@ -222,6 +223,9 @@ def test_shares_on_the_cpu():
     elsewhere = event("cpu_op", "aten::mm", 2000, 3000, tid=2)  # another thread's work is no reason not to wait
     expected = even | {"backward": 0.12, "reduction": 0.08, "in_flight": 0.2, "overlapped": 0.6}
     assert shares_of(flight, works, elsewhere) == near(**expected)
+    around = [event("cpu_op", f"autograd::engine::evaluate_function: {name}", 2000, 3000) for name in "ab"]
+    around.append(event("cpu_op", "RegisterPostBackwardFunctionBackward", 2000, 3000))
+    assert shares_of(flight, works, elsewhere, *around) == near(**expected)
     busy = [event("cpu_op", "aten::mul", begin, begin + 45) for begin in range(2000, 3050, 50)]
     assert shares_of(flight, *busy) == near(**even, in_flight=0.2, overlapped=1.0)  # Python's pauses are no waiting
     evaluating = event("user_annotation", "gloo:all_reduce", 6000, 8000, tid=2)
