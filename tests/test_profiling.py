@@ -18,6 +18,7 @@ from zygote import Ended, Zygote
 
 STEP_PHASES = ("data", "forward", "backward", "optimizer", "reduce")
 PROFILE = ("--track.profile", "{start_step: 4, steps: 3}")
+SHORT, SLOW_S = ("--train.max_steps", "7"), 0.1
 # Of 16-9-4 on 8 samples: three products a layer, but for the gradient of the inputs.
 FLOPS = 6 * 8 * (16 * 9 + 9 * 4) - 2 * 8 * 16 * 9
 
@@ -30,6 +31,12 @@ def events(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
 
 def profile_of(folder: Path) -> dict[str, Any] | None:
     return json.loads((folder / "summary.json").read_text()).get("profile")
+
+
+def most_of(folder: Path) -> str:
+    """What took the largest share of time."""
+    share = profile_of(folder)["share"]
+    return max(share, key=share.get)
 
 
 def said(ended: Ended, start: str) -> list[str]:
@@ -64,18 +71,18 @@ def test_a_profiled_run_is_the_same_run_with_a_trace(kind: Kind, zygote: Zygote,
 def test_a_slow_phase_is_seen(zygote: Zygote, tmp_path: Path):
     before = {"data": "forward", "backward": "optimizer", "other": "data"}  # a step sleeps at the end of the phase
     zygote.run(*[
-        SINGLE.run(tmp_path / phase, *PROFILE, plant={0: ("patient_steps", 0.03, then)})
+        SINGLE.run(tmp_path / phase, *PROFILE, *SHORT, plant={0: ("patient_steps", SLOW_S, then)})
         for phase, then in before.items()
     ])  # fmt: skip
     for phase in before:
-        assert profile_of(tmp_path / phase)["share"][phase] > 0.6
+        assert most_of(tmp_path / phase) == phase
 
 
 @pytest.mark.parametrize("kind", [DDP, FSDP2], ids=lambda kind: kind.backend)
 def test_the_wait_for_a_slow_rank_is_reduction(kind: Kind, zygote: Zygote, tmp_path: Path):
-    ended = zygote.run(kind.run(tmp_path, *PROFILE, plant={1: ("patient_steps", 0.05, "forward")}))[0].check()
+    ended = zygote.run(kind.run(tmp_path, *PROFILE, *SHORT, plant={1: ("patient_steps", SLOW_S, "forward")}))[0].check()
     profile = profile_of(tmp_path)
-    assert profile["share"]["reduction"] > 0.6 and profile["collectives_in_flight"] > 0.6
+    assert most_of(tmp_path) == "reduction" and profile["collectives_in_flight"] >= profile["share"]["reduction"]
     assert said(ended, "reduction is what the rank only waited for: collectives were under way for ")
 
 
