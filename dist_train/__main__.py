@@ -12,7 +12,7 @@ from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
 
-TOOLS = ("doctor", "eval", "explain", "export", "inspect", "parity")
+TOOLS = ("doctor", "eval", "explain", "export", "inspect", "parity", "report", "runs")
 
 
 def main() -> None:

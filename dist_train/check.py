@@ -329,10 +329,10 @@ def _folder(config: Config, _: Launcher) -> Iterator[str]:
         yield f"{path}: got {folder}, but {there} is a file; expected a folder, for example --run.dir runs/new"
     elif not os.access(there, os.W_OK):
         yield f"{path}: got {folder}, but {there} cannot be written to; expected a folder of your own"
-    holder = _holder(folder)
-    if holder is not None:
+    writer = holder(folder)
+    if writer is not None:
         yield (
-            f"{path}: got {folder}, in which another run writes ({holder}), expected a folder of its own; for example "
+            f"{path}: got {folder}, in which another run writes ({writer}), expected a folder of its own; for example "
             f"--run.dir {folder}-2"
         )
     if status_of(folder) == "finished":
@@ -340,7 +340,7 @@ def _folder(config: Config, _: Launcher) -> Iterator[str]:
         yield f"{path}: got {folder}, which holds a finished run; expected a new folder, for example {another}"
 
 
-def _holder(folder: Path) -> str | None:
+def holder(folder: Path) -> str | None:
     """The process that writes in a run's folder; None if none does. Many ranks may ask at once."""
     try:
         with (folder / LOCK).open(encoding="utf-8") as file:

@@ -1,0 +1,144 @@
+"""A run at a glance, without reading all of what it recorded: for lists of many runs."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dist_train.checkpoint import manifest
+from dist_train.checkpoint.manifest import Damaged
+from dist_train.errors import ConfigError
+from dist_train.report.files import METRICS
+from dist_train.report.read import status_of, summary_of, total_steps
+
+TAIL_BYTES = 1 << 16
+BLOCK_BYTES = 1 << 22
+METRIC, STARTED = b'"eval/accuracy"', b'"world_size"'
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What a list of runs says of one.
+
+    Args:
+        folder: of the run.
+        status: running, finished, preempted, or unfinished.
+        backend: None where nothing says it.
+        world_size: likewise.
+        steps: optimizer steps done.
+        total_steps: that its config asks for, if it is known.
+        best_accuracy: the largest eval/accuracy; None before the first evaluation.
+        best_step: at which step.
+        loss: the newest train/loss.
+        written_at: unix seconds, when it last recorded something.
+    """
+
+    folder: Path
+    status: str
+    backend: str | None
+    world_size: int | None
+    steps: int
+    total_steps: int | None
+    best_accuracy: float | None
+    best_step: int | None
+    loss: float | None
+    written_at: float
+
+
+def glance(folder: Path) -> Glance:
+    """Reads the end of metrics.jsonl, and of the rest only the lines with an evaluation or a start."""
+    summary = summary_of(folder)
+    path = folder / METRICS
+    try:
+        tail, written_at = _tail(path), path.stat().st_mtime
+        best, start = _scan(path)
+    except OSError:  # not there yet, or not ours to read
+        tail, best, start, written_at = [], None, {}, (folder / "config.yaml").stat().st_mtime
+    last = next((line for line in reversed(tail) if _number(line.get("step")) is not None), {})
+    loss = next((line["train/loss"] for line in reversed(tail) if "train/loss" in line), None)
+    status = status_of(folder, summary)
+    steps = int(_number(summary.get("steps") if status == "finished" else last.get("step")) or 0)
+    who = summary if "backend" in summary else start or _written_by(folder)
+    total = steps
+    if status != "finished":
+        total = total_steps(_config(folder), steps, _number(last.get("epoch")) or 0.0)
+    backend, world_size = who.get("backend"), _number(who.get("world_size"))
+    return Glance(
+        folder, status, backend if isinstance(backend, str) else None, int(world_size) if world_size else None, steps,
+        total, *(best or (None, None)), _number(loss), written_at,
+    )  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _json(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _tail(path: Path) -> list[dict[str, Any]]:
+    """The last whole lines."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read(TAIL_BYTES).split(b"\n")
+    return [_json(line) for line in lines[-9:-1]]
+
+
+def _scan(path: Path) -> tuple[tuple[float, int] | None, dict[str, Any]]:
+    """The best accuracy with its step, and the newest line about who trains. Of other lines nothing is parsed."""
+    best: tuple[float, int] | None = None
+    start: dict[str, Any] = {}
+    with path.open("rb") as file:
+        rest = b""
+        while block := file.read(BLOCK_BYTES):
+            block = rest + block
+            end = block.rfind(b"\n") + 1
+            block, rest = block[:end], block[end:]
+            for line in _lines_with(METRIC, block):
+                found, step = _number(line.get("eval/accuracy")), _number(line.get("step"))
+                if found is not None and step is not None and (best is None or found > best[0]):
+                    best = found, int(step)
+            for line in _lines_with(STARTED, block):
+                start = line
+    return best, start
+
+
+def _lines_with(word: bytes, block: bytes) -> list[dict[str, Any]]:
+    found, at = [], block.find(word)
+    while at >= 0:
+        end = block.index(b"\n", at)
+        found.append(_json(block[block.rfind(b"\n", 0, at) + 1 : end]))
+        at = block.find(word, end)
+    return found
+
+
+def _written_by(folder: Path) -> dict[str, Any]:
+    """Backend and world size of the newest whole checkpoint."""
+    try:
+        for checkpoint in reversed(manifest.folders(folder)):
+            try:
+                found = manifest.read(checkpoint)
+            except Damaged:
+                continue
+            return {"backend": found.backend, "world_size": found.world_size}
+    except ConfigError:
+        pass
+    return {}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """Of the config the numbers that tell how long it trains: other types need the reader that knows the fields."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        train = yaml.load((folder / "config.yaml").read_text(encoding="utf-8"), loader)["train"]
+        return {f"train.{key}": train.get(key) for key in ("epochs", "max_steps")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return {}

@@ -1,0 +1,163 @@
+"""The figures of a run that people ask for first, and where runs differ."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dist_train.report.read import Run
+from dist_train.report.text import duration, number, percent
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A figure of a run.
+
+    Args:
+        text: for people.
+        value: to compare by; None where there is nothing to compare.
+        detail: more about it.
+        best: the best of several runs.
+    """
+
+    text: str
+    value: float | None = None
+    detail: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of every run.
+
+    Args:
+        key: of the row.
+        label: for people.
+        cells: by run.
+    """
+
+    key: str
+    label: str
+    cells: list[Cell]
+
+
+def rows(runs: list[Run]) -> list[Row]:
+    """The summary table. What no run has is left out; the best of several is marked."""
+    found = []
+    for key, label, cell_of, better in _ROWS:
+        cells = [cell_of(run) for run in runs]
+        if all(cell.text == ABSENT for cell in cells):
+            continue
+        values = [cell.value for cell in cells if cell.value is not None and math.isfinite(cell.value)]
+        if better and len(values) > 1 and len(set(values)) > 1:
+            best = better(values)
+            cells = [replace(cell, best=cell.value == best) for cell in cells]
+        found.append(Row(key, label, cells))
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value of a config as text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def config_rows(runs: list[Run]) -> list[Row]:
+    """Every key of the configs, with its value in each run."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    return [
+        Row(key, key, [Cell(shown(run.config[key]) if key in run.config else ABSENT) for run in runs]) for key in keys
+    ]
+
+
+def differing(table: list[Row]) -> list[Row]:
+    """The rows in which the runs differ."""
+    return [row for row in table if len({cell.text for cell in row.cells}) > 1]
+
+
+def environment_rows(runs: list[Run]) -> list[Row]:
+    """What the runs were computed with and where."""
+    keys = dict.fromkeys(key for run in runs for key in run.environment)
+    return [Row(key, key, [Cell(run.environment.get(key, ABSENT)) for run in runs]) for key in keys]
+
+
+def _cell(value: Any, text: Callable[[float], str] = number) -> Cell:
+    if not isinstance(value, int | float):
+        return Cell(ABSENT)
+    return Cell(text(value), float(value))
+
+
+def _best(run: Run, metric: str, largest: bool, text: Callable[[float], str]) -> Cell:
+    found = run.series[metric].best(largest) if metric in run.series else None
+    return Cell(text(found[0]), found[0], f"at step {found[1]:,}") if found else Cell(ABSENT)
+
+
+def _last(run: Run, metric: str, text: Callable[[float], str] = number) -> Cell:
+    return _cell(run.series[metric].last(), text) if metric in run.series else Cell(ABSENT)
+
+
+def _steps(run: Run) -> Cell:
+    of = f"of {run.total_steps:,}" if run.total_steps is not None and run.total_steps != run.steps else ""
+    return Cell(f"{run.steps:,}", run.steps, of)
+
+
+def _seconds(run: Run) -> Cell:
+    last = [series.time_s[-1] for series in run.series.values()]
+    return _cell(run.summary.get("train_s", float(np.max(last)) if last else None), duration)
+
+
+def _rate(run: Run) -> Cell:
+    rate = run.summary.get("samples_per_s")
+    if rate is None and "train/samples_per_s" in run.series:
+        rate = float(np.median(run.series["train/samples_per_s"].value))
+    return _cell(rate)
+
+
+def _step_ms(run: Run) -> Cell:
+    times = run.summary.get("step_ms")
+    if not isinstance(times, dict) or not {"p50", "p95"} <= times.keys():
+        return Cell(ABSENT)
+    return Cell(f"{number(times['p50'])} ms", times["p50"], f"95% below {number(times['p95'])} ms")
+
+
+def _saves(run: Run) -> Cell:
+    stalls = run.series.get("checkpoint/stall_s")
+    if stalls is None:
+        return Cell(ABSENT)
+    waited = f"training waited {duration(float(np.median(stalls.value)))} for each"
+    return Cell(f"{len(stalls.value):,}", len(stalls.value), waited)
+
+
+def _restarts(run: Run) -> Cell:
+    count = sum(event.kind == "resume" for event in run.events)
+    return Cell(str(count), count) if count else Cell(ABSENT)
+
+
+def _not_finite(run: Run) -> Cell:
+    count = sum(int((~np.isfinite(series.value)).sum()) for name, series in run.series.items() if name in _WATCHED)
+    return Cell(f"{count:,}", count) if count else Cell(ABSENT)
+
+
+_WATCHED = ("train/loss", "train/grad_norm", "eval/loss")
+_ROWS: tuple[tuple[str, str, Callable[[Run], Cell], Callable[[list[float]], float] | None], ...] = (
+    ("status", "Status", lambda run: Cell(run.status), None),
+    ("backend", "Backend", lambda run: Cell(run.environment.get("backend", ABSENT)), None),
+    ("world_size", "Ranks", lambda run: Cell(run.environment.get("world size", ABSENT)), None),
+    ("steps", "Steps", _steps, None),
+    ("best_accuracy", "Best accuracy", lambda run: _best(run, "eval/accuracy", True, percent), max),
+    ("accuracy", "Last accuracy", lambda run: _last(run, "eval/accuracy", percent), max),
+    ("best_eval_loss", "Best evaluation loss", lambda run: _best(run, "eval/loss", False, number), min),
+    ("eval_loss", "Last evaluation loss", lambda run: _last(run, "eval/loss"), min),
+    ("train_loss", "Last training loss", lambda run: _last(run, "train/loss"), min),
+    ("train_s", "Training time", _seconds, None),
+    ("samples_per_s", "Samples/s", _rate, max),
+    ("step_ms", "Step time, median", _step_ms, min),
+    ("saves", "Checkpoints", _saves, None),
+    ("restarts", "Restarts", _restarts, None),
+    ("skipped_steps", "Skipped steps", lambda run: _last(run, "train/skipped_steps"), None),
+    ("not_finite", "Values not finite", _not_finite, None),
+)
