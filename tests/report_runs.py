@@ -30,7 +30,7 @@ def lines(steps: int = 40, ranks: int = 2, loss: float = 1.0) -> list[dict[str, 
             "ranks/own_ms": [1.0 + rank + step / 10 for rank in range(ranks)],
         })  # fmt: skip
         if step % 10 == 0:
-            add(step, **{"eval/loss": loss / step, "eval/accuracy": 0.5 + step / 1000})
+            add(step, **{"eval/loss": loss / step, "eval/accuracy": 0.5 + min(step, 400) / 1000})
             add(step, **{"checkpoint/stall_s": 0.02})
         if step == 20:
             add(step, event="stop", at=STARTED_AT + 60, by="SIGTERM")

@@ -100,6 +100,10 @@ MAY_IMPORT = {
         *("doctor.link", "doctor.machine", "doctor.meeting", "doctor.needs", "doctor.peers", "doctor.report"),
         *("doctor", "doctor.subject"),
     },
+    "report": {
+        *("check", "checkpoint.manifest", "config", "errors", "strict_yaml", "report.files", "report.images"),
+        *("report.panels", "report.read", "report.summary", "report.text"),
+    },
     "data": {"errors", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }

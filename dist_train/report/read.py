@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import zipfile
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -371,7 +372,7 @@ def _length(value: Any) -> int:
 
 def _evaluation(run: Run) -> Evaluation | None:
     try:
-        with np.load(run.folder / "evaluation.npz", allow_pickle=False) as file:
+        with (run.folder / "evaluation.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             classes = [str(name) for name in file["classes"]]
             confusion = file["confusion"] if "confusion" in file.files else None
             if confusion is not None and confusion.shape != (len(classes), len(classes)):
@@ -383,7 +384,7 @@ def _evaluation(run: Run) -> Evaluation | None:
                 raise ValueError("a class without a name")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         run.problems.append(f"evaluation.npz cannot be read: {error}")
         return None
     return Evaluation(classes, confusion, worst)
