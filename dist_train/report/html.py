@@ -88,7 +88,7 @@ def _data(runs: list[Run], panels: list[Panel]) -> dict[str, Any]:
     spans = [span for panel in panels if isinstance(panel, TimeLine) for span in panel.spans]
     steps, seconds = (max((span[i] for span in spans), default=0.0) for i in (0, 1))
     return {
-        "runs": [escape(run.name) for run in runs],
+        "runs": [_plotly_text(run.name) for run in runs],
         "palette": {"light": LIGHT, "dark": DARK},
         "steps": steps,
         "seconds": seconds,
@@ -99,7 +99,7 @@ def _data(runs: list[Run], panels: list[Panel]) -> dict[str, Any]:
 def _lines(panel: Lines) -> dict[str, Any]:
     curves = [
         {
-            "label": escape(curve.label),
+            "label": _plotly_text(curve.label),
             "run": curve.run,
             "colour": curve.colour,
             "points": curve.points,
@@ -109,7 +109,7 @@ def _lines(panel: Lines) -> dict[str, Any]:
         }
         for curve in panel.curves
     ]
-    about = {name: escape(getattr(panel, name)) for name in ("x_label", "y_label")}
+    about = {name: _plotly_text(getattr(panel, name)) for name in ("x_label", "y_label")}
     return about | {
         "kind": "lines", "percent": panel.percent, "curves": curves, "marks": [_mark(mark) for mark in panel.marks]
     }  # fmt: skip
@@ -119,7 +119,7 @@ def _time_line(panel: TimeLine) -> dict[str, Any]:
     return {
         "kind": "timeline",
         "x_label": "optimizer step",
-        "rows": [escape(_short(name, 2 * LONGEST_LABEL)) for name in panel.rows],
+        "rows": [_plotly_text(_short(name, 2 * LONGEST_LABEL)) for name in panel.rows],
         "spans": [{"x": steps, "t": seconds} for steps, seconds in panel.spans],
         "marks": [_mark(mark) for mark in panel.marks],
     }
@@ -140,10 +140,10 @@ def _rank_heat(panel: RankHeat) -> dict[str, Any]:
 
 
 def _confusion(panel: Confusion) -> dict[str, Any]:
-    names = [escape(name) for name in panel.classes]
+    names = [_plotly_text(name) for name in panel.classes]
     # Equal names would be one column.
     own = [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names)]
-    short = [escape(_short(name, LONGEST_LABEL)) for name in panel.classes]
+    short = [_plotly_text(_short(name, LONGEST_LABEL)) for name in panel.classes]
     return {"kind": "confusion", "classes": own, "short": short, "counts": panel.counts.tolist()}
 
 
@@ -153,10 +153,10 @@ _KINDS: dict[type, Any] = {Lines: _lines, TimeLine: _time_line, RankHeat: _rank_
 def _mark(mark: Mark) -> dict[str, Any]:
     x, t = _numbers(np.array([mark.x, mark.time_s]))
     return {
-        "kind": escape(mark.kind),
+        "kind": _plotly_text(mark.kind),
         "x": x,
         "t": t,
-        "text": escape(mark.text),
+        "text": _plotly_text(mark.text),
         "run": mark.run,
         "colour": mark.colour,
     }
@@ -170,8 +170,15 @@ def _numbers(values: np.ndarray, decimals: int | None = None) -> list[float | in
     return [value if np.isfinite(value) else None for value in values.tolist()]
 
 
+def _plotly_text(text: str) -> str:
+    """As plotly wants it, which takes some tags and entities in a text, and &quot; for what it is."""
+    return escape(text, quote=False)
+
+
 def _short(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """A long name without its middle: names that differ often differ at an end."""
+    end = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"
 
 
 # -- what stands in the page -------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@
       const stroke = { color: color(t, curve.colour), dash: dash(t, curve.colour), width: curve.points ? 2 : 1.6 };
       traces.push({
         type: "scatter", mode: curve.points ? "lines+markers" : "lines", name: curve.label, x, y: curve.y, line: stroke,
-        marker: { color: stroke.color, size: 6 }, connectgaps: false, meta: { run: curve.run },
+        marker: { color: stroke.color, size: x.length > 80 ? 3 : 6 }, connectgaps: false, meta: { run: curve.run },
         hovertemplate: panel.percent ? "%{y:.2%}" : "%{y:.5~g}",
       });
       const lost = x.filter((_, i) => curve.y[i] === null);
@@ -129,7 +129,7 @@
     const trace = {
       type: "heatmap", x: panel.x, z: panel.z, zmin: panel.smallest, zmax: panel.largest, colorscale, hoverongaps: false,
       hovertemplate: "rank %{y}<br>step %{x:,.0f}<br>%{z:.4~g} ms<extra></extra>",
-      colorbar: { thickness: 10, nticks: 4, outlinewidth: 0, ticksuffix: " ms", tickfont: { color: t.soft, size: 11 } },
+      colorbar: { thickness: 10, nticks: panel.z.length > 8 ? 8 : 4, outlinewidth: 0, ticksuffix: " ms", tickfont: { color: t.soft, size: 11 } },
     };
     return [[trace], layout(t, {
       xaxis: axis(t, { title: titled("optimizer step", t), showgrid: false, zeroline: false }),
