@@ -1,6 +1,7 @@
 """What is plotted, apart from how: titles, axes, curves, events. A page and pictures draw the same panels."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -266,7 +267,8 @@ def _lines(
             kept, of = kept + len(keep), of + n
     notes = ["line: training, points: evaluation"] if several and len(metrics) > 1 else []
     notes += [f"{kept:,} of {of:,} points; each bucket keeps its extremes"] if of else []
-    shown = [mark for mark in marks if sum(other.run == mark.run for other in marks) <= MOST_MARKS]
+    of_run = Counter(mark.run for mark in marks)
+    shown = [mark for mark in marks if of_run[mark.run] <= MOST_MARKS]
     return Lines(
         key, title, "optimizer step", unit, curves, shown, key == "accuracy", key in ("loss", "grad_norm"),
         "; ".join(notes),
