@@ -25,7 +25,7 @@ LIMIT_S = 300
 
 
 def bare(library: str, folder: str) -> tuple[list[str], str]:
-    """The command of the bare script, and what its line about the first step starts with."""
+    """The command of the bare script, and what its line about the first step holds."""
     return [str(HERE / "bare.py"), library], DONE
 
 
@@ -37,7 +37,7 @@ def ours(library: str, folder: str) -> tuple[list[str], str]:
 
 
 def seconds(command: list[str], mark: str) -> tuple[float, float]:
-    """Runs a command to its end. Raises RuntimeError where no line of its output starts with `mark`.
+    """Runs a command to its end. Raises RuntimeError where no line of its output holds `mark`.
 
     Returns:
         Seconds from its start to that line, and the CPU seconds of all its processes until their end.
@@ -47,7 +47,7 @@ def seconds(command: list[str], mark: str) -> tuple[float, float]:
     begin, cpu_begin = time.perf_counter(), cpu_s()
     with tempfile.TemporaryFile("w+") as errors:
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment) as process:
-            taken = [time.perf_counter() - begin for line in process.stdout if line.startswith(mark)]
+            taken = [time.perf_counter() - begin for line in process.stdout if mark in line]
         if process.returncode != 0 or not taken:
             errors.seek(0)
             got = f"code {process.returncode} and {len(taken)} lines with {mark!r}"

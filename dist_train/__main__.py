@@ -11,6 +11,7 @@ from dist_train.check import check, resumes, run_folder
 from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
+from dist_train.speech import mark_warnings
 
 TOOLS = ("doctor", "eval", "explain", "export", "inspect", "parity", "report", "runs")
 
@@ -20,6 +21,7 @@ def main() -> None:
     launcher = Launcher()
     try:
         launcher = _launcher(sys.argv[1:])
+        mark_warnings(launcher)
         argv = clean_argv(sys.argv[1:], launcher)
         command = argv.pop(0) if argv and not argv[0].startswith("-") else "train"
         if command == "train":

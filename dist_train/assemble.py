@@ -15,7 +15,7 @@ from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.lookup import load
 from dist_train.models import MODELS
-from dist_train.order import steps_per_epoch
+from dist_train.order import global_indices, steps_per_epoch
 from dist_train.precision import Precision
 
 
@@ -43,6 +43,19 @@ class Parts:
         """A line for people."""
         weights = sum(p.numel() for p in self.model.parameters())
         return f"{len(self.data.train):,} samples to train on, {len(self.data.test):,} to test, {weights:,} weights"
+
+    def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
+        """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is
+        no image."""
+        split, shape = self.data.train, tuple(self.data.input_shape)
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            return None
+        first = global_indices(len(split), seed, 0, 0, min(count, len(split)))
+        pixels = self.feed.pixels(first.copy())  # torch takes no read-only array
+        if pixels.dtype == torch.uint8:
+            return pixels
+        low, high = pixels.min(), pixels.max()
+        return (pixels - low) / (high - low).clamp(min=1e-12)
 
 
 def build(config: Config, device: torch.device, trained: Path | None = None, warm: bool = True) -> Parts:

@@ -1,6 +1,7 @@
 """What a config must satisfy beyond its types. Pure: reads the config, the launcher and the file system, changes
 nothing, and runs before torch is imported and before any process group starts."""
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -13,15 +14,13 @@ from typing import Any
 from dist_train.backends import rules
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.allowed import ALLOWED
-from dist_train.config import Config, unknown
+from dist_train.config import Config, TrackConfig, unknown
 from dist_train.data import DATASETS
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.lookup import accepts, parameters, torch_optimizers
 from dist_train.models import MODELS
 
-# Fields of the product's face that nothing reads yet. A row goes with the feature that reads its field.
-NOT_YET = (*("track.wandb", "track.tensorboard"),)
 # Locked by the process that writes in a run's folder, which says in it who it is.
 LOCK = ".lock"
 # The keys of track.profile, with what each is where another is given.
@@ -50,8 +49,8 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    rules = [_ranges, _batch, _names, _init_from, _loss, _optimizer, _schedule, _backend, _checkpoint, _profile]
-    for rule in [*rules, _not_yet, _folder] if writes else [*rules, _not_yet]:
+    rules = [_ranges, _batch, _names, _init_from, _loss, _optimizer, _schedule, _backend, _checkpoint, _track, _profile]
+    for rule in [*rules, _folder] if writes else rules:
         try:
             lines += rule(config, launcher)
         except ConfigError as error:
@@ -263,6 +262,31 @@ def _checkpoint(config: Config, _: Launcher) -> Iterator[str]:
             )
 
 
+def _track(config: Config, _: Launcher) -> Iterator[str]:
+    cfg = config.track
+    for name in ("wandb", "tensorboard"):
+        if getattr(cfg, name) and find_spec(name) is None:
+            install = f"pip install 'dist-train[{name}]'"
+            yield f"track.{name}: got true, but {name} is not installed; {install}, or leave it out"
+    values = dataclasses.asdict(cfg)
+    for key, default in dataclasses.asdict(TrackConfig()).items():
+        if key.startswith("wandb_") and values[key] != default and not cfg.wandb:
+            yield f"track.{key}: got {values[key]!r} with track.wandb false; add --track.wandb true, or leave it out"
+    for key, bad, longest in (("wandb_project", "/\\#?%:", 128), ("wandb_id", ":;,#?/'\\", 64)):
+        name = values[key]
+        if name is not None and (not 0 < len(name.strip()) <= longest or set(bad) & set(name)):
+            yield (
+                f"track.{key}: got {name!r}, expected 1 to {longest} characters, none of them of {bad}; for example "
+                f"--track.{key} mine"
+            )
+    for tag in cfg.wandb_tags:
+        if not 0 < len(tag) <= 64:
+            yield (
+                f"track.wandb_tags: got {tag!r}, expected tags of 1 to 64 characters; for example "
+                f"--track.wandb_tags '[first, second]'"
+            )
+
+
 def _profile(config: Config, _: Launcher) -> Iterator[str]:
     given, total = config.track.profile, config.train.max_steps
     for key, value in given.items():
@@ -281,15 +305,6 @@ def _profile(config: Config, _: Launcher) -> Iterator[str]:
             f"track.profile: got steps {wanted['start_step']} to {last}, expected them within train.max_steps, which "
             f"is {total}; for example --track.profile '{{start_step: {first}, steps: {steps}}}'"
         )
-
-
-def _not_yet(config: Config, _: Launcher) -> Iterator[str]:
-    for path in NOT_YET:
-        section, key = path.split(".")
-        value, default = getattr(getattr(config, section), key), getattr(getattr(Config(), section), key)
-        if value != default:
-            got, expected = (v if isinstance(v, str) else json.dumps(v) for v in (value, default))
-            yield f"{path}: got {got}, expected {expected}: this version does not have it; leave it out"
 
 
 def run_folder(config: Config) -> Path | None:

@@ -200,10 +200,29 @@ class TrackConfig:
 
     every_steps: int = 50
     """Optimizer steps between two lines of metrics. Between them nothing waits for the device."""
-    wandb: bool = False
-    """Also record to Weights & Biases."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """A bar, or a line for each line of metrics; auto is a bar on a terminal."""
     tensorboard: bool = False
-    """Also record for TensorBoard."""
+    """Also record for TensorBoard, in RUN/tensorboard."""
+    wandb: bool = False
+    """Also record to Weights & Biases. Of a null below, its own variables decide, such as WANDB_PROJECT."""
+    wandb_project: str | None = None
+    """Project of the run there."""
+    wandb_entity: str | None = None
+    """User or team that it belongs to."""
+    wandb_group: str | None = None
+    """Group of runs."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+    wandb_name: str | None = None
+    """Name of the run."""
+    wandb_notes: str | None = None
+    """Notes on the run."""
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """online, where there is a network and a key, else offline; offline, to be uploaded later; disabled. auto is what
+    WANDB_MODE says, else online."""
+    wandb_id: str | None = None
+    """Id of the run there (null: the one that the folder or the checkpoint holds, else a new one)."""
     profile: dict[str, int] = field(default_factory=dict)
     """Write a trace of some optimizer steps with torch.profiler, and say where their time went. start_step is the first
     of them, counted from 1 (10), steps how many (5); with neither, nothing is profiled."""

@@ -1,5 +1,6 @@
 """How a process ends: what is said, by which rank, and the exit code. Knows no torch, so a bad config ends at once."""
 
+import contextlib
 import os
 import sys
 import time
@@ -7,6 +8,7 @@ import traceback
 
 from dist_train.errors import ConfigError, OtherRankError
 from dist_train.launcher import Launcher
+from dist_train.speech import prefix
 
 # STOPPED: asked to end, saved, to be started again (EX_TEMPFAIL of sysexits.h).
 OK, FAILED, BAD_CONFIG, STOPPED, INTERRUPTED = 0, 1, 2, 75, 130
@@ -26,8 +28,9 @@ LOST_PEER = ("connection closed by peer", "connection reset by peer", "broken pi
 
 def leave(code: int) -> None:
     """Ends the process. Without os._exit gloo's threads abort the interpreter's exit now and then (exit -6)."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 
@@ -50,10 +53,10 @@ def fail(error: BaseException, launcher: Launcher) -> int:
         time.sleep(ECHO_WAIT_S)
         print(f"[rank {launcher.rank}] lost another rank, whose own error stands above or on its node", file=sys.stderr)
         return FAILED
-    prefix = f"[rank {launcher.rank}] " if launcher.world_size > 1 else ""
+    rank = prefix(launcher.rank, launcher.world_size)
     text = "".join(traceback.format_exception(error))
     lines = text.splitlines() + ([MINIFIER] if _from_compiler(error) else [])
-    sys.stderr.write("".join(f"{prefix}{line}\n" for line in lines))
+    sys.stderr.write("".join(f"{rank}{line}\n" for line in lines))
     sys.stderr.flush()
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it in its own report
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler

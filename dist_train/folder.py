@@ -18,6 +18,7 @@ from dist_train.checkpoint.save import clean
 from dist_train.config import Config, dump
 from dist_train.dist import World
 from dist_train.errors import ConfigError
+from dist_train.speech import prefix
 
 # A killed run's process may take this long to be gone.
 LOCK_WAIT_S = 5.0
@@ -29,7 +30,7 @@ SEEN_WITHIN_S = 10.0
 def opened(config: Config, world: World) -> Iterator[Path]:
     """The run's folder, made and locked by rank 0, with the config in it. Collective. Raises ConfigError."""
     locks: list[IO[str]] = []
-    folder = dist.on_main(lambda: _open(config, locks))
+    folder = dist.on_main(lambda: _open(config, locks, prefix(world.rank, world.size)))
     if world.size > 1:
         check_shared(folder, world)
     try:
@@ -39,13 +40,13 @@ def opened(config: Config, world: World) -> Iterator[Path]:
             lock.close()
 
 
-def _open(config: Config, locks: list[IO[str]]) -> Path:
+def _open(config: Config, locks: list[IO[str]], rank: str) -> Path:
     folder = run_folder(config) or _before_restart()
     if folder is None:
         folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _take(folder, locks)
+        _take(folder, locks, rank)
         write(folder / "config.yaml", dump(config))
         if run_folder(config) is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             write(_mark(), str(folder))
@@ -71,8 +72,8 @@ def _mark() -> Path:
     return Path("runs") / f".torchrun-{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
-def _take(folder: Path, locks: list[IO[str]]) -> None:
-    """Locks the folder and tidies it up."""
+def _take(folder: Path, locks: list[IO[str]], rank: str) -> None:
+    """Locks the folder and tidies it up. What it says starts with `rank`."""
     locks.append(_lock(folder))
     if status_of(folder) == "finished":  # since its status was looked at before, while that run had the lock
         raise ConfigError(
@@ -80,7 +81,7 @@ def _take(folder: Path, locks: list[IO[str]]) -> None:
             f"{folder}-2"
         )
     if (folder / "metrics.jsonl").exists() and not manifest.folders(folder):
-        print(f"{folder} holds a run that did not finish; it starts anew", flush=True)
+        print(f"{rank}{folder} holds a run that did not finish; it starts anew", flush=True)
     clean(folder)
     (folder / "summary.json").unlink(missing_ok=True)  # of a run that was stopped
 

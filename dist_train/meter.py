@@ -19,7 +19,7 @@ from dist_train.stop import Requests
 
 AGREE_EVERY_S = 1.0
 LISTED_RANKS = 1024  # above, a line of metrics does not list every rank
-Metrics = dict[str, float | int | list[float]]
+Metrics = dict[str, float | int | str | list[float]]  # text where something happened, a list by rank
 Progress = Mapping[str, float]  # what Meter.progress gives
 
 

@@ -1,6 +1,7 @@
 """A run from its folder to its summary, in processes that have joined: start or resume, train, save."""
 
-import contextlib
+import platform
+import time
 from pathlib import Path
 
 from dist_train import backends, dist, ending, folder, optim, profiling, watchdog, weights
@@ -12,11 +13,13 @@ from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
 from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.losses import loss_fn
-from dist_train.meter import Control
+from dist_train.meter import Control, Metrics, Progress
 from dist_train.mistakes import Mistakes
+from dist_train.order import steps_per_epoch
 from dist_train.stop import Requests
-from dist_train.track import Tracker
-from dist_train.train import evaluate, train
+from dist_train.track import Trackers
+from dist_train.track.base import Course
+from dist_train.train import evaluate, total_steps, train
 
 
 def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
@@ -33,45 +36,69 @@ def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
     control = Control(Requests(cfg.max_time_s), phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
-        with watchdog.watching(world, control.phases, cfg.step_timeout_s), control.requests.listening():
-            return _run(config, world, parts, facts, path, control, found, damaged)
+        per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
+        at, before = (found.manifest.step, found.folder.parent.parent) if found else (0, None)
+        course = Course(at, total_steps(cfg, per_epoch), per_epoch, cfg.global_batch_size, before)
+        kept_id = found.manifest.wandb_id if found else None
+        # Around the watchdog: a tracker may wait for its server, at the start and at the end.
+        with (
+            control.requests.listening(),
+            Trackers(config, world, path, course, kept_id, lambda: parts.images(cfg.seed)) as trackers,
+        ):
+            control.phases.progressed()
+            with watchdog.watching(world, control.phases, cfg.step_timeout_s):
+                return _run(config, world, parts, facts, path, control, found, damaged, course, trackers)
 
 
 def _run(
     config: Config, world: World, parts: Parts, facts: Facts, path: Path, control: Control,
-    found: Found | None, damaged: list[Damaged],
+    found: Found | None, damaged: list[Damaged], course: Course, trackers: Trackers,
 ) -> int:  # fmt: skip
-    at = found.manifest.step if found else 0
-    with contextlib.closing(Tracker(path if world.is_main else None, at)) as tracker:
-        tracker.say("\n".join([dist.rank_table(world), *parts.loaded]))
-        for error in damaged:
-            tracker.say(f"passed over a damaged checkpoint: {error}")
-        if found:
-            resume.load_model(found, parts.model)  # before it is sharded
-        flops = profiling.flops_of_step(config, world, parts)
-        backend = backends.create(config, world)
-        model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
-        tracker.say(f"backend {backends.chosen(config.backend.name, world.launcher)}, {parts.describe()}")
-        progress = None
-        if found:
-            progress = resume.load_state(found, backend, world, config.train.seed)
-            tracker.say(found.describe())
-        checkpoints = Checkpoints(config, world, path, facts, backend, damaged)
-        of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, tracker
-        after_step = profiling.profiled(config, world, path, control, tracker.say, flops, at, checkpoints.after_step)
-        mistakes = Mistakes(config.train.loss, parts.test_feed, parts.data.classes, world)
-        try:
-            result = train(*of, after_step, control, progress, mistakes)
-        except Stopped as stopped:
-            checkpoints.close()
-            tracker.stopped(stopped.why, stopped.step)
-            return ending.STOPPED
+    trackers.say("\n".join([dist.rank_table(world), *parts.loaded]))
+    for error in damaged:
+        trackers.say(f"passed over a damaged checkpoint: {error}")
+    if found:
+        resume.load_model(found, parts.model)  # before it is sharded
+    flops = profiling.flops_of_step(config, world, parts)
+    backend = backends.create(config, world)
+    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
+    trackers.say(f"backend {trackers.backend}, {parts.describe()}")
+    progress = None
+    if found:
+        progress = resume.load_state(found, backend, world, config.train.seed)
+        trackers.say(found.describe())
+    trackers.log(_begin(course, progress, trackers.backend, world), None)
+    checkpoints = Checkpoints(config, world, path, facts, backend, damaged, trackers.wandb_id)
+    of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, trackers
+    saving = checkpoints.after_step
+    after_step = profiling.profiled(config, world, path, control, trackers.say, flops, course.at, saving)
+    mistakes = Mistakes(config.train.loss, parts.test_feed, parts.data.classes, world)
+    try:
+        result = train(*of, after_step, control, progress, mistakes)
+    except Stopped as stopped:
         checkpoints.close()
-        if not mistakes.seen:  # killed after its last step: no evaluation was left
-            cfg, loss_of = config.train, loss_fn(config.train.loss)
-            of = model, loss_of, parts.test_feed, cfg.eval_batch_size, world, parts.precision, control.phases
-            evaluate(*of, mistakes)
-        mistakes.write(path)
-        weights.save_weights(tracker.folder, backend.weights())
-        tracker.finish(config, world, result, checkpoints.stalls_s)
+        trackers.stopped(stopped.why, stopped.step)
+        return ending.STOPPED
+    checkpoints.close()
+    if not mistakes.seen:  # killed after its last step: no evaluation was left
+        cfg, loss_of = config.train, loss_fn(config.train.loss)
+        of = model, loss_of, parts.test_feed, cfg.eval_batch_size, world, parts.precision, control.phases
+        evaluate(*of, mistakes)
+    mistakes.write(path)
+    weights.save_weights(path if world.is_main else None, backend.weights())
+    trackers.finish(result, checkpoints.stalls_s)
     return ending.OK
+
+
+def _begin(course: Course, progress: Progress | None, backend: str, world: World) -> Metrics:
+    """The line of metrics.jsonl that tells of a start."""
+    return {
+        "step": course.at,
+        "epoch": course.at / course.steps_per_epoch,
+        "time_s": progress["time_s"] if progress else 0.0,
+        "event": "resume" if progress else "start",
+        "at": time.time(),
+        "backend": backend,
+        "world_size": world.size,
+        "host": platform.node(),
+    }

@@ -22,6 +22,7 @@ from typing import Any
 from dist_train import dist, ending
 from dist_train.dist import World
 from dist_train.phases import NAMES, Phases
+from dist_train.speech import marked
 
 LOST_S = 4
 BEAT_S = 1.0
@@ -53,6 +54,9 @@ class Watchdog:
         port = self.server.getsockname()[1] if self.server else 0
         port, self.token = dist.on_main(lambda: (port, secrets.token_hex(16)))
         self.link = _connect([world.master_addr, "localhost"], port) if world.size > 1 and not world.is_main else None
+        if self.link is None and not world.is_main:
+            text = f"the watchdog cannot reach rank 0 at {world.master_addr}, port {port}; a lost rank is noticed late"
+            print(marked(text, world.rank, world.size), flush=True)
         self.peers: dict[socket.socket, Status] = {}  # of rank 0: what each rank last said
         self.buffers: dict[socket.socket, bytes] = {}
         if self.link is not None:
@@ -118,7 +122,7 @@ class Watchdog:
         if not data:
             selector.unregister(link)
             if link is self.link:
-                self._end(f"[rank {self.world.rank}] rank 0 is gone; its own error, if it left one, stands above")
+                self._end("rank 0 is gone; its own error, if it left one, stands above")
             elif link in self.peers:
                 self._lost(self.peers.pop(link))
 
@@ -182,7 +186,7 @@ class Watchdog:
         if self.leaving:
             return
         if text:
-            sys.stderr.write(text + "\n")
+            sys.stderr.write(marked(text, self.world.rank, self.world.size) + "\n")
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(ending.FAILED)
@@ -228,7 +232,6 @@ def _connect(addresses: list[str], port: int) -> socket.socket | None:
         link.settimeout(None)
         _keep_alive(link)
         return link
-    print(f"the watchdog cannot reach rank 0 at {addresses[0]}, port {port}; a lost rank is noticed late", flush=True)
     return None
 
 

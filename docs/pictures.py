@@ -197,7 +197,7 @@ def _losses(run: Path) -> dict[int, float]:
 
 
 def _resumed_at(output: Path) -> int:
-    line = next(line for line in output.read_text().splitlines() if line.startswith("resumed from"))
+    line = next(line for line in output.read_text().splitlines() if "resumed from" in line)
     return int(line.partition(": step ")[2].partition(",")[0])
 
 

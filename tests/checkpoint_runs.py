@@ -99,7 +99,7 @@ def checkpoint(folder: Path, step: int) -> Path:
 
 def resumed_from(ended: Ended) -> int | None:
     """The step that a run went on from."""
-    line = next((line for line in ended.out[0].splitlines() if line.startswith("resumed from")), None)
+    line = next((line for line in ended.out[0].splitlines() if "resumed from" in line), None)
     return int(line.split(": step ")[1].split(",")[0]) if line else None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import glob
 import json
+import logging
 import os
 import re
 import resource
@@ -12,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -538,3 +540,58 @@ def weigh(backend: str, path: str) -> None:
 def _bytes(tensors: list[Any]) -> int:
     """Of what this rank holds."""
     return sum(part.nbytes for t in tensors if isinstance(t, torch.Tensor) for _, part in shards_of(t).boxes)
+
+
+# -- what a run says ---------------------------------------------------------------------------------------------------
+
+
+def placed(environment: dict[str, str], name: str | None = None, *arguments: Any) -> None:
+    """Variables of the environment; and another function of this module."""
+    os.environ.update(environment)
+    if name is not None:
+        globals()[name](*arguments)
+
+
+def on_terminal(path: str, name: str | None = None, *arguments: Any) -> None:
+    """Output and errors go to a terminal; and another function of this module."""
+    terminal = os.open(path, os.O_RDWR | os.O_NOCTTY)
+    for fd in (1, 2):
+        os.dup2(terminal, fd)
+    os.environ["TERM"] = "xterm-256color"
+    if name is not None:
+        globals()[name](*arguments)
+
+
+def modules_at_end(path: str) -> None:
+    """Writes the names of all modules to a file when the run ends."""
+    leave = ending.leave
+
+    def told(code: int) -> None:
+        Path(path).write_text("\n".join(sys.modules))
+        leave(code)
+
+    ending.leave = told
+
+
+def warn() -> None:
+    """Every rank warns when its first step begins, in Python's two ways."""
+
+    def both() -> None:
+        warnings.warn("planted one", stacklevel=1)
+        logging.getLogger("planted").warning("planted two")
+
+    ACTS["warn"] = both
+    at_phase("forward", 0, "warn")
+
+
+def without_wandb_core(step: int) -> None:
+    """W&B's own process is killed when the step begins."""
+
+    def kill() -> None:
+        for task in Path("/proc/self/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                if b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(int(pid), signal.SIGKILL)
+
+    ACTS["kill wandb-core"] = kill
+    at_phase("forward", step, "kill wandb-core")

@@ -73,7 +73,9 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("_s", "straggler/", "ranks/")
     metrics = [{k: v for k, v in line.items() if not (k.endswith(timed) or k.startswith(timed))} for line in lines]
-    return Outcome(weights, ledger, [line for line in metrics if line.keys() - {"step", "epoch"}])
+    return Outcome(
+        weights, ledger, [line for line in metrics if line.keys() - {"step", "epoch"} and "event" not in line]
+    )
 
 
 def run_series(runs: list[tuple[Config, int | None]]) -> list[Outcome]:

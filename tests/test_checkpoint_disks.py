@@ -115,7 +115,7 @@ def test_a_second_run_in_a_folder_is_refused(kind: Kind, zygote: Zygote, referen
     )
     text, holder = refused(second), (folder / ".lock").read_text().strip()
     assert text.count("\n") == 1 and f"in which another run writes ({holder})" in text
-    assert f"\n0     {os.uname().nodename}  " in first.check().out[0] and holder.split()[1] in first.out[0]
+    assert f"0     {os.uname().nodename}  " in first.check().out[0] and holder.split()[1] in first.out[0]
     assert same(weights(folder), references(kind).weights) and resumed_from(first) is None
 
 

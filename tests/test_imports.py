@@ -24,6 +24,7 @@ LIGHT = {
     "launcher",
     "lookup",
     "ending",
+    "speech",
     "backends",
     "backends.rules",
     "data",
@@ -38,7 +39,8 @@ MAY_IMPORT = {
     "strict_yaml": set(),
     "lookup": {"errors"},
     "launcher": {"errors"},
-    "ending": {"errors", "launcher"},
+    "ending": {"errors", "launcher", "speech"},
+    "speech": {"launcher"},
     "check": {
         *("backends", "backends.rules", "checkpoint.allowed", "checkpoint.manifest", "config", "data", "errors"),
         *("launcher", "lookup", "models"),
@@ -57,7 +59,7 @@ MAY_IMPORT = {
     "meter": {"compiled", "dist", "errors", "order", "phases", "stop"},
     "phases": set(),
     "stop": {"ending"},
-    "watchdog": {"dist", "ending", "phases"},
+    "watchdog": {"dist", "ending", "phases", "speech"},
     "weights": {"check", "checkpoint.manifest", "checkpoint.resume", "errors"},
     "shards": set(),
     "versions": set(),
@@ -71,8 +73,14 @@ MAY_IMPORT = {
         *("backends.base", "checkpoint", "checkpoint.allowed", "checkpoint.manifest", "checkpoint.randomness"),
         *("checkpoint.save", "checkpoint.storage", "config", "data.sets", "dist", "errors", "order", "shards"),
     },
-    "folder": {"check", "checkpoint", "checkpoint.manifest", "checkpoint.save", "config", "dist", "errors"},
-    "track": {"backends", "config", "dist", "folder", "meter", "versions"},
+    "folder": {"check", "checkpoint", "checkpoint.manifest", "checkpoint.save", "config", "dist", "errors", "speech"},
+    "track": {
+        *("backends", "check", "config", "dist", "ending", "folder", "meter", "speech", "versions", "track"),
+        *(
+            f"track.{name}"
+            for name in ("bar", "base", "console", "jsonl", "summary", "tensorboard", "wandb", "wandb_file")
+        ),
+    },
     "assemble": {
         *("config", "data", "data.feed", "data.sets", "errors"),
         *("lookup", "models", "optim", "order", "precision", "weights"),

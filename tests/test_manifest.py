@@ -114,6 +114,14 @@ def test_an_unknown_schema_is_passed_over_and_another_file_beside_is_no_harm(zyg
     assert "got schema 2, expected 1, the one that this version knows" in ended.out[0] and resumed_from(ended) == 6
 
 
+def test_a_manifest_from_before_runs_had_an_id_at_wandb_is_whole(cut, tmp_path: Path):
+    folder = copy(checkpoint(cut(SINGLE), 9), tmp_path)
+    rewrite(folder, put("wandb_id", value=...))
+    assert manifest.read(folder).wandb_id is None
+    rewrite(folder, put("wandb_id", value="abc"))
+    assert manifest.read(folder).wandb_id == "abc"
+
+
 # -- nonsense with the right hash ------------------------------------------------------------------------------------
 
 
@@ -155,6 +163,7 @@ NONSENSE = [
     put("evaluation", value={"eval/accuracy": 0.5}),
     put("loss_scale", value={"factor": 0.0, "finite_steps": 1}),
     put("loss_scale", value={"factor": float("nan"), "finite_steps": 1}),
+    put("wandb_id", value=3),
     put("config", value={}),
     put("config", "train", value=...),
     put("config", "train", "drop_last", value=...),

@@ -40,7 +40,8 @@ def most_of(folder: Path) -> str:
 
 
 def said(ended: Ended, start: str) -> list[str]:
-    return [line for line in ended.out[0].splitlines() if line.startswith(start)]
+    lines = [line.removeprefix("[rank 0] ") for line in ended.out[0].splitlines()]
+    return [line for line in lines if line.startswith(start)]
 
 
 @pytest.mark.parametrize("kind", [SINGLE, DDP, FSDP2], ids=lambda kind: kind.backend)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -142,8 +143,8 @@ def test_both_scripts_train_on_two_nodes_alike(slurm: Slurm, tmp_path: Path):
     for job, runs, backend in ((first, "by torchrun", "ddp"), (second, f"dist_train-{second}", "fsdp2")):
         summary = json.loads((tmp_path / "runs" / runs / "summary.json").read_text())
         assert (summary["world_size"], summary["backend"], summary["threads"]) == (4, backend, 1)
-        table = [line.split()[:3] for line in slurm.log(job).splitlines() if line[:3].strip().isdigit()]
-        assert sorted(table) == sorted([[str(2 * n + r), f"node{n + 1}", str(r)] for n in (0, 1) for r in (0, 1)])
+        table = re.findall(r"^(?:\d: )?\[rank 0\] (\d) +(\S+) +(\d) ", slurm.log(job), re.M)
+        assert sorted(table) == sorted([(str(2 * n + r), f"node{n + 1}", str(r)) for n in (0, 1) for r in (0, 1)])
     mine, theirs = losses(tmp_path / "runs/by torchrun"), losses(tmp_path / f"runs/dist_train-{second}")
     assert len(mine) == 12 and mine == pytest.approx(theirs, rel=1e-5)
 

@@ -24,7 +24,8 @@ def hanging(kind: Kind, folder: Path, rank: int, phase: str, act: str) -> Run:
 def named(ended: Ended, rank: int, phase: str) -> bool:
     """Whether rank 0's or another's log has named the rank and its phase, with the line that it stands at."""
     log = "".join(ended.err)
-    told = re.search(rf"\[watchdog\].*\n(.*\n)*?rank {rank} on \S+ \(process \d+\) is in phase {phase}\b", log)
+    place = rf"(\[.*\] )?rank {rank} on \S+ \(process \d+\)"
+    told = re.search(rf"\[watchdog\].*\n(.*\n)*?{place} is in phase {phase}\b", log)
     return bool(told) and "faults.py" in log
 
 

@@ -107,6 +107,7 @@ class Manifest:
         versions: of Python and the libraries.
         saved_at: the time by rank 0's clock, for people.
         files: every other file in the folder.
+        wandb_id: of the run at W&B.
     """
 
     schema: int
@@ -127,6 +128,7 @@ class Manifest:
     versions: dict[str, str]
     saved_at: str
     files: dict[str, File]
+    wandb_id: str | None = None
 
     def bytes(self) -> int:
         """Of all files but this one."""
@@ -172,9 +174,10 @@ def _fitting(value: Any, hint: Any) -> Any:
         return value
     if dataclasses.is_dataclass(hint):
         hints = typing.get_type_hints(hint)
-        if not isinstance(value, dict) or value.keys() != hints.keys():
+        needed = {f.name for f in dataclasses.fields(hint) if f.default is dataclasses.MISSING}
+        if not isinstance(value, dict) or not needed <= value.keys() <= hints.keys():
             raise TypeError(f"got other keys than {', '.join(hints)}")
-        return hint(**{name: _fitting(value[name], kind) for name, kind in hints.items()})
+        return hint(**{name: _fitting(item, hints[name]) for name, item in value.items()})
     if type(value) is int and abs(value) > _LARGEST:
         raise TypeError("got a number of more than 64 bits")
     kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)

@@ -55,6 +55,7 @@ class Checkpoints:
         facts: of the run.
         backend: has prepared the model.
         damaged: checkpoints in the folder that were found damaged, to be removed when a newer one stands.
+        wandb_id: of the run at W&B; on rank 0.
     """
 
     def __init__(
@@ -65,8 +66,10 @@ class Checkpoints:
         facts: Facts,
         backend: Backend,
         damaged: Sequence[Damaged] = (),
+        wandb_id: str | None = None,
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
+        self.wandb_id = wandb_id
         self.folder = folder / manifest.FOLDER
         # Those of another run, from which this one goes on, are not ours to remove.
         self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
@@ -101,6 +104,7 @@ class Checkpoints:
             self.save(meter)
         if meter.requests.stop_agreed and step < meter.total_steps:
             self.save(meter)
+            meter.event({"event": "stop", "at": time.time(), "by": meter.requests.stop_agreed})
             raise Stopped(meter.requests.stop_agreed, step)
 
     def save(self, meter: Meter) -> None:
@@ -173,6 +177,7 @@ class Checkpoints:
             versions=versions(),
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             files={},
+            wandb_id=self.wandb_id,
         )
 
     def _write(self, state: dict[str, Shards], what: Manifest) -> None:

@@ -1,0 +1,34 @@
+"""Which rank a line is of, where there are several: the others than rank 0 are silent unless they fail."""
+
+import logging
+import sys
+import warnings
+
+from dist_train.launcher import Launcher
+
+
+def prefix(rank: int, world_size: int) -> str:
+    """What the lines of a rank start with; nothing in a process alone."""
+    return f"[rank {rank}] " if world_size > 1 else ""
+
+
+def marked(text: str, rank: int, world_size: int) -> str:
+    """Lines with the rank before each."""
+    return "\n".join(prefix(rank, world_size) + line for line in text.split("\n"))
+
+
+def mark_warnings(launcher: Launcher) -> None:
+    """What Python's `warnings` and `logging` say of themselves carries the rank as well, in a process among several."""
+    if launcher.world_size == 1:
+        return
+    place = launcher.rank, launcher.world_size
+
+    def show(message, category, filename, lineno, file=None, line=None) -> None:
+        if launcher.rank == 0:
+            text = warnings.formatwarning(message, category, filename, lineno, line)
+            (file or sys.stderr).write(marked(text.rstrip("\n"), *place) + "\n")
+
+    warnings.showwarning = show
+    assert logging.lastResort is not None
+    logging.lastResort.setFormatter(logging.Formatter(prefix(*place) + "%(message)s"))
+    logging.lastResort.setLevel(logging.ERROR if launcher.rank else logging.WARNING)

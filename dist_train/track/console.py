@@ -1,0 +1,44 @@
+"""What people see while a run goes: plain lines. On a terminal it is the bar instead, see `bar`."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Literal
+
+from dist_train.meter import Metrics
+from dist_train.track.base import Summary
+
+
+def shows_bar(progress: Literal["auto", "bar", "lines"]) -> bool:
+    """Whether there is a bar: on a terminal that can move its cursor, if the config does not say."""
+    if progress == "auto":
+        return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    return progress == "bar"
+
+
+class Lines:
+    """A line for each that there is to say.
+
+    Args:
+        mark: puts the rank before the lines of a text.
+    """
+
+    name = "the console"
+
+    def __init__(self, mark: Callable[[str], str]):
+        self.mark = mark
+
+    def say(self, text: str) -> None:
+        """Lines for people."""
+        print(self.mark(text), flush=True)
+
+    def log(self, metrics: Metrics, line: str | None) -> None:
+        """See Tracker."""
+        if line is not None:
+            self.say(line)
+
+    def finish(self, summary: Summary) -> None:
+        """See Tracker."""
+
+    def close(self, code: int) -> None:
+        """See Tracker."""
