@@ -1,7 +1,8 @@
-"""python docs/pictures.py [order] [curves] [resume] [--out DIR] [--steps N]
+"""python docs/pictures.py [order] [curves] [resume] [report] [--out DIR] [--steps N]
 
 Makes the pictures of docs/ from runs of the project itself, and prints the command of every run. Without a name it
-makes all three. Needs matplotlib and, for `curves`, deepspeed: pip install 'dist-train[report,deepspeed]'.
+makes all. Needs matplotlib and, for `curves`, deepspeed: pip install 'dist-train[report,deepspeed]'. `report` needs
+chromium-headless-shell as well.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from dist_train.order import global_indices, share
 
@@ -26,6 +28,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 ROOT = Path(__file__).parent.parent
+BROWSER = "chromium-headless-shell"
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2")
 GREY = "#bbbbbb"
 TOLERANCE = 1e-5  # of float32; see dist_train/tools/parity.py
@@ -152,7 +155,37 @@ def resume(out: Path, steps: int) -> None:
     _save(fig, out / "resume.png")
 
 
-PICTURES = {"order": order, "curves": curves, "resume": resume}
+def report(out: Path, steps: int) -> None:
+    """The page that the report command makes, of a run that was killed and went on, and of one with another rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        common = ("--track.every_steps", "2", "--train.threads", "1", "--train.max_steps", str(steps))
+        common = (*common, "--train.epochs", str(steps), "--checkpoint.every_steps", str(max(1, steps // 8)))
+        _run(folder, "ddp", 2, *common, kill_after=steps // 3)
+        _run(folder, "ddp", 2, *common)
+        _run(folder, "slower", 1, *common, "--optim.lr", "0.0003")
+        _dist_train(folder, "report", "ddp", "slower")
+        page = ["--window-size=1100,1500", "--screenshot=page.png", "report.html"]
+        quiet = ["--no-sandbox", "--hide-scrollbars", "--virtual-time-budget=5000"]
+        subprocess.run([BROWSER, *quiet, *page], cwd=folder, check=True, capture_output=True)
+        with Image.open(Path(folder, "page.png")) as image:
+            small = image.convert("RGB").resize((825, 1125), Image.Resampling.LANCZOS)
+            small.quantize(128).save(out / "report.png", optimize=True)
+    print(f"{out / 'report.png'}  {(out / 'report.png').stat().st_size / 1e3:.0f} kB", flush=True)
+
+
+PICTURES = {"order": order, "curves": curves, "resume": resume, "report": report}
+
+
+def _dist_train(folder: str, *argv: str) -> None:
+    """A command of dist_train that starts no ranks."""
+    print(shlex.join(("python", "-m", "dist_train", *argv)), flush=True)
+    subprocess.run([sys.executable, "-m", "dist_train", *argv], cwd=folder, env=_environment(), check=True)
+
+
+def _environment() -> dict[str, str]:
+    """In which this project is found from any folder."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def _run(folder: str, name: str, ranks: int, *argv: str, kill_after: int | None = None) -> Path:
@@ -161,11 +194,9 @@ def _run(folder: str, name: str, ranks: int, *argv: str, kill_after: int | None 
     words = ("-m", "dist_train", *argv, "--run.dir", name)
     shown = shlex.join((f"torchrun --nproc_per_node={ranks}" if ranks > 1 else "python").split() + list(words))
     print(shown + (f"   # killed after step {kill_after}" if kill_after else ""), flush=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with Path(folder, f"{name}.out").open("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, *start, *words], cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT,
+            [sys.executable, *start, *words], cwd=folder, env=_environment(), stdout=output, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
         while process.poll() is None:
