@@ -60,9 +60,9 @@ def _run(
     if found:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
+    trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
     backend = backends.create(config, world)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
-    trackers.say(f"backend {trackers.backend}, {parts.describe()}")
     progress = None
     if found:
         progress = resume.load_state(found, backend, world, config.train.seed)

@@ -56,6 +56,14 @@ def test_a_model_that_differs_by_rank_fails():
     assert "fail" in done.stdout
 
 
+def test_a_run_that_fails_alone_is_a_line():
+    done = parity("--optim.name=SGD", "--optim.lr=1e30")
+    assert (done.returncode, done.stderr) == (1, "")
+    single, end = done.stdout.splitlines()[-3], done.stdout.splitlines()[-1]
+    assert single.startswith("single") and "fail: " in single and "is not finite on rank 0" in single
+    assert end == "0 of 1 agree, 0 not run"
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [

@@ -52,7 +52,7 @@ class Row:
         grad_norm: the same of the gradient norm.
         weights: of the final weights, the worst tensor's.
         samples_per_s: of the second half of the steps.
-        why: it did not run.
+        why: it did not run, which is a failure of `single` alone.
     """
 
     backend: str
@@ -112,7 +112,8 @@ def compare(config: Config, names: list[str], world_sizes: list[int], tolerance:
 
     reference = measure(config, "single", 1)
     if isinstance(reference, str):
-        raise RuntimeError(f"single did not run, so there is nothing to hold the others against: {reference}")
+        yield Row("single", 1, "fail", why=reference)  # and nothing to hold the others against
+        return
     yield Row("single", 1, "reference", 0.0, 0.0, 0.0, reference.samples_per_s)
     for backend in names:
         for world_size in world_sizes:
@@ -171,7 +172,7 @@ def _number(option: str, value: str) -> int:
 
 def _line(row: Row) -> str:
     head = f"{row.backend:<12} {row.world_size:>5}  "
-    if row.result == "not run":
-        return head + f"not run: {row.why}"
+    if row.why:
+        return head + f"{row.result}: {row.why}"
     differences = f"{row.loss:>8.1e}  {row.grad_norm:>9.1e}  {row.weights:>8.1e}"
     return head + f"{differences}  {row.samples_per_s:>10,.0f}  {row.result}"
