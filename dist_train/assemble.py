@@ -11,7 +11,7 @@ from dist_train import optim, weights
 from dist_train.config import Config, DataConfig
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
-from dist_train.data.sets import Data
+from dist_train.data.sets import Data, FromFiles
 from dist_train.errors import ConfigError
 from dist_train.lookup import load
 from dist_train.models import MODELS
@@ -82,6 +82,12 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
         Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed)
         for split in (data.train, data.test)
     ]
+    if config.compile.scope == "step" and trained is None and not feeds[0].resident:
+        kind = "read from files" if isinstance(data.train, FromFiles) else f"too large for {device} beside a model"
+        raise ConfigError(
+            f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
+            f"write --compile.scope model"
+        )
     return Parts(data, model.to(device), *feeds, precision, loaded)
 
 

@@ -162,6 +162,9 @@ class CompileConfig:
 
     mode: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
     """off runs the model as written; the others are torch.compile's own."""
+    scope: Literal["model", "step"] = "model"
+    """What mode is for. step: all from the numbers of the samples to the loss; and on CUDA the whole optimizer step is
+    captured once and replayed as a graph, also where mode is off (backend single, data in memory)."""
     fullgraph: bool = False
     """Fail where the model cannot be one graph."""
     dynamic: bool | None = None

@@ -41,6 +41,7 @@ class Result:
         train_s: seconds of training, evaluation left out.
         step_ms: durations of steps in milliseconds; on an accelerator, means between log points.
         first_step_s: seconds of the first step, its compilation included; on an accelerator, until it was launched.
+        prepare_s: seconds of compiling and capturing whole steps (compile.scope: step), which are in none of the above.
         graphs: what torch.compile made, on the rank that made most.
         recompilations: of these, those of steps after the first epoch and of evaluations after the first one, which
             have shown every shape of the run.
@@ -55,6 +56,7 @@ class Result:
     train_s: float = 0.0
     step_ms: list[float] = field(default_factory=list)
     first_step_s: float = 0.0
+    prepare_s: float = 0.0
     graphs: int = 0
     recompilations: int = 0
     cached_graphs: int = 0
@@ -148,7 +150,8 @@ class Meter:
             self._bad_norm(norm)
         if due:
             self._log(lr, norm)
-        if self.result.steps >= self.agree_step:
+        # The host runs ahead of a device: only where it has waited for it does its clock say what a step takes.
+        if self.result.steps >= self.agree_step or (due and self.device.type != "cpu"):
             self._agree()
         self.phases.progressed(self.result.steps)
         if self.device.type == "cpu":
@@ -295,6 +298,14 @@ class Meter:
         self.train_begin += away
         self.step_begin += away
         self.interval_begin += away
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Around the compiling and capturing of a step. Its time is not the training's."""
+        start = time.perf_counter()
+        with self.away():
+            yield
+        self.result.prepare_s += time.perf_counter() - start
 
     def event(self, metrics: Metrics) -> None:
         """Metrics of something that happened after the last step."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from dist_train import dist
 from dist_train.backends.base import Backend
+from dist_train.captured import Captured
 from dist_train.config import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.dist import World
@@ -46,39 +47,70 @@ def train(
     plan = Plan.of(len(feed.split), cfg, world)
     total = total_steps(cfg, plan.steps_per_epoch)
     precision = Precision(cfg.precision, world.device)
-    loss_of, test_loss_of = loss_fn(cfg.loss, cfg.label_smoothing), loss_fn(cfg.loss)
+    test_loss_of = loss_fn(cfg.loss)
     if progress is None:
         dist.seed_draws(cfg.seed, world)
     meter = Meter(tracker, total, plan, config.track.every_steps, world.device, control, progress)
-    phase = control.phases
+    of = config, backend, model, optimizer, feed, plan, precision, meter
+    take = Captured(*of) if config.compile.scope == "step" else Eager(*of)
     while (done := meter.result.steps) < total:
         epoch, first = divmod(done, plan.steps_per_epoch)
-        batches = feed(plan.indices(epoch, first), epoch)
+        take.begin(epoch, first)
         for step in range(first, min(plan.steps_per_epoch, first + total - done)):
             lr = lr_at(config.optim, meter.result.steps, total)
-            set_lr(optimizer, lr)
-            count, micro_batches = plan.batch_size(step), plan.micro_batches(step)
-            for i in range(micro_batches):
-                phase("data")
-                inputs, targets = next(batches)
-                phase("forward")
-                with backend.accumulate(last=i + 1 == micro_batches):
-                    with precision.autocast():
-                        outputs = model(inputs)
-                    loss = loss_of(outputs.to(precision.dtype), targets, count)
-                    phase("backward")
-                    backend.backward(loss)
-                meter.add(loss, count)
-            phase("optimizer")
-            norm = backend.step(cfg.grad_clip, measure=meter.due(meter.result.steps + 1))
-            meter.step(count, lr, norm)
+            norm = take(step, lr, measure=meter.due(meter.result.steps + 1))
+            meter.step(plan.batch_size(step), lr, norm)
             if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
                 watch = watch_last if meter.result.steps == total else None
-                of = model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, phase, watch
+                of = model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, control.phases, watch
                 with meter.evaluating() as result:
                     result.update(evaluate(*of))
             after_step(meter)
     return meter.finish()
+
+
+class Eager:
+    """Takes the steps of a run one operation after another, under any backend."""
+
+    def __init__(
+        self, config: Config, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer, feed: Feed,
+        plan: Plan, precision: Precision, meter: Meter,
+    ):  # fmt: skip
+        self.backend, self.model, self.optimizer, self.feed, self.plan = backend, model, optimizer, feed, plan
+        self.precision, self.meter, self.phase = precision, meter, meter.phases
+        self.loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
+        self.max_norm = config.train.grad_clip
+
+    def begin(self, epoch: int, first: int) -> None:
+        """Goes on from step `first` of an epoch."""
+        self.batches = self.feed(self.plan.indices(epoch, first), epoch)
+
+    def __call__(self, step: int, lr: float, measure: bool) -> torch.Tensor | None:
+        """Takes the step that comes next, and gives its losses to the meter. Collective.
+
+        Args:
+            step: its number in the epoch.
+            lr: its learning rate.
+            measure: the gradient norm is wanted.
+
+        Returns:
+            The norm, as Backend.step does.
+        """
+        set_lr(self.optimizer, lr)
+        count, micro_batches = self.plan.batch_size(step), self.plan.micro_batches(step)
+        for i in range(micro_batches):
+            self.phase("data")
+            inputs, targets = next(self.batches)
+            self.phase("forward")
+            with self.backend.accumulate(last=i + 1 == micro_batches):
+                with self.precision.autocast():
+                    outputs = self.model(inputs)
+                loss = self.loss_of(outputs.to(self.precision.dtype), targets, count)
+                self.phase("backward")
+                self.backend.backward(loss)
+            self.meter.add(loss, count)
+        self.phase("optimizer")
+        return self.backend.step(self.max_norm, measure)
 
 
 def total_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:

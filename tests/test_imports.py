@@ -85,8 +85,12 @@ MAY_IMPORT = {
         *("config", "data", "data.feed", "data.sets", "errors"),
         *("lookup", "models", "optim", "order", "precision", "weights"),
     },
+    "captured": {
+        *("backends.base", "config", "data.feed", "errors", "losses", "meter", "optim", "order", "precision"),
+    },
     "train": {
         "backends.base",
+        "captured",
         "config",
         "data.feed",
         "dist",

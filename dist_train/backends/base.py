@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ RECOMPILE_LIMIT = 128
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 SavedTensors = Mapping[str, "TensorStorageMetadata"]
 Reader = Callable[[Mapping[str, Shards]], None]
+Function = TypeVar("Function", bound=Callable)
 
 
 class Backend(ABC):
@@ -220,11 +221,20 @@ def compile_(module: nn.Module, config: CompileConfig) -> None:
     def forward(*args, **kwargs):  # of ours: a forward of torch.nn, such as nn.Linear's, is passed over in silence
         return inner(*args, **kwargs)
 
+    module.forward = compiled(forward, config)
+
+
+def compiled(function: Function, config: CompileConfig) -> Function:
+    """torch.compile of a function, where the config asks for it."""
+    if config.mode == "off":
+        return function
     # Where torch was built for CUDA, the compiler says on a machine without a GPU that there is none.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # Every layer that is compiled by itself is an entry of the one cache of the function above.
+    # Every layer that is compiled by itself is an entry of one cache.
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-    module.forward = torch.compile(forward, mode=config.mode, fullgraph=config.fullgraph, dynamic=config.dynamic)
+    # Graphs within the graph of a step are not possible.
+    without = "-no-cudagraphs" if config.scope == "step" and config.mode == "max-autotune" else ""
+    return torch.compile(function, mode=config.mode + without, fullgraph=config.fullgraph, dynamic=config.dynamic)
 
 
 def to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

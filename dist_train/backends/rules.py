@@ -17,6 +17,9 @@ UNFIT_OPTIMIZERS = {
     "fsdp2": {"Adafactor": "does not take sharded weights", "Rprop": "does not take sharded weights"},
     "deepspeed": {"Adafactor": "needs a weight's rows and columns, but ZeRO 1 to 3 flattens weights"},
 }
+# compile.scope step: those whose update is one kernel on CUDA, and the arguments that would make another of it.
+CAPTURED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
+CAPTURED_DECIDES = {"fused", "foreach", "differentiable", "capturable"}
 # What `accelerate launch` can be told that the config decides: variable, neutral value, option, what to do instead.
 ACCELERATE_SETTINGS = (
     ("ACCELERATE_MIXED_PRECISION", "no", "--mixed_precision", "leave it out (or no), and set train.precision"),
@@ -88,6 +91,7 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
     yield from _offload(config, backend)
     yield from _extra(config, backend)
     yield from _combination(config, backend)
+    yield from _whole_step(config, backend)
     yield from _accelerate(config, env)
 
 
@@ -178,6 +182,36 @@ def _combination(config: Config, backend: str) -> Iterator[str]:
     reason = UNFIT_OPTIMIZERS.get(backend, {}).get(config.optim.name)
     if reason and sharded:
         yield f"optim.name: got {config.optim.name}, which {reason}; write --backend.name ddp, or --optim.name AdamW"
+
+
+def _whole_step(config: Config, backend: str) -> Iterator[str]:
+    """What a step that is captured cannot be: it asks nothing of the host, and is replayed as it was."""
+    if config.compile.scope != "step":
+        return
+    instead = "write --compile.scope model"
+    if backend != "single":
+        yield f"compile.scope: got step with backend {backend}, expected single, whose step is on one device; {instead}"
+    if config.compile.mode == "reduce-overhead":
+        yield (
+            f"compile.mode: got reduce-overhead with compile.scope step, which captures graphs of its own; write "
+            f"--compile.mode default, or {instead.removeprefix('write ')}"
+        )
+    if config.train.nonfinite == "skip":
+        yield f"train.nonfinite: got skip with compile.scope step, where no step can be left out; {instead}"
+    if config.train.precision in ("float16", "float64"):
+        reason = {"float16": "the host decides its loss scale", "float64": "its learning rate is a float32"}
+        yield (
+            f"train.precision: got {config.train.precision} with compile.scope step, but "
+            f"{reason[config.train.precision]}, expected float32, tf32 or bfloat16; {instead}"
+        )
+    optim = config.optim
+    if optim.name not in CAPTURED_OPTIMIZERS:
+        yield (
+            f"optim.name: got {optim.name} with compile.scope step, expected one of {', '.join(CAPTURED_OPTIMIZERS)}, "
+            f"which read the learning rate on the device; {instead}"
+        )
+    for key in sorted(CAPTURED_DECIDES & optim.args.keys()):
+        yield f"optim.args.{key}: got {optim.args[key]!r}, but compile.scope step decides it; leave it out"
 
 
 def _accelerate(config: Config, env: Mapping[str, str]) -> Iterator[str]:

@@ -77,6 +77,17 @@ class Feed:
             return self._from_memory(batches)
         return self._from_files(batches, epoch)
 
+    @property
+    def resident(self) -> bool:
+        """Whether all of the split is on the device."""
+        return isinstance(self.split, InMemory) and self.images.device == self.device
+
+    def gather(self, index: torch.Tensor) -> Batch:
+        """The batch with these samples of a split in memory, where the index, int64 [batch], is on the device that the
+        split is on."""
+        # index_select copies whole rows; indexing with [] goes through them number by number.
+        return self._finish(self.images.index_select(0, index), self.labels.index_select(0, index))
+
     def pixels(self, samples: np.ndarray) -> torch.Tensor:
         """These samples as the data set has them, on the CPU: uint8 or float [samples, *input_shape].
 
@@ -93,8 +104,7 @@ class Feed:
     def _from_memory(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
         for several in _at_once(batches):
             index = torch.from_numpy(np.concatenate(several)).to(self.images.device, non_blocking=True)
-            # index_select copies whole rows; indexing with [] goes through them number by number.
-            inputs, labels = self._finish(self.images.index_select(0, index), self.labels.index_select(0, index))
+            inputs, labels = self.gather(index)
             start = 0
             for batch in several:
                 yield inputs.narrow(0, start, len(batch)), labels.narrow(0, start, len(batch))

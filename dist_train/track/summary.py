@@ -74,9 +74,10 @@ def _durations(step_ms: list[float]) -> dict[str, dict[str, float]]:
 
 
 def _compiled(config: Config, result: Result) -> dict[str, dict[str, float]]:
-    if config.compile.mode == "off":
+    if config.compile.mode == "off" and config.compile.scope == "model":
         return {}
     names = ("graphs", "recompilations", "cached_graphs", "first_step_s")
+    names += ("prepare_s",) if config.compile.scope == "step" else ()
     return {"compile": {name: getattr(result, name) for name in names}}
 
 
