@@ -66,7 +66,7 @@ def test_compiled_as_eager(backend: str):
     same(compiled, eager)
 
 
-@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}, {"scope": "step"}], ids=str)
 def test_compiled_as_eager_alone(settings: dict):
     same(run(cell("single", "default", **settings), ALONE), run(cell("single", "off"), ALONE))
 

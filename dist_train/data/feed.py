@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_train.data.randomness import kept_apart, seed_for
@@ -58,6 +57,7 @@ class Feed:
     ):
         self.split, self.device, self.dtype, self.one_hot = split, device, dtype, one_hot
         self.classes, self.workers = len(data.classes), workers
+        self.numbers = torch.arange(self.classes, device=device)
         if isinstance(split, InMemory):
             home = device if _fits(split, device) else torch.device("cpu")
             self.images, self.labels = split.images.to(home), split.labels.to(home)
@@ -146,7 +146,7 @@ class Feed:
         if images.dtype == torch.uint8 or self.shift is not None:
             inputs = inputs.div_(self.scale)
         if self.one_hot and labels.dim() == 1:
-            labels = F.one_hot(labels, self.classes)
+            labels = labels.unsqueeze(1) == self.numbers  # F.one_hot first reads the labels' range
         return inputs, labels.to(self.dtype) if labels.dim() == 2 else labels
 
     def _affine(self, data: Data, normalize: bool, white: float) -> tuple[torch.Tensor | None, torch.Tensor | float]:
