@@ -66,9 +66,19 @@ def test_compiled_as_eager(backend: str):
     same(compiled, eager)
 
 
-@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}, {"scope": "step"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"fullgraph": True, "dynamic": True}], ids=str)
 def test_compiled_as_eager_alone(settings: dict):
     same(run(cell("single", "default", **settings), ALONE), run(cell("single", "off"), ALONE))
+
+
+def test_a_compiled_step_as_eager():
+    """compile.scope: step, of whole batches, to spare the compiler."""
+    whole = {"micro_batch_size": None}
+    compiled, eager = (
+        dataclasses.replace(c, train=dataclasses.replace(c.train, **whole))
+        for c in (cell("single", "default", scope="step"), cell("single", "off"))
+    )
+    same(run(compiled, ALONE), run(eager, ALONE))
 
 
 # -- what was compiled -------------------------------------------------------------------------------------------------

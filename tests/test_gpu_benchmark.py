@@ -1,0 +1,48 @@
+"""benchmarks/gpu.py runs where there is no GPU: nothing in it is broken when one comes."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RECIPE = """
+data: {name: synthetic, args: {n: 140, n_test: 50}}
+model: {hidden: [8]}
+train: {epochs: 2}
+compile: {mode: default, scope: step}
+"""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu", ROOT / "benchmarks/gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(__import__("sys").modules, "gpu", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "EVERY_STEPS", 5)
+    return module
+
+
+def test_it_measures_and_shows(gpu: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    small = ["--data=synthetic", "--batch=16", "--rounds=2", "--steps=20", "--seeds=2", "--mode=off"]
+    gpu.main([*small, "--precision=float32", f"--record={recipe}", f"--json={tmp_path / 'gpu.json'}"])
+    shown, written = capsys.readouterr().out, json.loads((tmp_path / "gpu.json").read_text())
+    rates = written["throughput"]["float32"]
+    assert list(rates) == [gpu.TUTORIAL, "in memory", "on the device", gpu.GRAPH, gpu.BARE]
+    assert all(len(values) == 2 and min(values) > 0 for values in rates.values())
+    assert all(f"| {name} |" in shown for name in rates)
+    assert len(written["record"]["train_s"]) == len(written["record"]["accuracy"]) == 2
+    assert written["record"]["accuracy_mean"] > 10 and f"## {recipe}" in shown
+
+
+def test_ratios_are_those_of_each_round(gpu: ModuleType):
+    """A machine that is slower in the second round does not show in them."""
+    rates = {gpu.TUTORIAL: [10.0, 5.0], gpu.GRAPH: [30.0, 15.0], gpu.BARE: [40.0, 20.0]}
+    lines = gpu.table(rates)
+    assert lines[3] == f"| {gpu.GRAPH} | 22 | 3.00 | 3.00 |" and lines[4] == f"| {gpu.BARE} | 30 | 1.33 | 4.00 |"
+    assert "reaches 0.75 of" in lines[-1]
