@@ -131,20 +131,20 @@ def bare(prepared: Prepared, steps: int) -> float:
     config, world, parts = prepared.config, prepared.world, prepared.parts
     plan = Plan.of(len(parts.feed.split), config.train, world)
     meter = Meter(Lines(), total_steps(config.train, plan.steps_per_epoch), plan, EVERY_STEPS, world.device, Control())
-    take = Captured(
+    captured = Captured(
         config, prepared.backend, prepared.model, prepared.optimizer, parts.feed, plan, parts.precision, meter
     )
-    take.begin(0, 0)
-    for step in range(2):  # the first as it is, the second captured
-        take(step, 0.0, measure=False)
-    replay = take.replays[plan.batch_size(0), False]
+    captured.begin(0, 0)
+    for _ in range(2):  # the first as it is, the second captured
+        captured.take(plan.batch_size(0), 0.0, measure=False)
+    replay = captured.replays[plan.batch_size(0), False]
     wait(world.device)
     start = time.perf_counter()
     for step in range(steps):
         if step % (plan.steps_per_epoch - 1) == 0:
-            take.at.zero_()
+            captured.at.zero_()
         if step % EVERY_STEPS == 0:
-            take.place.zero_()
+            captured.place.zero_()
         replay()
     wait(world.device)
     return steps * config.train.global_batch_size / (time.perf_counter() - start)

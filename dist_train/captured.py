@@ -82,16 +82,16 @@ class Captured:
         _send(np.array(lrs), self.rates[first:])
         self.step.fill_(first)
 
-    def __call__(self, step: int, lr: float, measure: bool) -> torch.Tensor | None:
-        """Takes the step that comes next; see train.Eager."""
-        count, measure_or_clip = self.plan.batch_size(step), measure or self.max_norm is not None
+    def take(self, count: int, lr: float, measure: bool) -> torch.Tensor | None:
+        """Takes the step that comes next; see train.Eager. Its learning rate is on the device already."""
+        measure_or_clip = measure or self.max_norm is not None
         self.meter.phases("forward")
         replay = self.replays.get((count, measure_or_clip))
         if replay is None:
             self._take_or_capture(count, measure_or_clip)
         else:
             replay()
-        for i in range(self.plan.micro_batches(step)):
+        for i in range(pieces(count, 1, self.plan.micro_batch_size)):
             self.meter.add(self.losses[self.unread, i], count)
         self.unread += 1
         if measure:  # for a line of metrics, with which the losses are read
@@ -178,7 +178,8 @@ class Graphs:
             with torch.cuda.graph(graph, self.pool, self.stream):
                 function()
         except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
+            # The end of a capture that has failed fails as well, and says less.
+            reason = str(error.__context__ or error).strip().splitlines()[0]
             raise ConfigError(
                 f"compile.scope: got step, but a step cannot be captured as a CUDA graph: {reason}; expected a model "
                 f"that leaves all to the device; write --compile.scope model"

@@ -52,14 +52,14 @@ def train(
         dist.seed_draws(cfg.seed, world)
     meter = Meter(tracker, total, plan, config.track.every_steps, world.device, control, progress)
     of = config, backend, model, optimizer, feed, plan, precision, meter
-    take = Captured(*of) if config.compile.scope == "step" else Eager(*of)
+    steps = Captured(*of) if config.compile.scope == "step" else Eager(*of)
     while (done := meter.result.steps) < total:
         epoch, first = divmod(done, plan.steps_per_epoch)
-        take.begin(epoch, first)
+        steps.begin(epoch, first)
         for step in range(first, min(plan.steps_per_epoch, first + total - done)):
-            lr = lr_at(config.optim, meter.result.steps, total)
-            norm = take(step, lr, measure=meter.due(meter.result.steps + 1))
-            meter.step(plan.batch_size(step), lr, norm)
+            count, lr = plan.batch_size(step), lr_at(config.optim, meter.result.steps, total)
+            norm = steps.take(count, lr, meter.due(meter.result.steps + 1))
+            meter.step(count, lr, norm)
             if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
                 watch = watch_last if meter.result.steps == total else None
                 of = model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, control.phases, watch
@@ -77,7 +77,7 @@ class Eager:
         plan: Plan, precision: Precision, meter: Meter,
     ):  # fmt: skip
         self.backend, self.model, self.optimizer, self.feed, self.plan = backend, model, optimizer, feed, plan
-        self.precision, self.meter, self.phase = precision, meter, meter.phases
+        self.precision, self.dtype, self.meter, self.phase = precision, precision.dtype, meter, meter.phases
         self.loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
         self.max_norm = config.train.grad_clip
 
@@ -85,32 +85,33 @@ class Eager:
         """Goes on from step `first` of an epoch."""
         self.batches = self.feed(self.plan.indices(epoch, first), epoch)
 
-    def __call__(self, step: int, lr: float, measure: bool) -> torch.Tensor | None:
+    def take(self, count: int, lr: float, measure: bool) -> torch.Tensor | None:
         """Takes the step that comes next, and gives its losses to the meter. Collective.
 
         Args:
-            step: its number in the epoch.
+            count: its samples over all ranks.
             lr: its learning rate.
             measure: the gradient norm is wanted.
 
         Returns:
             The norm, as Backend.step does.
         """
+        backend, phase = self.backend, self.phase
         set_lr(self.optimizer, lr)
-        count, micro_batches = self.plan.batch_size(step), self.plan.micro_batches(step)
+        micro_batches = pieces(count, self.plan.world_size, self.plan.micro_batch_size)
         for i in range(micro_batches):
-            self.phase("data")
+            phase("data")
             inputs, targets = next(self.batches)
-            self.phase("forward")
-            with self.backend.accumulate(last=i + 1 == micro_batches):
+            phase("forward")
+            with backend.accumulate(last=i + 1 == micro_batches):
                 with self.precision.autocast():
                     outputs = self.model(inputs)
-                loss = self.loss_of(outputs.to(self.precision.dtype), targets, count)
-                self.phase("backward")
-                self.backend.backward(loss)
+                loss = self.loss_of(outputs.to(self.dtype), targets, count)
+                phase("backward")
+                backend.backward(loss)
             self.meter.add(loss, count)
-        self.phase("optimizer")
-        return self.backend.step(self.max_norm, measure)
+        phase("optimizer")
+        return backend.step(self.max_norm, measure)
 
 
 def total_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:

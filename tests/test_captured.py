@@ -7,7 +7,7 @@ the host decides at each step, a tape repeats as it was, as a graph would. With 
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train import assemble, backends, captured, optim
-from dist_train.captured import Captured, NoGraphs
+from dist_train.captured import Captured, Graphs, NoGraphs
 from dist_train.check import check
 from dist_train.config import CompileConfig, Config, ModelConfig, OptimConfig, load
 from dist_train.dist import World
@@ -372,3 +372,26 @@ def test_data_in_files_is_refused():
     cell = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, name="user_data:squares", args={}))
     with pytest.raises(ConfigError, match="compile.scope: got step, but the training samples are read from files"):
         assemble.build(in_steps(cell), ALONE.device)
+
+
+def test_a_failed_capture_is_one_line(monkeypatch: pytest.MonkeyPatch):
+    """As torch fails: once in the middle, and again at the end."""
+
+    @contextmanager
+    def graph(*_: object) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("capture was invalidated\nand more")
+
+    for name in ("Stream", "graph_pool_handle", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+
+    def asks() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    with pytest.raises(
+        ConfigError, match="captured as a CUDA graph: operation not permitted when stream is capturing;"
+    ):
+        Graphs(torch.device("cuda", 0)).capture(asks)

@@ -17,7 +17,7 @@ from parity_cells import run_single
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))
-RECIPES = [f"configs/{name}.yaml" for name in ("digits", "fashion_mnist", "tutorial")]
+RECIPES = [f"configs/{name}.yaml" for name in ("digits", "fashion_mnist", "fashion_mnist_record", "tutorial")]
 BACKENDS = [file for file in FILES if file not in RECIPES]
 
 # The starter that a command's first word means, and its option for the number of processes. python starts one.
@@ -114,6 +114,13 @@ def test_fashion_mnist_beats_the_bar():
     assert head_of("configs/fashion_mnist.yaml").low >= 89.5
 
 
+def test_the_record_is_a_step_on_the_device_and_its_mean_is_above_90():
+    file = "configs/fashion_mnist_record.yaml"
+    config, mean = loaded(file), re.search(r"mean ([\d.]+)%", (ROOT / file).read_text())
+    assert (config.compile.mode, config.compile.scope, config.train.eval_every_epochs) == ("default", "step", None)
+    assert mean and 90 <= float(mean[1]) <= head_of(file).high and len(head_of(file).seeds) >= 20
+
+
 @pytest.mark.parametrize(
     ("command", "name", "world_size"),
     [
@@ -186,6 +193,18 @@ def test_fashion_mnist_is_on_its_way(data_root: str):
     """The first of its ten epochs; the claim itself takes most of a minute."""
     file = "configs/fashion_mnist.yaml"
     assert accuracy(file, 0, "--data.root", data_root, "--train.max_steps", "469") > 82
+
+
+def test_the_record_is_on_its_way(data_root: str):
+    """One of its eight epochs, while the learning rate still rises."""
+    options = ("--train.max_steps", "59", "--compile.mode", "off", "--data.root", data_root)
+    assert accuracy("configs/fashion_mnist_record.yaml", 0, *options) > 80
+
+
+@pytest.mark.full
+def test_accuracy_of_the_record(data_root: str):
+    file = "configs/fashion_mnist_record.yaml"
+    assert_claimed(file, [accuracy(file, head_of(file).seeds[0], "--data.root", data_root)])
 
 
 @pytest.mark.full
