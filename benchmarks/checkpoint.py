@@ -54,7 +54,7 @@ def main() -> None:
         for asynchronous in (False, True):
             saving = Config(checkpoint=CheckpointConfig(every_steps=1, keep_last=1, asynchronous=asynchronous))
             place = folder / str(asynchronous)
-            savers[asynchronous] = Checkpoints(saving, world, place, Facts({}, DataFacts(1, 1, "")), backend)
+            savers[asynchronous] = Checkpoints(saving, world, place, Facts({}, lambda: DataFacts(1, 1, "")), backend)
         meter, host = Meter(Silent(), 10**6, 10**6, 10**6, device), HostCopy()
         times: dict[str, list[float]] = {row: [] for row in ROWS}
         for repeat in range(options.repeats + 1):

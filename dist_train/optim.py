@@ -1,7 +1,9 @@
 """The optimizer from its config, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
+from functools import cache
 
 import torch
 
@@ -12,6 +14,8 @@ from dist_train.errors import ConfigError
 # much faster than a kernel for each operation and tensor: AdamW of 670,000 weights takes a fifth of the time on a CPU.
 FUSED = {"Adam": ("cpu", "cuda"), "AdamW": ("cpu", "cuda"), "SGD": ("cpu", "cuda"), "Adagrad": ("cpu",)}
 FUSED_SHARDED = ("Adam", "AdamW")  # for which torch 2.14 knows how to split it over DTensors, too
+# Methods of torch.optim.Optimizer that torch keeps the compiler out of.
+WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 # Arguments in optim.args with which the user chooses how the update is computed.
 CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
 
@@ -20,19 +24,36 @@ def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], tor
     """A function from parameters to the optimizer. Backends call it after they have sharded the parameters."""
     given = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     settings = {k: v for k, v in given.items() if v is not None} | config.args
+    kind = getattr(torch.optim, config.name)
+    if not settings.get("differentiable"):
+        kind = _eager(kind)
 
     def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         parameters = list(parameters)
         fuses = not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
         fused = {"fused": True} if fuses else {}
         try:
-            return getattr(torch.optim, config.name)(parameters, lr=config.lr, **settings, **fused)
+            return kind(parameters, lr=config.lr, **settings, **fused)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}"
             ) from error
 
     return build
+
+
+@cache
+def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The same optimizer without what torch wraps around its methods for the compiler, which does not compile them here:
+    the first call of one would import the compiler, and that takes as long as importing torch."""
+
+    @torch.no_grad()
+    def step(self: torch.optim.Optimizer, closure: Callable | None = None) -> torch.Tensor | float | None:
+        return update(self, closure)
+
+    update = inspect.unwrap(kind.step)
+    own = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
+    return type(kind.__name__, (kind,), own | {"step": step, "__doc__": kind.__doc__, "__module__": kind.__module__})
 
 
 def _fuses(name: str, parameters: list[torch.nn.Parameter]) -> bool:

@@ -43,7 +43,7 @@ def facts_of(model: nn.Module, data: Data) -> Facts:
         name: Tensor(list(value.shape), str(value.dtype).removeprefix("torch."))
         for name, value in model.state_dict().items()
     }
-    return Facts(tensors, DataFacts(len(data.train), len(data.test), data.fingerprint()))
+    return Facts(tensors, lambda: DataFacts(len(data.train), len(data.test), data.fingerprint()))
 
 
 def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:

@@ -7,12 +7,13 @@ checkpoints/.removing-step-00000050       then an older one goes, also by a rena
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -39,10 +40,21 @@ WRITING, REMOVING = ".writing-", ".removing-"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a checkpoint must fit: shapes of the model's tensors, and the data."""
+    """What a checkpoint must fit.
+
+    Args:
+        model: shapes of the model's tensors.
+        data_of: gives the facts about the data. It goes through all of the data, which a run that neither saves nor
+            resumes can do without.
+    """
 
     model: dict[str, Tensor]
-    data: DataFacts
+    data_of: Callable[[], DataFacts]
+
+    @functools.cached_property
+    def data(self) -> DataFacts:
+        """The facts about the data."""
+        return self.data_of()
 
 
 class Checkpoints:
@@ -88,6 +100,8 @@ class Checkpoints:
         self.meeting = torch_dist.new_group(backend="gloo", timeout=together) if joined else None
         if saves(cfg):
             from dist_train.checkpoint import storage  # noqa: F401  (it takes half a second: not in the first save)
+
+            assert facts.data  # nor is the data gone through then
         # A rank of a killed run may still write when the next run has begun: not into the same folder.
         self.start = dist.on_main(lambda: secrets.token_hex(4))
 
