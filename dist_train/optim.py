@@ -44,8 +44,8 @@ def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], tor
 
 @cache
 def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The same optimizer without what torch wraps around its methods for the compiler, which does not compile them here:
-    the first call of one would import the compiler, and that takes as long as importing torch."""
+    """The same optimizer without what torch wraps around its methods to keep its compiler out: the first call of one
+    would import the compiler, and that takes as long as importing torch does."""
 
     @torch.no_grad()
     def step(self: torch.optim.Optimizer, closure: Callable | None = None) -> torch.Tensor | float | None:

@@ -28,6 +28,7 @@ import torch.distributed as torch_dist
 from dist_train import ending, folder, meter, versions, watchdog
 from dist_train.backends import BACKENDS, rules
 from dist_train.checkpoint import save, storage
+from dist_train.data import vision
 from dist_train.data.feed import Feed
 from dist_train.doctor import link, machine, meeting
 from dist_train.lookup import load
@@ -595,3 +596,50 @@ def without_wandb_core(step: int) -> None:
 
     ACTS["kill wandb-core"] = kill
     at_phase("forward", step, "kill wandb-core")
+
+
+def report_memory(path: str, copies: bool = False) -> None:
+    """Writes what this process holds in memory, in bytes: JSON, a list of moments of the run, and the peak.
+
+    Args:
+        path: of the file.
+        copies: plant a rank that holds the pixels by itself.
+    """
+    moments_: list[dict[str, int]] = []
+    written: list[int | None] = []
+    goes_over, progressed, ended = Phases.__call__, Phases.progressed, ending.leave
+
+    def sample() -> None:
+        lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
+        moments_.append({kind.rstrip(":"): int(amount) * 1024 for kind, amount, _ in lines})
+        written[:] = [_written("-ubyte")]
+
+    def goes(self: Phases, name: str) -> None:
+        goes_over(self, name)
+        if name == "checkpoint" or (name == "optimizer" and self.step % 10 == 0):
+            sample()
+
+    def goes_on(self: Phases, *step: int) -> None:
+        progressed(self, *step)
+        if self.name == "evaluate":
+            sample()
+
+    def leave(code: int) -> None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        Path(path).write_text(json.dumps({"moments": moments_, "peak_rss": peak, "written": written[0]}))
+        ended(code)
+
+    Phases.__call__, Phases.progressed, ending.leave = goes, goes_on, leave
+    if copies:
+        mapped, vision.idx.mapped = vision.idx.mapped, lambda *of: mapped(*of).clone()
+
+
+def _written(name: str) -> int | None:
+    """Bytes that this process wrote to its private mappings of files with `name` in their path; None without any."""
+    inside, found = False, None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            inside = name in line
+        elif inside and line.startswith("Anonymous:"):
+            found = (found or 0) + int(line.split()[1]) * 1024
+    return found

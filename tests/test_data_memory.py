@@ -1,13 +1,16 @@
 """Data in memory: the sets that need no files, and exact batches of any of them."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn
 import torch
 from torch.utils.data import TensorDataset
 from torchvision import transforms
 
+from dist_train.data import digits as digits_module
 from dist_train.data import synthetic as synthetic_module
 from dist_train.data.digits import digits
 from dist_train.data.feed import Feed
@@ -57,6 +60,22 @@ def test_digits_mean_and_deviation_are_the_datas():
     pixels = data.train.images.double() / 255
     assert data.mean == (round(pixels.mean().item(), 4),)
     assert data.std == (round(pixels.std(unbiased=False).item(), 4),)
+
+
+@pytest.mark.parametrize("kept", ["nowhere", "half a file", "another table"])
+def test_digits_of_a_version_that_keeps_them_elsewhere(kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Then scikit-learn is imported; the data are the same, bit by bit."""
+    file, loaded = tmp_path / "digits.csv.gz", digits("", False)
+    if kept == "half a file":
+        packed = (Path(sklearn.__file__).parent / digits_module.FILE).read_bytes()
+        file.write_bytes(packed[: len(packed) // 2])
+    elif kept == "another table":
+        file.write_bytes(gzip.compress(b"1,2,3\n4,5,6\n"))
+    monkeypatch.setattr(digits_module, "FILE", str(file))
+    again = digits("", False)
+    assert torch.equal(again.train.images, loaded.train.images) and torch.equal(again.test.labels, loaded.test.labels)
+    assert again.fingerprint() == loaded.fingerprint()
+    assert again.fingerprint() == "df64a0c4690e08ef67f3b84f54460cc407fa6e0129f30cb684c2d4b1cb9a997c"
 
 
 @pytest.mark.parametrize(("n", "shape", "classes"), [(1, (1, 28, 28), 10), (33, (3, 5, 4), 2), (12, (7,), 1000)])

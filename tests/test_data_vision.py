@@ -1,10 +1,13 @@
 """torchvision's data sets: from archives, unpacked, read-only, damaged, absent, and by four processes at once."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
+import itertools
 import os
 import pickle
+import shutil
 import socket
 import stat
 import sys
@@ -29,6 +32,13 @@ from data_files import FASHION, fashion_mnist_root, made_images, needs_real_data
 from ranks import run_ranks
 
 Make = Callable[[str, bool], Data]
+# Of made data, as they were when the pixels were in memory.
+FINGERPRINTS = [
+    (vision.mnist, "MNIST", "3e9a1e2458c9c29bd5f8d8def2a71562ffe89bf1e78de154338a8688662cb2d0"),
+    (vision.fashion_mnist, "FashionMNIST", "51e1b4a457a04e8557a597148e773371f2afde3b6f763a225def737ce033e08d"),
+    (vision.kmnist, "KMNIST", "17aaf538b6e414c7b4b75db1078926cd3bed9ab9c34adb486576164b8f11705a"),
+]
+CIFAR10_FINGERPRINT = "f41dcf7e37f1171aaa48ddcd293f66f798d8967d2029269b2079c6afbc292d77"
 
 
 @pytest.fixture(autouse=True)
@@ -120,26 +130,110 @@ def md5(path: Path) -> str:
     return hashlib.md5(path.read_bytes()).hexdigest()
 
 
-def test_cifar10_from_its_archive_and_then_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    pixels = write_cifar10(tmp_path / "made" / "cifar-10-batches-py", 4)
-    root = tmp_path / "root"
-    root.mkdir()
-    with tarfile.open(root / "cifar-10-python.tar.gz", "w:gz") as tar:
-        tar.add(tmp_path / "made" / "cifar-10-batches-py", "cifar-10-batches-py")
-    # The made files' own checksums: torchvision reads no others.
-    made = {path.name: md5(path) for path in (tmp_path / "made" / "cifar-10-batches-py").iterdir()}
-    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(root / "cifar-10-python.tar.gz"))
-    monkeypatch.setattr(
-        datasets.CIFAR10, "train_list", [[f"data_batch_{k}", made[f"data_batch_{k}"]] for k in range(1, 6)]
+@pytest.fixture
+def cifar10_pixels(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """The pixels of the made archive in `open_folder`, whose checksums torchvision and the package now expect."""
+    made = open_folder / "made" / "cifar-10-batches-py"
+    pixels = write_cifar10(made, 4)
+    with tarfile.open(open_folder / "cifar-10-python.tar.gz", "w:gz") as tar:
+        tar.add(made, "cifar-10-batches-py")
+    sums = {path.name: md5(path) for path in made.iterdir()}
+    shutil.rmtree(open_folder / "made")
+    monkeypatch.setattr(vision, "CIFAR10_SOURCES", sums)
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", md5(open_folder / "cifar-10-python.tar.gz"))
+    lists = [[f"data_batch_{k}", sums[f"data_batch_{k}"]] for k in range(1, 6)]
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists)
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": sums["batches.meta"]})
+    return pixels
+
+
+def check_cifar10(root: Path, pixels: torch.Tensor) -> Data:
+    data = vision.cifar10(str(root), False)
+    assert torch.equal(data.train.images, pixels[:5].flatten(0, 1)) and torch.equal(data.test.images, pixels[5])
+    assert data.train.images.is_contiguous() and data.input_shape == (3, 32, 32)
+    assert data.train.labels[:5].tolist() == [0, 1, 2, 3, 1] and data.test.labels.tolist() == [5, 6, 7, 8]
+    assert data.classes == tuple(f"thing {k}" for k in range(10))
+    return data
+
+
+def maps(name: str) -> bool:
+    """Whether a file with `name` in its path is mapped in this process."""
+    return name in Path("/proc/self/maps").read_text()
+
+
+def test_cifar10_is_decoded_once_and_then_mapped(open_folder: Path, cifar10_pixels: torch.Tensor):
+    data = check_cifar10(open_folder, cifar10_pixels)
+    assert maps(str(open_folder / vision.CIFAR10_DECODED)) and sorted(p.name for p in open_folder.iterdir()) == [
+        *(".CIFAR10.lock", "cifar-10-batches-py", "cifar-10-decoded.bin", "cifar-10-python.tar.gz"),
+    ]
+    del data
+    shutil.rmtree(open_folder / "cifar-10-batches-py")
+    (open_folder / "cifar-10-python.tar.gz").unlink()
+    with read_only(open_folder):
+        assert check_cifar10(open_folder, cifar10_pixels).fingerprint() == CIFAR10_FINGERPRINT
+    assert not maps(vision.CIFAR10_DECODED)  # a mapping goes with its tensors
+
+
+@pytest.mark.parametrize("damage", ["other source", "cut off", "no JSON", "other format"])
+def test_a_decoded_file_that_does_not_fit_is_made_anew(damage: str, open_folder: Path, cifar10_pixels: torch.Tensor):
+    check_cifar10(open_folder, cifar10_pixels)
+    file = open_folder / vision.CIFAR10_DECODED
+    whole = file.read_bytes()
+    some_md5 = vision.CIFAR10_SOURCES["test_batch"].encode()
+    file.write_bytes(
+        {
+            "other source": whole.replace(some_md5, some_md5[::-1]),
+            "cut off": whole[:-1],
+            "no JSON": bytes(len(whole)),
+            "other format": whole.replace(b'"format": 1', b'"format": 2'),
+        }[damage]
     )
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", [["test_batch", made["test_batch"]]])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", datasets.CIFAR10.meta | {"md5": made["batches.meta"]})
-    for _ in range(2):
-        data = vision.cifar10(str(root), False)
-        assert torch.equal(data.train.images, pixels[:5].flatten(0, 1)) and torch.equal(data.test.images, pixels[5])
-        assert data.train.images.is_contiguous() and data.input_shape == (3, 32, 32)
-        assert data.train.labels[:5].tolist() == [0, 1, 2, 3, 1] and data.classes[3] == "thing 3"
-        (root / "cifar-10-python.tar.gz").unlink(missing_ok=True)
+    assert file.read_bytes() != whole
+    check_cifar10(open_folder, cifar10_pixels)
+    assert file.read_bytes() == whole
+
+
+def test_cifar10_unpacked_in_a_read_only_folder(open_folder: Path, cifar10_pixels: torch.Tensor):
+    """Nothing can be kept beside it: it is decoded in memory, by every process."""
+    check_cifar10(open_folder, cifar10_pixels)
+    (open_folder / vision.CIFAR10_DECODED).unlink()
+    (open_folder / "cifar-10-python.tar.gz").unlink()
+    with read_only(open_folder):
+        data = check_cifar10(open_folder, cifar10_pixels)
+        assert data.fingerprint() == CIFAR10_FINGERPRINT and not maps(vision.CIFAR10_DECODED)
+        (unread,) = [path for path in (open_folder / "cifar-10-batches-py").iterdir() if path.name == "data_batch_3"]
+    unread.write_bytes(b"")
+    with read_only(open_folder):
+        assert "CIFAR10.lock: Permission denied" in refused(vision.cifar10, open_folder, False)
+
+
+def test_cifar10_on_a_full_disk(open_folder: Path, cifar10_pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    check_cifar10(open_folder, cifar10_pixels)
+    assert not [path for path in open_folder.iterdir() if vision.CIFAR10_DECODED in path.name]
+
+
+# -- as they were before they were mapped ------------------------------------------------------------------------------
+
+
+def test_what_is_known_of_the_sets_is_torchvisions():
+    sets = {"MNIST": vision.MNIST_CLASSES, "FashionMNIST": vision.FASHION_CLASSES, "KMNIST": vision.KMNIST_CLASSES}
+    for name, classes in sets.items():
+        kind = getattr(datasets, name)
+        assert tuple(kind.classes) == classes
+        assert [f.removesuffix(".gz") for f, _ in kind.resources] == list(itertools.chain(*vision.IDX_FILES))
+    assert vision._verified(datasets.CIFAR10) == vision.CIFAR10_SOURCES
+
+
+@pytest.mark.parametrize(("make", "name", "expected"), FINGERPRINTS)
+def test_a_fingerprint_stays(make: Make, name: str, expected: str, tmp_path: Path):
+    """A checkpoint holds it: with another one, the run that it is of would be refused."""
+    write_raw(tmp_path / name / "raw", 30, 20)
+    assert make(str(tmp_path), False).fingerprint() == expected
 
 
 # -- nothing, or something damaged ------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Who may see whom: the rooms of the package, read from its imports."""
 
 import ast
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +10,8 @@ from pathlib import Path
 import pytest
 
 import dist_train
+
+from data_files import write_raw
 
 ROOT = Path(dist_train.__file__).parent
 LAUNCH = sorted((ROOT.parent / "launch").glob("*.py"))
@@ -116,7 +120,7 @@ MAY_IMPORT = {
         *("check", "checkpoint.manifest", "config", "errors", "strict_yaml", "report.files", "report.images"),
         *("report.panels", "report.read", "report.summary", "report.text"),
     },
-    "data": {"errors", "data.image_files", "data.randomness", "data.sets"},
+    "data": {"errors", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }
 HEAVY = {"torch", "numpy", "sklearn", "torchvision"}
@@ -181,3 +185,43 @@ def test_the_light_modules_do_not_import_torch():
     code = f"import sys, {names}; print(sorted({HEAVY} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# What a run on one process and the CPU does without.
+NOT_NEEDED = (
+    *("torchvision", "sklearn", "accelerate", "deepspeed", "wandb", "rich", "plotly", "matplotlib", "sympy"),
+    *("tensorboard", "torch.utils.tensorboard", "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint"),
+)
+# Runs in forks of one process that has imported torch. Each prints its exit code, and what it has imported of a list.
+RUNS = """
+import json, os, sys
+import torch
+looked_for, runs = json.loads(sys.argv[1])
+for argv in runs:
+    if not os.fork():
+        from dist_train import __main__, ending
+        def leave(code):
+            print(json.dumps([code, sorted(set(looked_for) & sys.modules.keys())]), file=sys.stderr, flush=True)
+            os._exit(0)
+        ending.leave = leave
+        sys.argv = ["dist_train", *argv]
+        __main__.main()
+    os.wait()
+"""
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(tmp_path: Path):
+    write_raw(tmp_path / "FashionMNIST" / "raw", 60, 20)
+    common = ["--train.device", "cpu", "--train.max_steps", "3", "--track.every_steps", "1", "--model.hidden", "[8]"]
+    fashion = ["--data.name", "fashion_mnist", "--data.root", str(tmp_path)]
+    saves = ["--checkpoint.every_steps", "3"]
+    runs = [[*common, *more, "--run.dir", str(tmp_path / f"run{i}")] for i, more in enumerate(([], fashion, saves))]
+    control = ["dist_train.data.vision", "dist_train.data.digits"]
+    given = json.dumps([[*NOT_NEEDED, *control], runs])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT.parent)}
+    done = subprocess.run([sys.executable, "-c", RUNS, given], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    digits, pictures, saved = map(json.loads, done.stderr.splitlines())
+    assert digits == [0, ["dist_train.data.digits"]]
+    assert pictures == [0, ["dist_train.data.vision"]]
+    assert saved[0] == 0 and "torch.distributed.checkpoint" in saved[1]  # the list is of names that can be found

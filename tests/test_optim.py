@@ -12,7 +12,7 @@ from dist_train.config import OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.lookup import parameters, torch_optimizers
 from dist_train.losses import loss_fn
-from dist_train.optim import factory, lr_at
+from dist_train.optim import FUSED, factory, lr_at
 from dist_train.train import evaluation_due, total_steps
 
 TOTAL = 40
@@ -57,10 +57,44 @@ def test_every_optimizer_that_is_offered_works():
     for name in names:
         weights = one_weight()
         optimizer = factory(OptimConfig(name=name, lr=0.1))(weights)
-        assert type(optimizer) is getattr(torch.optim, name)
+        assert type(optimizer).__mro__[1] is getattr(torch.optim, name) and type(optimizer).__name__ == name
         weights[0].sum().backward()
         optimizer.step()
         assert (weights[0] < 1).all(), name
+
+
+@pytest.mark.parametrize("name", sorted(set(torch_optimizers()) - set(UNFIT_OPTIMIZERS)))
+def test_an_optimizer_gives_torchs_own_bits(name: str):
+    """Ours are without what torch wraps around their methods for the compiler."""
+
+    def trained(optimizer: torch.optim.Optimizer, resumed: torch.optim.Optimizer, weights: list[list]) -> list:
+        seen = []
+        optimizer.register_step_post_hook(lambda *_: seen.append("hook"))
+        for step in range(6):
+            if step == 3:
+                resumed.load_state_dict(optimizer.state_dict())
+                weights[1][0].data = weights[0][0].data.clone()
+                optimizer, weights = resumed, weights[1:]
+            optimizer.zero_grad()
+            (weights[0][0] ** 2).sum().backward()
+            optimizer.step()
+            assert torch.is_grad_enabled() and weights[0][0].requires_grad and weights[0][0].is_leaf
+        return [weights[0][0].tolist(), len(seen), optimizer.state_dict()["param_groups"]]
+
+    def draw() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.linspace(-1, 2, 12).view(3, 4))]
+
+    fused = {"fused": True} if name in FUSED else {}
+    plain, ours = [draw(), draw()], [draw(), draw()]
+    build = factory(OptimConfig(name=name, lr=0.1))
+    theirs = trained(*(getattr(torch.optim, name)(w, lr=0.1, **fused) for w in plain), plain)
+    assert trained(*map(build, ours), ours) == theirs
+    assert theirs[1] == 3
+
+
+def test_a_differentiable_optimizer_is_torchs_own():
+    optimizer = factory(OptimConfig(name="SGD", lr=0.1, args={"differentiable": True}))(one_weight())
+    assert type(optimizer) is torch.optim.SGD
 
 
 def test_arguments_are_read_from_source_as_they_are():

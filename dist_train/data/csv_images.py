@@ -81,8 +81,8 @@ def csv_images(
         shape = tuple(files(rows[:1], image, None)[0][0].shape)
         classes = _targets(names, target)
     return Data(
-        FromFiles(files(rows, image, shape), _identity(rows)),
-        FromFiles(files(test_rows, test_image, shape), _identity(test_rows)),
+        FromFiles(files(rows, image, shape), _identity(rows), draws=bool(image or target)),
+        FromFiles(files(test_rows, test_image, shape), _identity(test_rows), draws=bool(test_image or target)),
         input_shape=shape,
         classes=classes,
         mean=tuple(mean),

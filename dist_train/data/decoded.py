@@ -1,7 +1,7 @@
 """A data set that was decoded, in one file beside its source: written once, mapped by every rank of a node.
 
-The file: JSON, filled up with spaces to HEAD_BYTES; then the images and the labels of the training split and those of the
-test split, all uint8.
+The file: JSON, filled up with spaces to HEAD_BYTES; then the images and the labels of the training split, and those of
+the test split, all uint8.
 """
 
 import contextlib

@@ -14,7 +14,6 @@ import torch
 from dist_train.data.sets import Data, InMemory
 from dist_train.errors import ConfigError
 
-
 # Where scikit-learn has them, below its own folder.
 FILE = "datasets/data/digits.csv.gz"
 SHAPE = (1797, 65)

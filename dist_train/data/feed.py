@@ -5,6 +5,7 @@ import pickle
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing.context import BaseContext
 from typing import Any
@@ -63,7 +64,7 @@ class Feed:
             self.images, self.labels = split.images.to(home), split.labels.to(home)
             pixels = torch.uint8
         else:
-            self.reader = _Reader.of(split.dataset, seed, tuple(data.input_shape), self.classes)
+            self.reader = _Reader.of(split, seed, tuple(data.input_shape), self.classes)
             pixels = self.reader.empty[0].dtype
         self.shift, self.scale = self._affine(data, normalize, 255.0 if pixels == torch.uint8 else 1.0)
 
@@ -163,6 +164,7 @@ class _Reader(Dataset[Any]):
     """An item is a whole batch: collated in the worker, empty if the rank's share is, a message if a sample is bad."""
 
     dataset: Dataset[Any]
+    draws: bool
     seed: int
     epoch: int
     input_shape: tuple[int, ...]
@@ -170,9 +172,9 @@ class _Reader(Dataset[Any]):
     empty: tuple[torch.Tensor, torch.Tensor] | None
 
     @classmethod
-    def of(cls, dataset: Dataset[Any], seed: int, input_shape: tuple[int, ...], classes: int) -> "_Reader":
+    def of(cls, split: FromFiles, seed: int, input_shape: tuple[int, ...], classes: int) -> "_Reader":
         """Reads the first sample: what it is, all are. Raises ConfigError."""
-        reader = cls(dataset, seed, 0, input_shape, classes, empty=None)
+        reader = cls(split.dataset, split.draws, seed, 0, input_shape, classes, empty=None)
         first = reader[np.zeros(1, np.int64)]
         if isinstance(first, str):
             raise ConfigError(first)
@@ -183,26 +185,33 @@ class _Reader(Dataset[Any]):
             assert self.empty is not None
             return self.empty
         try:
-            with kept_apart():
-                images, labels = default_collate([self._sample(int(i)) for i in batch])
+            with kept_apart() if self.draws else nullcontext():
+                images, labels = default_collate([self._sample(i) for i in batch.tolist()])
         except ConfigError as error:  # a string, because an exception would come with the worker's traceback
             return str(error)
         return images, labels
 
-    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        seed_for(self.seed, self.epoch, index)
+    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor | int]:
+        if self.draws:
+            seed_for(self.seed, self.epoch, index)
         image, target = self.dataset[index]
-        kinds = [torch.uint8, torch.float32, torch.float64] if self.empty is None else [self.empty[0].dtype]
-        if not isinstance(image, torch.Tensor) or image.dtype not in kinds or tuple(image.shape) != self.input_shape:
+        fits = isinstance(image, torch.Tensor) and image.shape == self.input_shape
+        if not fits or image.dtype not in self._kinds():
             got = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
             raise ConfigError(
-                f"data.name: sample {index}: got {got}, expected a tensor {' or '.join(map(str, kinds))} "
+                f"data.name: sample {index}: got {got}, expected a tensor {' or '.join(map(str, self._kinds()))} "
                 f"{list(self.input_shape)}"
             )
+        numbers = self.empty is None or self.empty[1].dim() == 1
+        if type(target) is int and numbers and 0 <= target < self.classes:  # as most are
+            return image, target
         return image, self._target(index, target)
 
-    def _target(self, index: int, target: Any) -> torch.Tensor:
-        """int64 [] or float [classes], as that of the first sample."""
+    def _kinds(self) -> tuple[torch.dtype, ...]:
+        return (torch.uint8, torch.float32, torch.float64) if self.empty is None else (self.empty[0].dtype,)
+
+    def _target(self, index: int, target: Any) -> torch.Tensor | int:
+        """A number, or a float vector [classes], as that of the first sample."""
         try:
             out = torch.as_tensor(target)
         except (TypeError, ValueError, RuntimeError):
@@ -214,7 +223,7 @@ class _Reader(Dataset[Any]):
                 f"data.name: sample {index}: got target {target!r}, expected a class number from 0 to "
                 f"{self.classes - 1} in all samples, or a vector of {self.classes} floats in all"
             )
-        return out.long() if number else out
+        return int(out) if number else out
 
 
 def _context(dataset: Dataset[Any]) -> BaseContext:

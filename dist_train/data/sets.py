@@ -35,10 +35,13 @@ class FromFiles:
             float, or uint8 pixels that are then divided by 255. Its __getitem__ may raise ConfigError for a bad sample.
         identity: text that changes when the samples do, such as a hash over their names and classes. A checkpoint holds
             it, so that a run does not go on with other data.
+        draws: whether an item may depend on random numbers, which are then seeded for each sample. False saves the time
+            of it.
     """
 
     dataset: Dataset[tuple[torch.Tensor, Any]]
     identity: str = ""
+    draws: bool = True
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]

@@ -164,9 +164,7 @@ def _unpack(kind: type, home: Path, folder: Path, download: bool, archives: Arch
     return _mapped(folder)
 
 
-def _decode(
-    kind: type, home: Path, folder: Path, download: bool, archives: Archives
-) -> tuple[Splits, tuple[str, ...]]:
+def _decode(kind: type, home: Path, folder: Path, download: bool, archives: Archives) -> tuple[Splits, tuple[str, ...]]:
     """The same for a set whose files hold pixels that cannot be mapped as they are."""
     fetch = download or _whole(folder, archives)
     if not fetch and not os.path.isdir(home / kind.base_folder):
