@@ -5,8 +5,8 @@ python benchmarks/files.py [--repeats 5] [--batch_size 64] [--workers 2]
 Both read, decode and collate the same 9,000 images of $DIST_TRAIN_DATA/mnist_png.tar.gz in the same order, and make
 floats in [0, 1] of the pixels. An epoch is timed whole, with the start and the end of its workers: a bare DataLoader
 forks them from the training process, ours come from a small server (data/feed.py says why). `kept` is a bare DataLoader
-that keeps its workers between epochs. The sides alternate; ratios are of the medians, of the fastest epochs (which other
-programs disturbed least), and of each pair.
+that keeps its workers between epochs. The sides alternate; ratios are of the medians, of the fastest epochs, which
+other programs disturbed least, and of each pair.
 """
 
 import argparse

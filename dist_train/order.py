@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 # Up to here an epoch's order is a permutation held in memory (8 MiB); above, it is computed index by index.
 PERMUTATION_LIMIT = 1 << 20
+# Samples of a rank that are looked up at once, if its share of a step is smaller: one by one costs more than a step.
+BLOCK = 4096
 ROUNDS = 8  # 6 leave a bias that a chi-square test sees in small ranges
 
 
@@ -40,9 +42,7 @@ def global_indices(
         raise IndexError(f"step {step} of an epoch with {steps} steps")
     start = step * global_batch_size
     stop = min(n, start + global_batch_size)
-    if n <= PERMUTATION_LIMIT:
-        return permutation(n, seed, epoch)[start:stop]
-    return shuffled(np.arange(start, stop, dtype=np.int64), n, seed, epoch)
+    return _samples(np.arange(start, stop), n, seed, epoch)
 
 
 def steps_per_epoch(n: int, global_batch_size: int, drop_last: bool = False) -> int:
@@ -67,6 +67,13 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(n)
     order.setflags(write=False)
     return order
+
+
+def _samples(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The samples at `positions` of an epoch's order, int64 of the same shape, the caller's own."""
+    if n <= PERMUTATION_LIMIT:
+        return permutation(n, seed, epoch)[positions]
+    return shuffled(positions.ravel(), n, seed, epoch).reshape(positions.shape)
 
 
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
@@ -114,24 +121,57 @@ class Plan:
         """The plan of a run's config for one rank."""
         return cls(n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last, world.rank, world.size)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch."""
         return steps_per_epoch(self.n, self.global_batch_size, self.drop_last)
 
+    @cached_property
+    def whole_steps(self) -> int:
+        """Of these, those with a batch that is not smaller."""
+        return self.n // self.global_batch_size
+
+    @cached_property
+    def _whole_micro_batches(self) -> int:
+        return pieces(self.global_batch_size, self.world_size, self.micro_batch_size)
+
     def batch_size(self, step: int) -> int:
         """Samples of a step of an epoch over all ranks."""
-        return min(self.n - step * self.global_batch_size, self.global_batch_size)
+        return self.global_batch_size if step < self.whole_steps else self.n - step * self.global_batch_size
 
     def micro_batches(self, step: int) -> int:
         """Micro-batches of a step of an epoch, on every rank."""
+        if step < self.whole_steps:
+            return self._whole_micro_batches
         return pieces(self.batch_size(step), self.world_size, self.micro_batch_size)
 
     def indices(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
-        """This rank's micro-batches from a step to the end of an epoch: int64 arrays, empty ones included."""
-        for step in range(first_step, self.steps_per_epoch):
-            batch = global_indices(self.n, self.seed, epoch, step, self.global_batch_size, self.drop_last)
-            mine = batch[share(len(batch), self.rank, self.world_size)]
-            count = self.micro_batches(step)
-            for piece in range(count):
-                yield mine[share(len(mine), piece, count)].copy()  # torch takes no read-only array
+        """This rank's micro-batches from a step to the end of an epoch: int64 arrays, empty ones included.
+
+        A step costs no more at any number of samples above PERMUTATION_LIMIT, or of ranks: only this rank's share of it
+        is looked up.
+        """
+        mine, cuts = self._cuts(self.global_batch_size)
+        at_once = max(1, BLOCK // max(1, mine.stop - mine.start))
+        for first in range(first_step, self.whole_steps, at_once):
+            for row in self._block(epoch, first, min(first + at_once, self.whole_steps), mine):
+                for cut in cuts:
+                    yield row[cut]
+        ragged = self.n - self.whole_steps * self.global_batch_size
+        if ragged and first_step <= self.whole_steps < self.steps_per_epoch:
+            mine, cuts = self._cuts(ragged)
+            start = self.whole_steps * self.global_batch_size
+            row = _samples(np.arange(start + mine.start, start + mine.stop), self.n, self.seed, epoch)
+            for cut in cuts:
+                yield row[cut]
+
+    def _cuts(self, count: int) -> tuple[slice, list[slice]]:
+        """This rank's share of a batch of `count` samples, and its micro-batches within the share."""
+        mine = share(count, self.rank, self.world_size)
+        micro_batches = pieces(count, self.world_size, self.micro_batch_size)
+        return mine, [share(mine.stop - mine.start, i, micro_batches) for i in range(micro_batches)]
+
+    def _block(self, epoch: int, first: int, last: int, mine: slice) -> np.ndarray:
+        """A share of each whole batch from step `first` up to `last`: int64 [steps, share]."""
+        starts = np.arange(first, last)[:, None] * self.global_batch_size
+        return _samples(starts + np.arange(mine.start, mine.stop), self.n, self.seed, epoch)

@@ -157,7 +157,8 @@ def evaluate(
     training = model.training
     model.eval()
     n = len(feed.split)
-    mine = np.arange(n)[share(n, world.rank, world.size)]
+    part = share(n, world.rank, world.size)
+    mine = np.arange(part.start, part.stop)
     count = pieces(n, world.size, batch_size)  # the same on every rank: a sharded model's forward is collective
     wide = torch.float32 if feed.device.type == "mps" else torch.float64  # that device has nothing wider
     sums = torch.zeros(2, dtype=wide, device=feed.device)

@@ -328,7 +328,7 @@ def test_targets_that_are_probabilities(images: Path, name: str, workers: int):
     feed = feed_of(data, workers, dtype=torch.float64)
     (_, targets), (inputs, empty) = feed(iter([np.arange(30), np.array([], np.int64)]))
     assert targets.dtype == torch.float64 and targets.shape == (30, 12) and empty.shape == (0, 12)
-    assert targets.argmax(1).tolist() == [int(row.label) for row in data.train.dataset.list(rows)[:30]]
+    assert targets.argmax(1).tolist() == [int(row.label) for row in list(data.train.dataset.rows)[:30]]
     assert inputs.shape == (0, 1, 28, 28)
 
 

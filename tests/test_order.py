@@ -93,6 +93,68 @@ def test_a_trillion_samples_neighbouring_steps_do_not_overlap():
     assert len(set(np.concatenate(rows).tolist())) == 30_000
 
 
+# -- 10^12 samples and 10^5 ranks --------------------------------------------------------------------------------------
+
+TRILLION, RANKS = 10**12, 10**5
+STEP_SAMPLES = 3_200_017  # 32 a rank, and 33 for 17 of them
+
+
+def test_shares_of_a_hundred_thousand_ranks():
+    """Of a whole batch, of the epoch's smaller last one, and of one with fewer samples than ranks."""
+    ragged = TRILLION % STEP_SAMPLES
+    for count in (STEP_SAMPLES, ragged, 99_999):
+        shares = [share(count, rank, RANKS) for rank in range(RANKS)]
+        assert shares[0].start == 0 and shares[-1].stop == count
+        assert all(a.stop == b.start for a, b in itertools.pairwise(shares))
+        assert {s.stop - s.start for s in shares} == {count // RANKS, count // RANKS + 1}
+
+
+@pytest.mark.parametrize("rank", [0, 1, 49_999, 77_777, RANKS - 1])
+@pytest.mark.parametrize("step", [0, 1, 12_345, TRILLION // STEP_SAMPLES - 1, TRILLION // STEP_SAMPLES])
+def test_a_rank_of_many_takes_its_share_of_the_global_batch(rank: int, step: int):
+    """A seek anywhere in an epoch, the smaller last batch included. The batch's order is computed place by place."""
+    mine = next(plan(TRILLION, STEP_SAMPLES, rank, RANKS).indices(4, step))
+    batch = min(STEP_SAMPLES, TRILLION - step * STEP_SAMPLES)
+    part = share(batch, rank, RANKS)
+    places = step * STEP_SAMPLES + np.arange(part.start, part.stop)
+    assert mine.tolist() == shuffled(places, TRILLION, 3, 4).tolist()
+
+
+def test_all_ranks_together_take_a_step_of_a_trillion():
+    whole = global_indices(TRILLION, 3, 4, 77, 6_007)
+    parts = [next(plan(TRILLION, 6_007, rank, 1000).indices(4, 77)) for rank in range(1000)]
+    assert np.concatenate(parts).tolist() == whole.tolist() and len(set(whole.tolist())) == 6_007
+    assert {len(part) for part in parts} == {6, 7}
+
+
+def price(n: int, world: int, step: int) -> tuple[int, int]:
+    """Of taking a rank's next two micro-batches of 32: samples looked up, and the most bytes that it needed."""
+    looked_up = []
+
+    def counted(positions: np.ndarray, *of) -> np.ndarray:
+        looked_up.append(positions.size)
+        return shuffle(positions, *of)
+
+    shuffle, order.shuffled = order.shuffled, counted
+    tracemalloc.start()
+    try:
+        stream = plan(n, 32 * world, 0, world).indices(0, step)
+        next(stream), next(stream)
+        return sum(looked_up), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        order.shuffled = shuffle
+
+
+def test_the_price_depends_on_neither_samples_nor_ranks_nor_step():
+    """Counted in samples that are looked up, a block, and in bytes: cycle walking takes a few rounds more or less."""
+    few, bytes_ = price(1 << 21, 2, 0)
+    assert few == order.BLOCK
+    for n, world, step in [(TRILLION, 2, 0), (TRILLION, RANKS, 0), (TRILLION, RANKS, 300_000), (2**62, RANKS, 10**11)]:
+        samples, peak_bytes = price(n, world, step)
+        assert samples == few and 0.8 < peak_bytes / bytes_ < 1.25, (n, world, step, peak_bytes, bytes_)
+
+
 def test_the_order_does_not_change_between_versions():
     """A checkpoint's cursor means the same samples in every later version."""
     assert global_indices(100, 0, 0, 0, 8).tolist() == SMALL

@@ -15,7 +15,7 @@ from dist_train.errors import ConfigError
 # end the process by a segmentation fault, and torchvision 0.29 says that it will be removed.
 MODES = {"UNCHANGED": None, "GRAY": "L", "GRAY_ALPHA": "LA", "RGB": "RGB", "RGB_ALPHA": "RGBA"}
 
-# Pillow's usual formats, now: the workers of every epoch, which are forked from a process that has this module, would each
+# Pillow's usual formats, now: the workers of every epoch are forked from a process that has this module, and would each
 # import them at their first image.
 Image.preinit()
 
