@@ -1,0 +1,353 @@
+"""The cost of a step by its parts: measured here, fitted, and predicted for larger world sizes.
+
+python benchmarks/scaling.py measure [--rounds 3] [--out benchmarks/scaling.json]
+python benchmarks/scaling.py show [--of benchmarks/scaling.json] [--picture docs/images/scaling.png]
+
+`measure` runs the package itself, one process and DDP on gloo, a round after the other, and times all-reduces and the
+feed; of each figure it keeps the fastest round, which other programs disturbed least. `show` prints the tables of
+docs/scaling.md and draws its picture; it needs matplotlib.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+WEIGHTS = 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10  # of the default model on 28x28 pixels
+GRADIENT_BYTES = 4 * WEIGHTS
+ALONE = (1, 16, 64, 256, 1024)  # batch sizes of one process
+TOGETHER = {1: (64, 256, 1024), 2: (64, 256, 1024), 4: (256, 1024)}  # global batch sizes by ranks of DDP
+REDUCED_BYTES = (1 << 12, 1 << 16, 1 << 20, GRADIENT_BYTES, 1 << 24)
+TIMED_STEPS = {1: 400, 16: 300, 64: 300, 256: 150, 1024: 60}
+Measured = dict[str, dict[str, float]]
+
+
+# -- measured ---------------------------------------------------------------------------------------------------------
+
+
+def step_ms(ranks: int, batch: int) -> float:
+    """The median duration of a step of the package. 0 ranks: without a group."""
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["-m", "dist_train", "--data.name", "synthetic", "--data.args.n_test", "64", "--train.device", "cpu"]
+        words += ["--train.global_batch_size", str(batch), "--train.max_steps", str(TIMED_STEPS[batch])]
+        words += ["--train.epochs", "1000", "--train.eval_every_epochs", "null", "--train.threads", "1"]
+        _start(ranks, [*words, "--run.dir", f"{folder}/run"])
+        return json.loads((Path(folder) / "run" / "summary.json").read_text())["step_ms"]["p50"]
+
+
+def reduce_ms(ranks: int) -> dict[int, float]:
+    """The median duration of an all-reduce, by its bytes."""
+    return json.loads(_start(ranks, [__file__, "reduce"]).splitlines()[-1], object_hook=_numbered)
+
+
+def feed_ms() -> dict[int, float]:
+    """What a batch of the feed takes, by its size: a part of every step."""
+    import torch
+
+    from dist_train.data.feed import Feed
+    from dist_train.data.synthetic import synthetic
+    from dist_train.order import Plan
+
+    torch.set_num_threads(1)
+    data = synthetic("", False, n_test=64)
+    feed = Feed(data.train, data, torch.device("cpu"), torch.float32, True, False)
+    found = {}
+    for batch in ALONE:
+        batches = feed(Plan(len(data.train), 0, batch, None, True, 0, 1).indices(0))
+        begin = time.perf_counter()
+        count = sum(1 for _ in batches)
+        found[batch] = (time.perf_counter() - begin) / count * 1e3
+    return found
+
+
+def reduce() -> None:
+    """A rank of `reduce_ms`; rank 0 prints."""
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    found = {}
+    for size in REDUCED_BYTES:
+        tensor, taken = torch.zeros(size // 4), []
+        for _ in range(60):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(tensor)
+            taken.append((time.perf_counter() - begin) * 1e3)
+        found[size] = statistics.median(taken[10:])
+    if dist.get_rank() == 0:
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _start(ranks: int, words: list[str]) -> str:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    words = words[1:] if torchrun and words[0] == "-m" else words
+    module = ["--module"] if torchrun and words[0] == "dist_train" else []
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = ["timeout", "300", sys.executable, *torchrun, *module, *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: code {done.returncode}\n{done.stderr}")
+    return done.stdout
+
+
+def _numbered(found: dict[str, float]) -> dict[int, float]:
+    return {int(key): value for key, value in found.items()}
+
+
+def measure(rounds: int) -> Measured:
+    """Milliseconds: of each figure the fastest round."""
+    found: Measured = {}
+
+    def keep(name: str, taken: dict[int, float]) -> None:
+        of = found.setdefault(name, {})
+        for key, ms in taken.items():
+            of[str(key)] = round(min(of.get(str(key), math.inf), ms), 4)
+
+    for done in range(rounds):
+        for batch in ALONE:
+            keep("alone", {batch: step_ms(0, batch)})
+        for ranks, batches in TOGETHER.items():
+            for batch in batches:
+                keep(f"ddp {ranks}", {batch: step_ms(ranks, batch)})
+        for ranks in (2, 4):
+            keep(f"reduce {ranks}", reduce_ms(ranks))
+        keep("feed", feed_ms())
+        print(f"round {done + 1} of {rounds}", file=sys.stderr, flush=True)
+    return found
+
+
+# -- fitted -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Link:
+    """What joins the ranks.
+
+    Args:
+        latency_s: of a message.
+        bytes_per_s: in one direction.
+    """
+
+    latency_s: float
+    bytes_per_s: float
+
+    def ring_s(self, ranks: int, size: float) -> float:
+        """An all-reduce in a ring: every rank sends its share of `size` bytes 2 (n - 1) times."""
+        return 2 * (ranks - 1) * (self.latency_s + size / ranks / self.bytes_per_s)
+
+    def tree_s(self, ranks: int, size: float) -> float:
+        """Up a binary tree and down again, whole messages."""
+        return 2 * math.log2(ranks) * (self.latency_s + size / self.bytes_per_s)
+
+    def piped_s(self, ranks: int, size: float) -> float:
+        """The same in small pieces, of which many are on the way at once."""
+        return 2 * math.log2(ranks) * self.latency_s + (ranks > 1) * 2 * size / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The parameters of the model on this machine, in seconds."""
+
+    overhead_s: float  # of a step in one process, whatever its batch
+    sample_s: float  # of a sample: forward, backward, and the feed
+    ddp_s: float  # of a step under DDP, beside the reduction
+    link: Link  # of 2 ranks
+
+    def alone_s(self, batch: float) -> float:
+        """A step of one process."""
+        return self.overhead_s + self.sample_s * batch
+
+    def ddp_step_s(self, ranks: int, batch: float) -> float:
+        """A step of DDP on `ranks` of one core each, of a global batch; nothing of the reduction is hidden."""
+        return self.alone_s(batch / ranks) + self.ddp_s + self.link.ring_s(ranks, GRADIENT_BYTES)
+
+
+def line(points: dict[int, float]) -> tuple[float, float]:
+    """a and b of a + b x, least squares of the relative error."""
+    x, y = (np.array(list(v), float) for v in (points.keys(), points.values()))
+    matrix = np.stack([np.ones_like(x), x], 1) / y[:, None]
+    a, b = np.linalg.lstsq(matrix, np.ones_like(y), rcond=None)[0]
+    return float(a), float(b)
+
+
+def seconds(of: dict[str, float]) -> dict[int, float]:
+    """From the file's milliseconds."""
+    return {int(key): ms / 1e3 for key, ms in of.items()}
+
+
+def fit(measured: Measured) -> Fit:
+    """The parameters; of DDP only what one rank of it takes longer is used, so that 2 ranks are a prediction."""
+    overhead_s, sample_s = line(seconds(measured["alone"]))
+    latency_s, byte_s = line(seconds(measured["reduce 2"]))
+    alone, ddp = seconds(measured["alone"]), seconds(measured["ddp 1"])
+    ddp_s = statistics.median(ddp[batch] - alone[batch] for batch in ddp)
+    return Fit(overhead_s, sample_s, ddp_s, Link(latency_s / 2, 1 / byte_s))
+
+
+# -- predicted --------------------------------------------------------------------------------------------------------
+
+# Figures of the makers; docs/scaling.md names the sources. Latencies of a step of a ring are NCCL's own.
+NVLINK = Link(3.4e-6, 450e9)
+CARDS_8, CARD_1 = Link(9.6e-6, 400e9), Link(9.6e-6, 50e9)
+GPUS_A_NODE = 8
+PEAK_FLOPS, USED = 989e12, 0.4
+MODEL_WEIGHTS, TOKENS = 1.3e9, 8192
+COMPUTE_S = 6 * MODEL_WEIGHTS * TOKENS / (PEAK_FLOPS * USED)
+WORLDS = (1, 2, 8, 16, 64, 256, 1024, 8192, 100_000)
+REDUCTIONS: dict[str, Callable[[Link, int, float], float]] = {
+    "ring": Link.ring_s,
+    "tree": Link.tree_s,
+    "piped tree": Link.piped_s,
+}
+
+
+def link_of(ranks: int, between: Link) -> Link:
+    """A ring's link: its bandwidth is the narrowest's, its latency the mean over its steps."""
+    if ranks <= GPUS_A_NODE:
+        return NVLINK
+    outside = 1 / GPUS_A_NODE
+    latency_s = outside * between.latency_s + (1 - outside) * NVLINK.latency_s
+    return Link(latency_s, min(NVLINK.bytes_per_s, between.bytes_per_s))
+
+
+def efficiency(ranks: int, between: Link, reduction: str, overlap: float) -> float:
+    """Of a rank of many, with a batch of the same size for each."""
+    reduced_s = REDUCTIONS[reduction](link_of(ranks, between), ranks, 4 * MODEL_WEIGHTS)
+    return COMPUTE_S / (COMPUTE_S + (1 - overlap) * reduced_s)
+
+
+# -- shown ------------------------------------------------------------------------------------------------------------
+
+
+def tables(measured: Measured, model: Fit) -> str:
+    """As they stand in docs/scaling.md."""
+    out = ["| parameter | fitted to what was measured |", "|---|---|"]
+    out += [f"| step of one process, whatever its batch | {model.overhead_s * 1e6:.0f} us |"]
+    out += [f"| and for each sample | {model.sample_s * 1e6:.2f} us |"]
+    feed = line(seconds(measured["feed"]))
+    out += [f"| of these the feed | {feed[0] * 1e6:.1f} us, and {feed[1] * 1e6:.2f} us for each sample |"]
+    out += [f"| DDP on one rank takes longer by | {model.ddp_s * 1e6:.0f} us |"]
+    out += [f"| gloo, 2 ranks: latency of a message | {model.link.latency_s * 1e6:.0f} us |"]
+    out += [f"| gloo, 2 ranks: bandwidth | {model.link.bytes_per_s / 1e9:.2f} GB/s |"]
+    out += ["", "| one process, batch | measured | fitted | error |", "|---|---|---|---|"]
+    for batch, taken in seconds(measured["alone"]).items():
+        out += [_row(f"{batch:,}", taken, model.alone_s(batch))]
+    out += ["", "| all-reduce, 2 ranks | measured | fitted | error |", "|---|---|---|---|"]
+    for size, taken in seconds(measured["reduce 2"]).items():
+        out += [_row(f"{size / 1024:,.0f} KiB", taken, model.link.ring_s(2, size))]
+    out += ["", "| DDP, global batch | ranks | step measured | step predicted | efficiency measured | predicted |"]
+    out += ["|---|---|---|---|---|---|"]
+    alone = seconds(measured["alone"])
+    for ranks in (2, 4):
+        for batch, taken in seconds(measured[f"ddp {ranks}"]).items():
+            predicted = model.ddp_step_s(ranks, batch)
+            efficient = [alone[batch] / ranks / taken, model.alone_s(batch) / ranks / predicted]
+            more = " (2 cores)" if ranks == 4 else ""
+            cells = f"{taken * 1e3:.2f} ms | {predicted * 1e3:.2f} ms ({predicted / taken - 1:+.0%})"
+            out += [f"| {batch:,} | {ranks}{more} | {cells} | {efficient[0]:.2f} | {efficient[1]:.2f} |"]
+    out += ["", "| ranks | " + " | ".join(f"{name}, {o:.0%} hidden" for name, o in _columns()) + " |"]
+    out += ["|---" * (1 + len(_columns())) + "|"]
+    for ranks in WORLDS[1:]:
+        cells = [f"{efficiency(ranks, CARDS_8, *c):.2f} / {efficiency(ranks, CARD_1, *c):.2f}" for c in _columns()]
+        out += [f"| {ranks:,} | " + " | ".join(cells) + " |"]
+    return "\n".join(out)
+
+
+def _columns() -> list[tuple[str, float]]:
+    return [("ring", 0.0), ("tree", 0.0), ("piped tree", 0.0), ("ring", 0.7), ("piped tree", 0.7)]
+
+
+def _row(name: str, taken: float, fitted: float) -> str:
+    return f"| {name} | {taken * 1e3:.3f} ms | {fitted * 1e3:.3f} ms | {fitted / taken - 1:+.0%} |"
+
+
+def picture(measured: Measured, model: Fit, path: Path) -> None:
+    """Left: steps here, measured and fitted. Middle: efficiency here. Right: predicted for many GPUs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    blue, orange, green = "#4c78a8", "#f58518", "#54a24b"
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.8))
+    batches = np.geomspace(1, 1024, 50)
+    left.plot(batches, [model.alone_s(b) * 1e3 for b in batches], color=blue, label="one process, fitted")
+    left.plot(*_ms(measured["alone"]), "o", color=blue, label="one process, measured")
+    more = np.geomspace(64, 1024, 50)
+    left.plot(more, [model.ddp_step_s(2, b) * 1e3 for b in more], "--", color=orange, label="DDP, 2 ranks, predicted")
+    left.plot(*_ms(measured["ddp 2"]), "s", color=orange, label="DDP, 2 ranks, measured")
+    left.set(xscale="log", yscale="log", xlabel="global batch", ylabel="ms a step", title="A step on this machine")
+
+    alone = seconds(measured["alone"])
+    for batch, colour in ((64, green), (256, blue), (1024, orange)):
+        worlds = np.geomspace(1, 64, 60)
+        curve = [model.alone_s(batch) / n / model.ddp_step_s(n, batch) if n > 1 else 1.0 for n in worlds]
+        middle.plot(worlds, curve, "--", color=colour, label=f"batch {batch:,}, predicted")
+        taken = {n: seconds(measured[f"ddp {n}"]).get(batch) for n in (1, 2)}
+        points = [(n, alone[batch] / n / s) for n, s in taken.items() if s]
+        middle.plot(*zip(*points, strict=True), "o", color=colour, label=f"batch {batch:,}, measured")
+    middle.set(xscale="log", xlabel="ranks, a core each, on gloo", ylabel="efficiency", ylim=(0, 1.1))
+    middle.set(title="The same global batch on more ranks")
+
+    worlds = np.array(WORLDS[1:])
+    for between, name, style in ((CARDS_8, "8 cards a node", "-"), (CARD_1, "1 card a node", "--")):
+        for (reduction, overlap), colour in zip((("ring", 0.0), ("piped tree", 0.0)), (blue, orange), strict=True):
+            curve = [efficiency(n, between, reduction, overlap) for n in worlds]
+            right.plot(worlds, curve, style, color=colour, label=f"{reduction}, {name}")
+    right.set(xscale="log", xlabel="GPUs, 8 a node", ylabel="efficiency", ylim=(0, 1.1))
+    right.set(title="1.3e9 weights on H200s, all predicted")
+    for axes in (left, middle, right):
+        axes.legend(fontsize=7, frameon=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    fig.savefig(path, dpi=110)
+
+
+def _ms(of: dict[str, float]) -> tuple[list[int], list[float]]:
+    return [int(key) for key in of], list(of.values())
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands: Any = parser.add_subparsers(dest="command", required=True)
+    of = commands.add_parser("measure")
+    of.add_argument("--rounds", type=int, default=3)
+    of.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
+    of = commands.add_parser("show")
+    of.add_argument("--of", type=Path, default=Path(__file__).with_suffix(".json"))
+    of.add_argument("--picture", type=Path, default=ROOT / "docs/images/scaling.png")
+    commands.add_parser("reduce")
+    arguments = parser.parse_args()
+    if arguments.command == "reduce":
+        reduce()
+    elif arguments.command == "measure":
+        arguments.out.write_text(json.dumps(measure(arguments.rounds), indent=1) + "\n")
+    else:
+        measured = json.loads(arguments.of.read_text())
+        print(tables(measured, fit(measured)))
+        picture(measured, fit(measured), arguments.picture)
+
+
+if __name__ == "__main__":
+    main()
