@@ -574,12 +574,13 @@ def modules_at_end(path: str) -> None:
     ending.leave = told
 
 
-def warn() -> None:
-    """Every rank warns when its first step begins, in Python's two ways."""
+def warn(then: str = "nothing") -> None:
+    """Warns when the first step begins, in Python's two ways, and does something."""
 
     def both() -> None:
         warnings.warn("planted one", stacklevel=1)
         logging.getLogger("planted").warning("planted two")
+        ACTS[then]()
 
     ACTS["warn"] = both
     at_phase("forward", 0, "warn")

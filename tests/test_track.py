@@ -23,6 +23,7 @@ import torch
 from dist_train.check import status_of
 from dist_train.config import TrackConfig
 from dist_train.track.base import Course
+from dist_train.track.console import shows_bar
 from dist_train.track.wandb import run_id
 
 from checkpoint_runs import DDP, SAVE_9, SAVE_12, SINGLE, root, same, weights
@@ -303,12 +304,34 @@ def test_the_bar_on_a_terminal(terminal: Terminal, zygote: Zygote, tmp_path: Pat
 
 
 def test_a_kill_leaves_the_terminal_usable_and_warnings_are_above(zygote: Zygote, tmp_path: Path, terminal: Terminal):
-    plant = {0: ("on_terminal", terminal.path, "warn"), 1: ("at_phase", "forward", 5, "kill")}
+    plant = {0: ("on_terminal", terminal.path, "warn", "kill")}
     ended = zygote.run(DDP.run(tmp_path / "run", plant=plant, kill_all=True))[0]
     screen = terminal.close()
     (bar,) = (i for i, line in enumerate(screen) if "ETA" in line)
     (warning,) = (i for i, line in enumerate(screen) if line == "[rank 0] planted two")
-    assert warning < bar and ended.codes == [-9, -9] and not terminal.screen.cursor.hidden
+    assert warning < bar and ended.codes[0] == -9 and not terminal.screen.cursor.hidden
+
+
+@pytest.mark.parametrize(
+    ("bar", "progress", "is_terminal", "environment"),
+    [
+        (True, "auto", True, {"TERM": "xterm"}),
+        (False, "lines", True, {"TERM": "xterm"}),
+        (False, "auto", False, {"TERM": "xterm"}),
+        (True, "bar", False, {}),
+        (False, "auto", True, {"TERM": "dumb"}),
+        (False, "auto", True, {}),
+        (False, "auto", True, {"TERM": "xterm", "OMPI_COMM_WORLD_RANK": "0"}),  # one of Open MPI's, before a file
+    ],
+)
+def test_where_there_is_a_bar(
+    bar: bool, progress: str, is_terminal: bool, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("TERM", raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: is_terminal)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert shows_bar(progress) == bar
 
 
 def test_the_bar_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch):

@@ -11,9 +11,11 @@ from dist_train.track.base import Summary
 
 def shows_bar(progress: Literal["auto", "bar", "lines"]) -> bool:
     """Whether there is a bar: on a terminal that can move its cursor, if the config does not say."""
-    if progress == "auto":
-        return sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
-    return progress == "bar"
+    if progress != "auto":
+        return progress == "bar"
+    # Open MPI gives each process a terminal of its own, also where its own output is a file.
+    moves = os.environ.get("TERM", "dumb") != "dumb" and "OMPI_COMM_WORLD_RANK" not in os.environ
+    return sys.stdout.isatty() and moves
 
 
 class Lines:
