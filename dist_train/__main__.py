@@ -13,7 +13,7 @@ from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
 from dist_train.speech import mark_warnings
 
-TOOLS = ("doctor", "eval", "explain", "export", "inspect", "parity", "report", "runs")
+TOOLS = ("bench", "doctor", "eval", "explain", "export", "inspect", "parity", "report", "runs")
 
 
 def main() -> None:

@@ -16,14 +16,22 @@ from dist_train.losses import loss_fn
 from dist_train.meter import Control, Metrics, Progress
 from dist_train.mistakes import Mistakes
 from dist_train.order import steps_per_epoch
+from dist_train.phases import Phases
 from dist_train.stop import Requests
 from dist_train.track import Trackers
 from dist_train.track.base import Course
 from dist_train.train import evaluate, total_steps, train
 
 
-def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
+def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases | None = None) -> int:
     """Trains to the end of the config, or until it is stopped. Collective.
+
+    Args:
+        config: the run.
+        world: this rank's place.
+        parts: what the run is made of.
+        facts: what its checkpoints must fit.
+        phases: where the loop is to say what it is doing, for who wants to know.
 
     Returns:
         The exit code.
@@ -32,7 +40,7 @@ def run(config: Config, world: World, parts: Parts, facts: Facts) -> int:
         ConfigError: what only the run's folder can show.
     """
     cfg = config.train
-    phases = profiling.phases(config)
+    phases = phases or profiling.phases(config)
     control = Control(Requests(cfg.max_time_s), phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together

@@ -68,14 +68,14 @@ class Row:
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints the table. Returns 1 if a cell failed, else 0."""
     options, rest = split(argv, OPTIONS, "parity")
-    config = for_parity(load(rest, "python -m dist_train parity"), _number("--steps", options["--steps"]))
-    world_sizes = [_number("--world-sizes", size) for size in options["--world-sizes"].split(",")]
+    config = for_parity(load(rest, "python -m dist_train parity"), number("--steps", options["--steps"]))
+    world_sizes = [number("--world-sizes", size) for size in options["--world-sizes"].split(",")]
     names = options["--backends"].split(",")
     if launcher.name != "none":
         raise ConfigError(f"parity: got {launcher.name}, expected to be started alone: it starts the ranks by itself")
     check(dataclasses.replace(config, backend=BackendConfig("single")), launcher, writes=False)
     for backend in names:
-        _with_backend(config, backend)  # a misspelt name, before anything runs
+        with_backend(config, backend)  # a misspelt name, before anything runs
     tolerance = TOLERANCE[config.train.precision]
     print(
         f"{config.data.name}, {config.model.name}, {config.train.max_steps} steps of {config.train.global_batch_size}"
@@ -130,7 +130,7 @@ def measure(config: Config, backend: str, world_size: int) -> "Trajectory | str"
     """The trajectory of a cell, run in processes of its own; or why it did not run."""
     from dist_train.tools.trajectory import read
 
-    cell = _with_backend(config, backend)
+    cell = with_backend(config, backend)
     alone = backend == "single"
     launcher = Launcher() if alone else Launcher("torchrun", 0, world_size, 0, world_size)
     try:
@@ -151,7 +151,8 @@ def measure(config: Config, backend: str, world_size: int) -> "Trajectory | str"
         return read(Path(folder, "trajectory.npz"))
 
 
-def _with_backend(config: Config, backend: str) -> Config:
+def with_backend(config: Config, backend: str) -> Config:
+    """The config with another backend: its name, with DeepSpeed's stage. Raises ConfigError."""
     valid = [*backends.BACKENDS, *(f"deepspeed:{stage}" for stage in STAGES)]
     if backend not in valid:
         raise ConfigError(unknown("--backends", backend, valid, "backend"))
@@ -164,7 +165,8 @@ def _with_backend(config: Config, backend: str) -> Config:
     return dataclasses.replace(config, backend=cell)
 
 
-def _number(option: str, value: str) -> int:
+def number(option: str, value: str) -> int:
+    """An option's value. Raises ConfigError."""
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(f"{option}: got {value!r}, expected whole numbers of 1 or more; for example {option} 2")
     return int(value)

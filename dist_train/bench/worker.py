@@ -1,0 +1,46 @@
+"""A rank of a benchmark: python -m dist_train.bench.worker FOLDER NAME, under torchrun or alone.
+
+The folder has the config and the leader's socket. NAME is ours, which holds its references beside it, or a reference
+that takes its first steps alone.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from dist_train import assemble, dist, ending, session
+from dist_train.bench.references import references
+from dist_train.bench.slices import CONFIG, OURS, SOCKET
+from dist_train.bench.turns import Held, Kept, Turns, alone
+from dist_train.checkpoint import resume
+from dist_train.config import load
+from dist_train.errors import ConfigError
+from dist_train.launcher import Launcher, detect
+
+
+def main(folder: Path, name: str, launcher: Launcher) -> None:
+    """Takes turns until the leader says that it is over."""
+    config = load(["--config", str(folder / CONFIG)])
+    device = dist.resolve_device(config.train.device, launcher.local_rank)
+    dist.set_threads(config.train.threads, launcher.local_world_size)
+    parts = assemble.build(config, device)
+    with dist.joined(launcher, device) as world:
+        turns, others = Turns(str(folder / SOCKET), world.rank, device), references(config, world, parts)
+        if name != OURS:
+            alone(others[name], turns)
+            return
+        phases = Kept()
+        held = replace(parts, feed=Held(parts.feed, turns, phases, others))
+        session.run(config, world, held, resume.facts_of(parts.model, parts.data), phases)
+
+
+if __name__ == "__main__":
+    launcher, code = Launcher(), ending.OK
+    try:
+        launcher = detect()
+        main(Path(sys.argv[1]), sys.argv[2], launcher)
+    except ConfigError as error:
+        code = ending.refuse(error, launcher)
+    except BaseException as error:
+        code = ending.fail(error, launcher)
+    ending.leave(code)
