@@ -1,6 +1,6 @@
 """The rates of a benchmark as a picture, drawn by matplotlib."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from io import BytesIO
 
 from dist_train.bench.slices import BARE, CEILING, OURS, TUTORIAL
@@ -12,15 +12,14 @@ INK, SOFT, GRID = "#1a2029", "#5c6675", "#e1e5ea"
 WIDTH_IN, BAR_IN, DPI = 8.0, 0.34, 160
 
 
-def load() -> Callable[[Sequence[Run]], bytes]:
-    """The function that draws. Raises ConfigError where matplotlib is not installed, before anything is measured."""
+def check() -> None:
+    """Raises ConfigError where matplotlib is not installed."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ConfigError(
             "--plot: got no matplotlib, which draws it, expected it installed; pip install 'dist-train[report]'"
         ) from None
-    return png
 
 
 def png(runs: Sequence[Run]) -> bytes:
@@ -45,7 +44,7 @@ def png(runs: Sequence[Run]) -> bytes:
                 f"{middle:,.0f}", (max(high, middle), y), (4, 0), textcoords="offset points", va="center", fontsize=8.5,
                 color=INK,
             )  # fmt: skip
-        labels = [run.label.strip() + (f" ×{run.ranks}" if run.name != TUTORIAL else "") for run in rows]
+        labels = [run.title for run in rows]
         axes.set_yticks(range(len(rows)), labels, color=INK)
         for text, run in zip(axes.get_yticklabels(), rows, strict=True):
             text.set_fontweight("bold" if run.name == OURS else "normal")

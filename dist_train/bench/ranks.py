@@ -20,7 +20,16 @@ POLL_S = 0.2
 
 
 class NotRun(Exception):
-    """A process ended where it should not, or did not answer; the message is what it said."""
+    """A process ended where it should not, or did not answer.
+
+    Args:
+        why: what it said.
+        refused: it was about the config.
+    """
+
+    def __init__(self, why: str, refused: bool = False):
+        super().__init__(why)
+        self.refused = refused
 
 
 class Ranks:
@@ -102,7 +111,7 @@ class Ranks:
         except subprocess.TimeoutExpired:
             raise NotRun(f"did not end within {END_S:.0f} s") from None
         if code:
-            raise NotRun(self._said(code))
+            raise self._ended(code)
 
     def kill(self) -> None:
         """Ends them at once."""
@@ -146,7 +155,7 @@ class Ranks:
     def _still_there(self, deadline: float) -> None:
         assert self.process is not None
         if self.process.poll() is not None:
-            raise NotRun(self._said(self.process.returncode))
+            raise self._ended(self.process.returncode)
         if time.perf_counter() > deadline:
             raise NotRun("did not answer in time")
 
@@ -157,16 +166,16 @@ class Ranks:
             code = self.process.wait(END_S)
         except subprocess.TimeoutExpired:
             code = 0
-        raise NotRun(self._said(code))
+        raise self._ended(code)
 
-    def _said(self, code: int) -> str:
-        """The line that says why, of what they wrote."""
+    def _ended(self, code: int) -> NotRun:
+        """The error, with the line that says why, of what they wrote."""
         self.log.seek(0)
         lines = [line.strip() for line in self.log if line.strip()]
-        ours = [line for line in lines if line.startswith("dist_train:")]
+        refused = [line.removeprefix("dist_train: ") for line in lines if line.startswith("dist_train:")]
         ranks = [line for line in lines if line.startswith("[rank ")]
-        said = ours or ranks[-1:] or lines[-1:]
-        return said[0].removeprefix("dist_train: ") if said else f"exit code {code}"
+        said = refused or ranks[-1:] or lines[-1:] or [f"exit code {code}"]
+        return NotRun(said[0], bool(refused))
 
 
 def of(config: Config, name: str, world_size: int) -> Ranks:

@@ -31,14 +31,20 @@ CHANNELS = (1, 3)  # of pictures
 SHORT = ("bfloat16", "float16")
 
 
-def references(config: Config, world: World, parts: Parts) -> dict[str, Steps]:
+def references(config: Config, world: World, parts: Parts, steps: int | None = None) -> dict[str, Steps]:
     """Those that the config has, by name.
 
     The ceiling: forward, loss, backward and the same optimizer on batches that lie on the device; on several ranks
     each by itself, on its share of the global batch. Bare: the script of the backend's library on the same batches.
     Tutorial: PyTorch's quickstart, in one process.
+
+    Args:
+        config: the run.
+        world: this rank's place.
+        parts: what the run is made of.
+        steps: whose batches are laid out; None for as many as are worth it.
     """
-    laid = functools.cache(lambda: lay_out(config, world, parts))  # one for all
+    laid = functools.cache(lambda: lay_out(config, world, parts, steps))  # one for all
     found = {CEILING: _ceiling(config, world, parts, laid)}
     backend = backends.chosen(config.backend.name, world.launcher)
     if backend in bare.LIBRARIES and parts.precision.name not in SHORT:
@@ -48,12 +54,12 @@ def references(config: Config, world: World, parts: Parts) -> dict[str, Steps]:
     return found
 
 
-def lay_out(config: Config, world: World, parts: Parts) -> list[list[Batch]]:
-    """The micro-batches of this rank's first steps, on the device. As many as are worth their memory and time: few
-    would stay in the CPU's cache."""
+def lay_out(config: Config, world: World, parts: Parts, most: int | None = None) -> list[list[Batch]]:
+    """The micro-batches of this rank's first steps, on the device. As many as are worth their memory and time, as few
+    would stay in the CPU's cache; or at most so many."""
     plan = Plan.of(len(parts.feed.split), config.train, world)
     batches, steps, size, begin = parts.feed(plan.indices(0)), [], 0, time.perf_counter()
-    for step in range(plan.steps_per_epoch):
+    for step in range(min(plan.steps_per_epoch, most or plan.steps_per_epoch)):
         steps.append([next(batches) for _ in range(plan.micro_batches(step))])
         size += sum(inputs.nbytes for inputs, _ in steps[-1])
         if size > LAID_BYTES or time.perf_counter() - begin > LAID_S:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 OURS, CEILING, TUTORIAL, BARE = "ours", "ceiling", "tutorial", "bare"
 WARM_STEPS = 10  # before the first slice
+# Before each slice, and not of it: another's data is in the CPU's caches, and threads and cores have gone to sleep.
+RUN_IN_STEPS = 3
 FIRST_STEP, WARM, END = "first step", "warm", "end"
 CONFIG, SOCKET = "config.yaml", "leader.sock"  # files of a cell's folder
 

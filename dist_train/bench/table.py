@@ -8,8 +8,8 @@ from typing import Any
 from dist_train.bench.slices import BARE, CEILING, OURS, TUTORIAL, Slice
 
 HEAD = (
-    f"{'batch':>6}  {'run':<18} {'ranks':>5} {'samples/s':>10} {'spread':>6} {'/ceiling':>8} {'p50 ms':>8} {'p95 ms':>8} "
-    f"{'start s':>7} {'data':>5} {'comp.':>5} {'red.':>5} {'rest':>5} {'MiB':>6} {'scaling':>7}"
+    f"{'batch':>6}  {'run':<18} {'ranks':>5} {'samples/s':>10} {'spread':>6} {'/ceiling':>8} {'p50 ms':>8} "
+    f"{'p95 ms':>8} {'start s':>7} {'data':>5} {'comp.':>5} {'red.':>5} {'rest':>5} {'MiB':>6} {'scaling':>7}"
 )
 
 
@@ -26,6 +26,7 @@ class Run:
         peak_bytes: of each start, the most of a rank.
         slices: by round, by rank.
         why: it did not run.
+        failed: by an error.
     """
 
     cell: str
@@ -36,11 +37,19 @@ class Run:
     peak_bytes: list[int] = field(default_factory=list)
     slices: list[list[Slice]] = field(default_factory=list)
     why: str = ""
+    failed: bool = False
 
     @property
     def label(self) -> str:
         """What the table calls it."""
         return {OURS: self.cell, BARE: f"  bare {self.cell}"}.get(self.name, f"  {self.name}")
+
+    @property
+    def title(self) -> str:
+        """A name of its own."""
+        if self.name == TUTORIAL:
+            return self.name
+        return f"{self.label.strip()} x{self.ranks}"
 
     def rates(self) -> list[float]:
         """Samples a second over all ranks, of each round."""
@@ -68,43 +77,39 @@ class Ratio:
         to: what it is held against.
         by_round: its samples/s divided by those of the other.
         extra_us: its microseconds a step, less those of the other; of each round.
-        extra_cpu_us: the same of CPU time on a rank.
+        by_cpu_time: the same ratio where only CPU time counts, which other programs change less; of each round.
+        extra_cpu_us: microseconds of CPU time a step on a rank, less those of the other; of each round.
     """
 
     of: Run
     to: Run
     by_round: list[float]
     extra_us: list[float]
+    by_cpu_time: list[float]
     extra_cpu_us: list[float]
 
     def line(self) -> str:
         """For people."""
         low, middle, high = quartiles(self.by_round)
-        what = f"{self.of.cell} x{self.of.ranks} / {name(self.to)}"
+        what = f"{self.of.title} / {self.to.title}"
         extra, cpu = statistics.median(self.extra_us), statistics.median(self.extra_cpu_us)
         return (
-            f"{what:<40} batch {self.of.batch_size:>6}   {middle:5.2f} ({low:.2f}-{high:.2f})   "
-            f"{extra:+9,.1f} us a step, CPU {cpu:+9,.1f}"
+            f"batch {self.of.batch_size:>5}  {what:<34} {middle:5.2f} ({low:.2f}-{high:.2f}) {extra:+9,.1f} us a step;"
+            f" by CPU time {statistics.median(self.by_cpu_time):5.2f} {cpu:+9,.1f} us"
         )
 
     def tree(self) -> dict[str, Any]:
         """For JSON."""
         low, middle, high = quartiles(self.by_round)
-        runs = {"of": f"{self.of.cell} x{self.of.ranks}", "to": name(self.to), "batch_size": self.of.batch_size}
+        runs = {"of": self.of.title, "to": self.to.title, "batch_size": self.of.batch_size}
         return runs | {
             "median": middle,
             "quartiles": [low, high],
             "by_round": self.by_round,
+            "median_by_cpu_time": statistics.median(self.by_cpu_time),
             "extra_us_a_step": statistics.median(self.extra_us),
             "extra_cpu_us_a_step": statistics.median(self.extra_cpu_us),
         }
-
-
-def name(run: Run) -> str:
-    """A run in a line of its own."""
-    if run.name == TUTORIAL:
-        return "tutorial"
-    return {OURS: run.cell, BARE: f"bare {run.cell}"}.get(run.name, f"{run.name}") + f" x{run.ranks}"
 
 
 def ratio(of: Run, to: Run) -> Ratio:
@@ -117,6 +122,7 @@ def ratio(of: Run, to: Run) -> Ratio:
         of, to,
         [a / b for a, b in both(Run.rates)],
         [a - b for a, b in both(Run.step_us)],
+        [b / a for a, b in both(Run.cpu_us)],
         [a - b for a, b in both(Run.cpu_us)],
     )  # fmt: skip
 
@@ -168,7 +174,7 @@ def percentile_95(values: Sequence[float]) -> float:
 def summary(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     """The numbers of a row; None for what was not measured."""
     found: dict[str, Any] = {
-        "run": run.label.strip(), "ranks": run.ranks, "batch_size": run.batch_size, "why": run.why,
+        "run": run.title, "ranks": run.ranks, "batch_size": run.batch_size, "why": run.why,
         "start_s": statistics.median(run.starts_s) if run.starts_s else None,
         "peak_mib": statistics.median(run.peak_bytes) / 2**20 if run.peak_bytes else None,
     }  # fmt: skip
@@ -193,11 +199,11 @@ def summary(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
     return found
 
 
-def line(row: dict[str, Any], label: str) -> str:
+def line(row: dict[str, Any], run: Run) -> str:
     """A row for people."""
-    head = f"{row['batch_size']:>6}  {label:<18} {row['ranks']:>5} "
+    head = f"{run.batch_size:>6}  {run.label:<18} {run.ranks:>5} "
     if "samples_per_s" not in row:
-        return head + (f"not run: {row['why']}" if row["why"] else "not run")
+        return head + (f"{'failed' if run.failed else 'not run'}: {run.why}" if run.why else "not run")
 
     def show(value: float | None, form: str, width: int) -> str:
         return f"{'-' if value is None else format(value, form):>{width}}"

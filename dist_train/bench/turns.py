@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as torch_dist
 
-from dist_train.bench.slices import FIRST_STEP, WARM, WARM_STEPS, Ready, Slice
+from dist_train.bench.slices import FIRST_STEP, RUN_IN_STEPS, WARM, WARM_STEPS, Ready, Slice
 from dist_train.data.feed import Batch, Feed
 from dist_train.dist import device_name
 from dist_train.phases import NAMES, Phases
@@ -126,6 +126,7 @@ class Held:
         self.feed, self.turns, self.phases, self.references = feed, turns, phases, references
         self.split, self.device = feed.split, feed.device
         self.until: float = 1
+        self.steps = 0  # of the slice that is run in
         self.begin: tuple[float, float, dict[str, float]] | None = None
 
     def __call__(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
@@ -140,6 +141,9 @@ class Held:
 
     def _hold(self) -> None:
         turns, phases = self.turns, self.phases
+        if self.steps:
+            self._begin()
+            return
         if phases.step == 1:
             turns.first_step()
             self.until = WARM_STEPS
@@ -148,13 +152,18 @@ class Held:
             self._measured(*self.begin)
         else:
             turns.ready(phases.ends, self.references)
-        steps = turns.wait(self.references, phases.progressed)
-        self.until = phases.step + steps if steps else math.inf
+        self.steps = turns.wait(self.references, phases.progressed)
+        self.until = phases.step + RUN_IN_STEPS if self.steps else math.inf
         meet(self.device)
-        phases.ends.clear()
-        before = phases.totals()
-        phases.since = time.perf_counter()  # what has passed until here is no phase of the loop
-        self.begin = phases.since, time.process_time(), before
+
+    def _begin(self) -> None:
+        """The slice, after it is run in."""
+        synchronize(self.device)
+        self.until, self.steps = self.phases.step + self.steps, 0
+        self.phases.ends.clear()
+        before = self.phases.totals()
+        self.phases.since = time.perf_counter()  # what has passed until here is no phase of the loop
+        self.begin = self.phases.since, time.process_time(), before
 
     def _measured(self, begin: float, cpu_begin: float, before: dict[str, float]) -> None:
         synchronize(self.device)
@@ -179,6 +188,9 @@ def alone(reference: Steps, turns: Turns) -> None:
 def timed(reference: Steps, steps: int, device: torch.device) -> Slice:
     """Some steps of a reference. All ranks begin together."""
     meet(device)
+    for _ in range(RUN_IN_STEPS):
+        next(reference)
+    synchronize(device)
     ends: list[float] = []
     begin, cpu_begin = time.perf_counter(), time.process_time()
     for _ in range(steps):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dist_train import assemble, dist, ending, session
 from dist_train.bench.references import references
-from dist_train.bench.slices import CONFIG, OURS, SOCKET
+from dist_train.bench.slices import CONFIG, OURS, SOCKET, WARM_STEPS
 from dist_train.bench.turns import Held, Kept, Turns, alone
 from dist_train.checkpoint import resume
 from dist_train.config import load
@@ -25,12 +25,12 @@ def main(folder: Path, name: str, launcher: Launcher) -> None:
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device)
     with dist.joined(launcher, device) as world:
-        turns, others = Turns(str(folder / SOCKET), world.rank, device), references(config, world, parts)
+        turns = Turns(str(folder / SOCKET), world.rank, device)
         if name != OURS:
-            alone(others[name], turns)
+            alone(references(config, world, parts, WARM_STEPS)[name], turns)
             return
         phases = Kept()
-        held = replace(parts, feed=Held(parts.feed, turns, phases, others))
+        held = replace(parts, feed=Held(parts.feed, turns, phases, references(config, world, parts)))
         session.run(config, world, held, resume.facts_of(parts.model, parts.data), phases)
 
 
