@@ -35,6 +35,8 @@ LIGHT = {
     "models",
     "checkpoint.allowed",
     "checkpoint.manifest",
+    "bench.lead",  # which must not take the cores from the ranks, nor memory
+    "bench.machine",
 }
 # Which of the package's own modules each may import. Only `__main__` and the tools see everything.
 MAY_IMPORT = {
@@ -120,6 +122,13 @@ MAY_IMPORT = {
         *("check", "checkpoint.manifest", "config", "errors", "strict_yaml", "report.files", "report.images"),
         *("report.panels", "report.read", "report.summary", "report.text"),
     },
+    "bench": {
+        *("assemble", "backends", "backends.base", "check", "checkpoint", "config", "data.feed", "data.sets", "dist"),
+        *("ending", "errors", "launcher", "optim", "order", "phases", "session", "versions"),
+        *("bench", "bench.bare", "bench.ranks", "bench.references", "bench.slices", "bench.table", "bench.turns"),
+    },
+    "bench.bare": set(),
+    "bench.slices": set(),
     "data": {"errors", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets"},
     "models": {"errors"},
 }

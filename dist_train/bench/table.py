@@ -8,8 +8,8 @@ from typing import Any
 from dist_train.bench.slices import BARE, CEILING, OURS, TUTORIAL, Slice
 
 HEAD = (
-    f"{'batch':>6}  {'run':<18} {'ranks':>5} {'samples/s':>10} {'spread':>6} {'/ceiling':>8} {'p50 ms':>8} "
-    f"{'p95 ms':>8} {'start s':>7} {'data':>5} {'comp.':>5} {'red.':>5} {'rest':>5} {'MiB':>6} {'scaling':>7}"
+    f"{'batch':>6} {'run':<18} {'ranks':>5} {'samples/s':>9} {'spread':>6} {'/ceiling':>8} {'p50 ms':>7} "
+    f"{'p95 ms':>7} {'start s':>7} {'data':>5} {'comp.':>5} {'red.':>5} {'rest':>5} {'MiB':>6} {'scaling':>7}"
 )
 
 
@@ -201,7 +201,7 @@ def summary(run: Run, runs: Sequence[Run]) -> dict[str, Any]:
 
 def line(row: dict[str, Any], run: Run) -> str:
     """A row for people."""
-    head = f"{run.batch_size:>6}  {run.label:<18} {run.ranks:>5} "
+    head = f"{run.batch_size:>6} {run.label:<18} {run.ranks:>5} "
     if "samples_per_s" not in row:
         return head + (f"{'failed' if run.failed else 'not run'}: {run.why}" if run.why else "not run")
 
@@ -211,8 +211,8 @@ def line(row: dict[str, Any], run: Run) -> str:
     parts = row.get("shares", {})
     return (
         head
-        + f"{row['samples_per_s']:>10,.0f} {row['spread']:>6.0%} {show(row.get('to_ceiling'), '.2f', 8)} "
-        + f"{row['step_ms_p50']:>8.2f} {row['step_ms_p95']:>8.2f} {show(row['start_s'], '.1f', 7)} "
+        + f"{row['samples_per_s']:>9,.0f} {row['spread']:>6.0%} {show(row.get('to_ceiling'), '.2f', 8)} "
+        + f"{row['step_ms_p50']:>7.2f} {row['step_ms_p95']:>7.2f} {show(row['start_s'], '.1f', 7)} "
         + "".join(show(parts.get(part), ".0%", 5) + " " for part in ("data", "compute", "reduction", "rest"))
         + f"{show(row['peak_mib'], ',.0f', 6)} {show(row.get('scaling'), '.2f', 7)}"
     )

@@ -79,7 +79,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
         }
         tree |= _tree(runs, rows, ratios)
         Path(options["--json"]).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
-    if options["--plot"]:
+    if options["--plot"] and any(r.slices for r in runs):
         Path(options["--plot"]).write_bytes(plot.png(runs))
     return 1 if any(r.failed for r in runs) else 0
 
@@ -91,7 +91,9 @@ def for_bench(config: Config, most_ranks: int) -> Config:
         eval_every_epochs=None, eval_every_steps=None, drop_last=True,
     )  # fmt: skip
     never = dataclasses.replace(config.checkpoint, resume="never")
-    return dataclasses.replace(config, train=train, checkpoint=never)
+    return dataclasses.replace(
+        config, train=train, checkpoint=never, track=dataclasses.replace(config.track, profile={})
+    )
 
 
 def _numbers(options: dict[str, str], name: str) -> list[int]:
