@@ -123,8 +123,8 @@ MAY_IMPORT = {
         *("report.panels", "report.read", "report.summary", "report.text"),
     },
     "bench": {
-        *("assemble", "backends", "backends.base", "check", "checkpoint", "config", "data.feed", "data.sets", "dist"),
-        *("ending", "errors", "launcher", "optim", "order", "phases", "session", "versions"),
+        *("assemble", "backends", "backends.base", "check", "checkpoint.resume", "config", "data.feed", "data.sets"),
+        *("dist", "ending", "errors", "launcher", "optim", "order", "phases", "session", "versions"),
         *("bench", "bench.bare", "bench.ranks", "bench.references", "bench.slices", "bench.table", "bench.turns"),
     },
     "bench.bare": set(),

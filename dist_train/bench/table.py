@@ -94,8 +94,8 @@ class Ratio:
         what = f"{self.of.title} / {self.to.title}"
         extra, cpu = statistics.median(self.extra_us), statistics.median(self.extra_cpu_us)
         return (
-            f"batch {self.of.batch_size:>5}  {what:<34} {middle:5.2f} ({low:.2f}-{high:.2f}) {extra:+9,.1f} us a step;"
-            f" by CPU time {statistics.median(self.by_cpu_time):5.2f} {cpu:+9,.1f} us"
+            f"batch {self.of.batch_size:>5}  {what:<38} {middle:5.2f} ({low:.2f}-{high:.2f}) {extra:+9,.1f} us; "
+            f"by CPU time {statistics.median(self.by_cpu_time):5.2f} {cpu:+9,.1f} us"
         )
 
     def tree(self) -> dict[str, Any]:

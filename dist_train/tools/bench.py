@@ -25,6 +25,9 @@ from dist_train.tools.options import split
 from dist_train.tools.parity import number, with_backend
 
 AUTO_STEPS = f"as many as take {SLICE_S:g} s"
+RATIOS = (
+    "samples/s by those of the other, of each round the median (and quartiles); microseconds a step, less the other's"
+)
 # Default, and an example.
 OPTIONS = {
     "--backends": ("single,ddp", "single,fsdp2"),
@@ -69,7 +72,11 @@ def run(argv: list[str], launcher: Launcher) -> int:
         runs += lead.measure()
         ready += lead.ready
     rows, ratios = [table.summary(r, runs) for r in runs], table.ratios(runs)
-    print("\n".join(["", table.HEAD, *map(table.line, rows, runs), *_notes(runs), "", *(r.line() for r in ratios)]))
+    print(
+        "\n".join(
+            ["", table.HEAD, *map(table.line, rows, runs), *_notes(runs), "", RATIOS, *(r.line() for r in ratios)]
+        )
+    )
     if options["--json"]:
         tree = {
             "machine": {"before": before, "after": machine.facts()},
