@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# All figures of RESULTS.md, into a folder: bash benchmarks/all.sh [DATA_ROOT] [OUT]. About 15 minutes on two idle cores.
+# Lightning is needed for the peers alone: pip install 'lightning==2.6.*'
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=${1:-data}
+out=${2:-benchmarks/out}
+mkdir -p "$out"
+export PYTHONPATH=$PWD
+same=(--config configs/fashion_mnist.yaml --data.root "$root" --model.activation ReLU --train.device cpu)
+
+run() { # NAME COMMAND...: its output, also in a file
+    echo "== $1: ${*:2}"
+    "${@:2}" 2>&1 | tee "$out/$1.txt"
+}
+
+run speed python -m dist_train bench "${same[@]}" --repeats 24 --starts 2 --json "$out/speed.json" --plot "$out/speed.png"
+run libraries python -m dist_train bench "${same[@]}" --backends fsdp2,accelerate,deepspeed:0,deepspeed:2,deepspeed:3 \
+    --repeats 24 --json "$out/libraries.json" --plot "$out/libraries.png"
+# Many short slices, with a checkpoint policy that is asked at every step.
+run overhead python -m dist_train bench "${same[@]}" --backends single --train.threads 1 --batch-sizes 1 --steps 50 \
+    --repeats 200 --starts 0 --checkpoint.every_steps 1000000000 --json "$out/overhead.json"
+run peers python benchmarks/peers.py "${same[@]}" --train.threads 1 --repeats 24
+run startup python benchmarks/startup.py --repeats 3
+run checkpoint torchrun --standalone --nproc_per_node=2 benchmarks/checkpoint.py
