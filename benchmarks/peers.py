@@ -41,7 +41,7 @@ def main(argv: list[str]) -> None:
     config = dataclasses.replace(config, backend=BackendConfig("single"))
     cell = Cell("single", 1, config)
     if not steps:
-        with ranks.of(cell.with_batch(batch_size, WARM_STEPS + 1), OURS, 1) as processes:
+        with ranks.of(cell.with_batch(batch_size, WARM_STEPS), OURS, 1) as processes:
             processes.end()
         steps = max(3, round(SLICE_S / processes.ready[0].step_s))
     config = cell.with_batch(batch_size, steps_of(steps, repeats))

@@ -18,15 +18,16 @@ from torch.utils.data import Dataset
 from dist_train import assemble, backends, dist, optim
 from dist_train.bench import lead, plot, ranks, table
 from dist_train.bench.references import references
-from dist_train.bench.slices import BARE, CEILING, OURS, RUN_IN_STEPS, TUTORIAL, WARM_STEPS, Slice
+from dist_train.bench.slices import BARE, CEILING, OURS, TUTORIAL, WARM_STEPS, Slice
 from dist_train.bench.table import Run
-from dist_train.bench.turns import Held, Kept
+from dist_train.bench.turns import Held
 from dist_train.config import BackendConfig, Config, load
 from dist_train.data.sets import Data, FromFiles
 from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.meter import Control
+from dist_train.phases import NAMES
 from dist_train.tools import bench
 from dist_train.tools.trajectory import Recorder
 from dist_train.train import train
@@ -215,7 +216,7 @@ def test_a_cell_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
             self.turns += 1
             if self.config.backend.name == "ddp" and self.turns == 3:
                 raise ranks.NotRun("[rank 1] broke")
-            return [Slice(steps, 1.0, 1.0, [1.0] * steps, dict.fromkeys(Kept().seconds, 0.1))]
+            return [Slice(steps, 1.0, 1.0, [1.0] * steps, dict.fromkeys(NAMES, 0.1))]
 
     class Ready:
         step_s, peak_bytes, references, device, versions = 1e-3, 2**20, (CEILING,), "none", {}
@@ -236,6 +237,8 @@ def test_a_cell_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
 
 class Turns:
     """The leader's side of three slices; a while passes between them."""
+
+    device = torch.device("cpu")
 
     def __init__(self, clock: "Clock"):
         self.clock, self.said, self.left = clock, [], [4, 2, 5, 0]
@@ -266,31 +269,19 @@ class Clock:
 def test_a_slice_is_the_steps_that_were_asked_for_and_nothing_between(monkeypatch: pytest.MonkeyPatch):
     clock = Clock()
     monkeypatch.setattr(time, "perf_counter", clock)
-    turns, phases, fetched = Turns(clock), Kept(), []
-
-    class Three:
-        split, device = range(3), torch.device("cpu")
-
-        def __call__(self, batches, epoch: int):
-            for batch in batches:
-                clock.now += 0.5
-                fetched.append(batch)
-                yield batch
-
-    feed, step = Held(Three(), turns, phases, {}), 0
+    turns = Turns(clock)
+    phases, step = Held(turns, {}), 0
     while turns.left:
-        batches = feed(range(3))  # an epoch of three steps, whose last batch may end a slice
-        for _ in range(3):
-            phases("data")
-            next(batches)
-            phases("forward")
-            clock.now += 2
-            if step % 4 == 0:
-                phases.take()  # as the meter does
-            phases("reduce")
-            clock.now += 0.25
-            step += 1
-            phases.progressed(step)
+        step += 1
+        phases("data")
+        clock.now += 0.5
+        phases("forward")
+        clock.now += 2
+        phases("reduce")
+        if step % 4 == 0:
+            phases.take()  # as the meter does
+        clock.now += 0.25
+        phases.progressed(step)
     assert turns.said[:2] == ["first step", WARM_STEPS]
     slices = turns.said[2:]
     assert [one.steps for one in slices] == [4, 2, 5]
@@ -300,9 +291,7 @@ def test_a_slice_is_the_steps_that_were_asked_for_and_nothing_between(monkeypatc
         assert one.phases["data"] == pytest.approx(0.5 * one.steps)
         assert one.phases["forward"] == pytest.approx(2 * one.steps)
         assert sum(one.phases.values()) == pytest.approx(one.seconds)
-    # the last slice ends where the next batch is asked for: one more step than they have
-    last = lead.steps_of(0, 0) + 3 * RUN_IN_STEPS + 4 + 2 + 5
-    assert last <= step <= last + 2
+    assert step == lead.steps_of(4, 1) + lead.steps_of(2, 1) + lead.steps_of(5, 1) - 2 * WARM_STEPS
 
 
 # -- what it is measured beside ----------------------------------------------------------------------------------------
@@ -392,7 +381,7 @@ def test_the_tutorial_is_there_where_it_fits(options: list[str], expected: list[
 
 def slices(*seconds: float, **phases: float) -> list[list[Slice]]:
     """Rounds of two steps on one rank."""
-    none = dict.fromkeys(Kept().seconds, 0.0)
+    none = dict.fromkeys(NAMES, 0.0)
     return [[Slice(2, s, s / 2, [s * 500.0] * 2, none | {k: s * v for k, v in phases.items()})] for s in seconds]
 
 

@@ -48,8 +48,8 @@ class Cell:
 
 
 def steps_of(slice_steps: int, repeats: int) -> int:
-    """Of ours, until all its slices are over: where the batch of one more is asked for."""
-    return WARM_STEPS + repeats * (RUN_IN_STEPS + slice_steps) + 1
+    """Of ours, until all its slices are over."""
+    return WARM_STEPS + repeats * (RUN_IN_STEPS + slice_steps)
 
 
 def shuffled(names: list[str], turn: int) -> list[str]:
@@ -112,7 +112,7 @@ class Lead:
         """Ours and its references, each alone."""
         names = [OURS]
         for name in names:
-            config = cell.with_batch(self.batch_size, WARM_STEPS + 1)
+            config = cell.with_batch(self.batch_size, WARM_STEPS)
             with ranks.of(config, name, cell.ranks) as processes:
                 self._started(cell, name, processes)
                 processes.end()

@@ -1,7 +1,7 @@
 """A rank that is measured: it waits for its turn, takes some steps, says how long they took, and waits again.
 
-Ours is the package's own run from start to end, and is held between two steps: where the loop asks its feed for the
-next batch. Nothing in the loop knows of it. What it is compared with takes its turns meanwhile, in the same process.
+Ours is the package's own run from start to end, and is held where the loop says that a step has ended. Nothing in the
+loop knows of it. What it is compared with takes its turns meanwhile, in the same process.
 """
 
 import math
@@ -13,12 +13,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Client
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as torch_dist
 
 from dist_train.bench.slices import FIRST_STEP, RUN_IN_STEPS, WARM, WARM_STEPS, Ready, Slice
-from dist_train.data.feed import Batch, Feed
 from dist_train.dist import device_name
 from dist_train.phases import NAMES, Phases
 from dist_train.versions import versions
@@ -84,19 +82,31 @@ class Turns:
                 return steps
 
 
-class Kept(Phases):
-    """Phases of ours, whose seconds are also kept after the meter has taken them; and when each step ended."""
+class Held(Phases):
+    """The phases of ours, which the loop tells of the end of each step: there it is held until it is its turn.
 
-    def __init__(self) -> None:
+    Args:
+        turns: says whose turn it is.
+        references: what takes its turns meanwhile, by name. They begin to exist with their first step, after ours has
+            taken its own: the peak of memory until there is that of ours.
+    """
+
+    def __init__(self, turns: Turns, references: Mapping[str, Steps]) -> None:
         super().__init__()
-        self.taken = dict.fromkeys(NAMES, 0.0)
-        self.ends: list[float] = []
+        self.turns, self.references = turns, references
+        self.taken = dict.fromkeys(NAMES, 0.0)  # what the meter has taken
+        self.ends: list[float] = []  # of the steps of this slice
+        self.until: float = 1
+        self.steps = 0  # of the slice that is run in
+        self.begin: tuple[float, float, dict[str, float]] | None = None
 
     def progressed(self, step: int | None = None) -> None:
         """See Phases."""
         super().progressed(step)
         if step is not None:
             self.ends.append(self.moved)
+            if step >= self.until:
+                self._hold(step)
 
     def take(self) -> dict[str, float]:
         """See Phases."""
@@ -105,72 +115,39 @@ class Kept(Phases):
             self.taken[name] += seconds
         return taken
 
-    def totals(self) -> dict[str, float]:
-        """Seconds in each phase so far."""
-        self(self.name)
-        return {name: self.taken[name] + self.seconds[name] for name in NAMES}
-
-
-class Held:
-    """The feed of ours, which holds the loop between two steps until it is its turn.
-
-    Args:
-        feed: gives the batches.
-        turns: says whose turn it is.
-        phases: of the loop.
-        references: what takes its turns meanwhile, by name. They begin to exist with their first step, after ours has
-            taken its own: the peak of memory until there is that of ours.
-    """
-
-    def __init__(self, feed: Feed, turns: Turns, phases: Kept, references: Mapping[str, Steps]):
-        self.feed, self.turns, self.phases, self.references = feed, turns, phases, references
-        self.split, self.device = feed.split, feed.device
-        self.until: float = 1
-        self.steps = 0  # of the slice that is run in
-        self.begin: tuple[float, float, dict[str, float]] | None = None
-
-    def __call__(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
-        """See Feed."""
-        phases = self.phases
-        if phases.step >= self.until:
-            self._hold()
-        for batch in self.feed(batches, epoch):
-            yield batch
-            if phases.step >= self.until:  # the loop is back for the next one, and has fetched nothing of it
-                self._hold()
-
-    def _hold(self) -> None:
-        turns, phases = self.turns, self.phases
-        if self.steps:
-            self._begin()
+    def _hold(self, step: int) -> None:
+        turns = self.turns
+        if self.steps:  # it is run in
+            synchronize(turns.device)
+            self.until, self.steps = step + self.steps, 0
+            self.ends.clear()
+            before = self._totals()
+            self.since = time.perf_counter()  # what has passed until here is no phase of the loop
+            self.begin = self.since, time.process_time(), before
             return
-        if phases.step == 1:
+        if step == 1:
             turns.first_step()
             self.until = WARM_STEPS
             return
-        if self.begin is not None:
-            self._measured(*self.begin)
+        if self.begin is None:
+            turns.ready(self.ends, self.references)
         else:
-            turns.ready(phases.ends, self.references)
-        self.steps = turns.wait(self.references, phases.progressed)
-        self.until = phases.step + RUN_IN_STEPS if self.steps else math.inf
-        meet(self.device)
+            turns.give(self._measured(*self.begin))
+        self.steps = turns.wait(self.references, self.progressed)
+        self.until = step + RUN_IN_STEPS if self.steps else math.inf
+        meet(turns.device)
 
-    def _begin(self) -> None:
-        """The slice, after it is run in."""
-        synchronize(self.device)
-        self.until, self.steps = self.phases.step + self.steps, 0
-        self.phases.ends.clear()
-        before = self.phases.totals()
-        self.phases.since = time.perf_counter()  # what has passed until here is no phase of the loop
-        self.begin = self.phases.since, time.process_time(), before
-
-    def _measured(self, begin: float, cpu_begin: float, before: dict[str, float]) -> None:
-        synchronize(self.device)
+    def _measured(self, begin: float, cpu_begin: float, before: dict[str, float]) -> Slice:
+        synchronize(self.turns.device)
         end, cpu_end = time.perf_counter(), time.process_time()
-        of = {name: seconds - before[name] for name, seconds in self.phases.totals().items()}
-        step_ms = durations_ms(begin, end, self.phases.ends, self.device)
-        self.turns.give(Slice(len(self.phases.ends), end - begin, cpu_end - cpu_begin, step_ms, of))
+        of = {name: seconds - before[name] for name, seconds in self._totals().items()}
+        step_ms = durations_ms(begin, end, self.ends, self.turns.device)
+        return Slice(len(self.ends), end - begin, cpu_end - cpu_begin, step_ms, of)
+
+    def _totals(self) -> dict[str, float]:
+        """Seconds in each phase so far."""
+        self(self.name)
+        return {name: self.taken[name] + self.seconds[name] for name in NAMES}
 
 
 def alone(reference: Steps, turns: Turns) -> None:

@@ -5,13 +5,12 @@ that takes its first steps alone.
 """
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from dist_train import assemble, dist, ending, session
 from dist_train.bench.references import references
 from dist_train.bench.slices import CONFIG, OURS, SOCKET, WARM_STEPS
-from dist_train.bench.turns import Held, Kept, Turns, alone
+from dist_train.bench.turns import Held, Turns, alone
 from dist_train.checkpoint import resume
 from dist_train.config import load
 from dist_train.errors import ConfigError
@@ -29,9 +28,8 @@ def main(folder: Path, name: str, launcher: Launcher) -> None:
         if name != OURS:
             alone(references(config, world, parts, WARM_STEPS)[name], turns)
             return
-        phases = Kept()
-        held = replace(parts, feed=Held(parts.feed, turns, phases, references(config, world, parts)))
-        session.run(config, world, held, resume.facts_of(parts.model, parts.data), phases)
+        phases = Held(turns, references(config, world, parts))
+        session.run(config, world, parts, resume.facts_of(parts.model, parts.data), phases)
 
 
 if __name__ == "__main__":
