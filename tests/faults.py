@@ -613,7 +613,7 @@ def report_memory(path: str, copies: bool = False) -> None:
     def sample() -> None:
         lines = [line.split() for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]]
         moments_.append({kind.rstrip(":"): int(amount) * 1024 for kind, amount, _ in lines})
-        written[:] = [_written("-ubyte")]
+        written[:] = [_private_bytes("-ubyte")]
 
     def goes(self: Phases, name: str) -> None:
         goes_over(self, name)
@@ -635,7 +635,7 @@ def report_memory(path: str, copies: bool = False) -> None:
         mapped, vision.idx.mapped = vision.idx.mapped, lambda *of: mapped(*of).clone()
 
 
-def _written(name: str) -> int | None:
+def _private_bytes(name: str) -> int | None:
     """Bytes that this process wrote to its private mappings of files with `name` in their path; None without any."""
     inside, found = False, None
     for line in Path("/proc/self/smaps").read_text().splitlines():

@@ -31,7 +31,7 @@ REFUSED = [
     (["--train.epochs", "x"], "train.epochs: got 'x', expected an integer; for example --train.epochs 10"),
     (["--config", "nope.yaml"], "--config: got 'nope.yaml', expected a YAML file that can be read: No such file"),
     (["--backend.name", "ddp"], "backend.name: got ddp in a process that was started alone, expected a launcher"),
-    (["evl"], "command line: got unknown command 'evl', expected one of train, doctor, eval"),
+    (["evl"], "command line: got unknown command 'evl', expected one of train, bench, doctor, eval"),
     (["eval"], "run.dir: got nothing, expected the folder of a finished run"),
     (["eval", "--run.dir", "nope"], "run.dir: got nope, expected the folder of a finished run"),
     (["train", "--train.device", "abacus"], "train.device: got abacus"),  # torch is needed to know

@@ -261,10 +261,10 @@ class Terminal:
     def _read(self) -> None:
         while data := os.read(self.master, 1 << 16):
             self.raw += data
+            self.stream.feed(data.partition(END)[0])  # the last of the screen may come with it
+            self.seen.append(self.lines())
             if END in self.raw:
                 return
-            self.stream.feed(data)
-            self.seen.append(self.lines())
 
     def lines(self) -> list[str]:
         """What is on the screen."""

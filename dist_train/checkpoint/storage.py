@@ -181,12 +181,13 @@ class _HashedFiles(FileSystem):
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         assert mode == "wb"
+        raw = None
         try:
             raw = _Hashed(Path(path))
             with io.BufferedWriter(raw) as stream:
                 yield stream
         except BaseException as error:
-            self.error = error if isinstance(error, OSError) else raw.error
+            self.error = error if isinstance(error, OSError) else raw and raw.error
             raise
         self.written[Path(path)] = File(raw.size, raw.hash.hexdigest())
 
