@@ -3,9 +3,10 @@
 python benchmarks/scaling.py measure [--rounds 3] [--out benchmarks/scaling.json]
 python benchmarks/scaling.py show [--of benchmarks/scaling.json] [--picture docs/images/scaling.png]
 
-`measure` runs the package itself, one process and DDP on gloo, a round after the other, and times all-reduces and the
-feed; of each figure it keeps the fastest round, which other programs disturbed least. `show` prints the tables of
-docs/scaling.md and draws its picture; it needs matplotlib.
+`measure` goes through the package's own loop, in one process and as DDP on gloo, and times all-reduces and the feed: all
+of them in turns, in rounds of new processes. Of each figure it keeps the duration that one in twenty falls below, as most
+of the others were waiting for a core that another program had. `show` prints the tables of docs/scaling.md and draws its
+picture; it needs matplotlib.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,111 +27,121 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 WEIGHTS = 784 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10  # of the default model on 28x28 pixels
 GRADIENT_BYTES = 4 * WEIGHTS
-ALONE = (1, 16, 64, 256, 1024)  # batch sizes of one process
-TOGETHER = {1: (64, 256, 1024), 2: (64, 256, 1024), 4: (256, 1024)}  # global batch sizes by ranks of DDP
+BATCHES = (1, 16, 64, 256, 1024)
+TOGETHER = (64, 256, 1024)  # global batches of DDP
 REDUCED_BYTES = (1 << 12, 1 << 16, 1 << 20, GRADIENT_BYTES, 1 << 24)
-TIMED_STEPS = {1: 400, 16: 300, 64: 300, 256: 150, 1024: 60}
-Measured = dict[str, dict[str, float]]
+TURNS = 6
+SAMPLES_A_TURN, MOST_STEPS = 8192, 100
+REDUCTIONS_A_TURN = 20
+Measured = dict[str, dict[str, float]]  # milliseconds
 
 
 # -- measured ---------------------------------------------------------------------------------------------------------
 
 
-def step_ms(ranks: int, batch: int) -> float:
-    """The median duration of a step of the package. 0 ranks: without a group."""
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["-m", "dist_train", "--data.name", "synthetic", "--data.args.n_test", "64", "--train.device", "cpu"]
-        words += ["--train.global_batch_size", str(batch), "--train.max_steps", str(TIMED_STEPS[batch])]
-        words += ["--train.epochs", "1000", "--train.eval_every_epochs", "null", "--train.threads", "1"]
-        _start(ranks, [*words, "--run.dir", f"{folder}/run"])
-        return json.loads((Path(folder) / "run" / "summary.json").read_text())["step_ms"]["p50"]
+def measure(rounds: int) -> Measured:
+    """Of each figure the duration that one in twenty falls below."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for done in range(rounds):
+        for ranks in (1, 2, 4):
+            for name, taken in _start(ranks).items():
+                for key, ms in taken.items():
+                    found.setdefault(name, {}).setdefault(key, []).extend(ms)
+        print(f"round {done + 1} of {rounds}", file=sys.stderr, flush=True)
+    return {
+        name: {key: round(statistics.quantiles(ms, n=20)[0], 4) for key, ms in taken.items()}
+        for name, taken in found.items()
+    }
 
 
-def reduce_ms(ranks: int) -> dict[int, float]:
-    """The median duration of an all-reduce, by its bytes."""
-    return json.loads(_start(ranks, [__file__, "reduce"]).splitlines()[-1], object_hook=_numbered)
+def _start(ranks: int) -> dict[str, dict[str, list[float]]]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = ["timeout", "300", sys.executable, *torchrun, __file__, "work"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: code {done.returncode}\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def feed_ms() -> dict[int, float]:
-    """What a batch of the feed takes, by its size: a part of every step."""
+def work() -> None:
+    """A rank of `measure`: takes what it measures in turns. Rank 0 prints."""
+    import torch
+
+    from dist_train import dist, ending
+    from dist_train.launcher import detect
+
+    torch.set_num_threads(1)
+    with dist.joined(detect(), torch.device("cpu")) as world:
+        cells: dict[tuple[str, int], Callable[[], list[float]]] = {}
+        if world.size == 1:
+            cells |= {("alone", batch): stepper("single", batch, world) for batch in BATCHES}
+            cells |= {("feed", batch): feeder(batch) for batch in BATCHES}
+        else:
+            cells |= {(f"reduce {world.size}", size): reducer(size) for size in REDUCED_BYTES}
+        cells |= {(f"ddp {world.size}", batch): stepper("ddp", batch, world) for batch in TOGETHER}
+        found: dict[str, dict[int, list[float]]] = {}
+        for turn in range(TURNS + 1):
+            for (name, key), cell in cells.items():
+                taken = cell()
+                if turn:  # the first is not warm
+                    found.setdefault(name, {}).setdefault(key, []).extend(taken)
+        if world.is_main:
+            print(json.dumps(found), flush=True)
+    ending.leave(ending.OK)
+
+
+def stepper(name: str, batch: int, world: Any) -> Callable[[], list[float]]:
+    """Steps of a backend, by the package's own loop."""
+    from dist_train import assemble, backends, optim
+    from dist_train.config import load
+    from dist_train.meter import Control
+    from dist_train.tools.trajectory import Recorder
+    from dist_train.train import train
+
+    steps = min(MOST_STEPS, SAMPLES_A_TURN // batch)
+    argv = ["--backend.name", name, "--data.name", "synthetic", "--data.args.n_test", "64", "--train.device", "cpu"]
+    argv += ["--train.global_batch_size", str(batch), "--train.max_steps", str(steps), "--train.epochs", "1000"]
+    config = load([*argv, "--train.eval_every_epochs", "null", "--train.threads", "1"])
+    parts = assemble.build(config, world.device)
+    backend = backends.create(config, world)
+    of = backend, *backend.prepare(parts.model, optim.factory(config.optim)), parts.feed, parts.test_feed
+    return lambda: train(config, world, *of, Recorder(), lambda meter: None, Control()).step_ms
+
+
+def feeder(batch: int) -> Callable[[], list[float]]:
+    """Batches of the feed, which are a part of every step: the mean of a pass, as it gathers small ones together."""
     import torch
 
     from dist_train.data.feed import Feed
     from dist_train.data.synthetic import synthetic
     from dist_train.order import Plan
 
-    torch.set_num_threads(1)
-    data = synthetic("", False, n_test=64)
+    data = synthetic("", False, n=SAMPLES_A_TURN, n_test=64)
     feed = Feed(data.train, data, torch.device("cpu"), torch.float32, True, False)
-    found = {}
-    for batch in ALONE:
-        batches = feed(Plan(len(data.train), 0, batch, None, True, 0, 1).indices(0))
+
+    def once() -> list[float]:
         begin = time.perf_counter()
-        count = sum(1 for _ in batches)
-        found[batch] = (time.perf_counter() - begin) / count * 1e3
-    return found
+        count = sum(1 for _ in feed(Plan(len(data.train), 0, batch, None, True, 0, 1).indices(0)))
+        return [(time.perf_counter() - begin) / count * 1e3]
+
+    return lambda: [ms for _ in range(5) for ms in once()]
 
 
-def reduce() -> None:
-    """A rank of `reduce_ms`; rank 0 prints."""
+def reducer(size: int) -> Callable[[], list[float]]:
+    """All-reduces of `size` bytes."""
     import torch
-    import torch.distributed as dist
+    import torch.distributed as torch_dist
 
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    found = {}
-    for size in REDUCED_BYTES:
-        tensor, taken = torch.zeros(size // 4), []
-        for _ in range(60):
-            dist.barrier()
-            begin = time.perf_counter()
-            dist.all_reduce(tensor)
-            taken.append((time.perf_counter() - begin) * 1e3)
-        found[size] = statistics.median(taken[10:])
-    if dist.get_rank() == 0:
-        print(json.dumps(found), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    os._exit(0)
+    tensor = torch.zeros(size // 4)
 
+    def once() -> float:
+        torch_dist.barrier()
+        begin = time.perf_counter()
+        torch_dist.all_reduce(tensor)
+        return (time.perf_counter() - begin) * 1e3
 
-def _start(ranks: int, words: list[str]) -> str:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    words = words[1:] if torchrun and words[0] == "-m" else words
-    module = ["--module"] if torchrun and words[0] == "dist_train" else []
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = ["timeout", "300", sys.executable, *torchrun, *module, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: code {done.returncode}\n{done.stderr}")
-    return done.stdout
-
-
-def _numbered(found: dict[str, float]) -> dict[int, float]:
-    return {int(key): value for key, value in found.items()}
-
-
-def measure(rounds: int) -> Measured:
-    """Milliseconds: of each figure the fastest round."""
-    found: Measured = {}
-
-    def keep(name: str, taken: dict[int, float]) -> None:
-        of = found.setdefault(name, {})
-        for key, ms in taken.items():
-            of[str(key)] = round(min(of.get(str(key), math.inf), ms), 4)
-
-    for done in range(rounds):
-        for batch in ALONE:
-            keep("alone", {batch: step_ms(0, batch)})
-        for ranks, batches in TOGETHER.items():
-            for batch in batches:
-                keep(f"ddp {ranks}", {batch: step_ms(ranks, batch)})
-        for ranks in (2, 4):
-            keep(f"reduce {ranks}", reduce_ms(ranks))
-        keep("feed", feed_ms())
-        print(f"round {done + 1} of {rounds}", file=sys.stderr, flush=True)
-    return found
+    return lambda: [once() for _ in range(REDUCTIONS_A_TURN)]
 
 
 # -- fitted -----------------------------------------------------------------------------------------------------------
@@ -337,10 +347,10 @@ def main() -> None:
     of = commands.add_parser("show")
     of.add_argument("--of", type=Path, default=Path(__file__).with_suffix(".json"))
     of.add_argument("--picture", type=Path, default=ROOT / "docs/images/scaling.png")
-    commands.add_parser("reduce")
+    commands.add_parser("work")
     arguments = parser.parse_args()
-    if arguments.command == "reduce":
-        reduce()
+    if arguments.command == "work":
+        work()
     elif arguments.command == "measure":
         arguments.out.write_text(json.dumps(measure(arguments.rounds), indent=1) + "\n")
     else:

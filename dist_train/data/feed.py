@@ -186,15 +186,29 @@ class _Reader(Dataset[Any]):
             return self.empty
         try:
             with kept_apart() if self.draws else nullcontext():
-                images, labels = default_collate([self._sample(i) for i in batch.tolist()])
+                images, labels = default_collate(self._samples(batch.tolist()))
         except ConfigError as error:  # a string, because an exception would come with the worker's traceback
             return str(error)
         return images, labels
 
-    def _sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor | int]:
-        if self.draws:
-            seed_for(self.seed, self.epoch, index)
-        image, target = self.dataset[index]
+    def _samples(self, batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor | int]]:
+        item = self._seeded if self.draws else self.dataset.__getitem__
+        samples = [item(index) for index in batch]
+        if self.empty is not None and self.empty[1].dim() == 1:  # what most are, in a rush
+            shape, kind, classes = self.input_shape, self.empty[0].dtype, self.classes
+            if all(
+                type(image) is torch.Tensor and image.dtype is kind and image.shape == shape
+                and type(target) is int and 0 <= target < classes
+                for image, target in samples
+            ):  # fmt: skip
+                return samples
+        return [self._checked(index, *sample) for index, sample in zip(batch, samples, strict=True)]
+
+    def _seeded(self, index: int) -> tuple[torch.Tensor, Any]:
+        seed_for(self.seed, self.epoch, index)
+        return self.dataset[index]
+
+    def _checked(self, index: int, image: torch.Tensor, target: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
         fits = isinstance(image, torch.Tensor) and image.shape == self.input_shape
         if not fits or image.dtype not in self._kinds():
             got = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
@@ -202,9 +216,6 @@ class _Reader(Dataset[Any]):
                 f"data.name: sample {index}: got {got}, expected a tensor {' or '.join(map(str, self._kinds()))} "
                 f"{list(self.input_shape)}"
             )
-        numbers = self.empty is None or self.empty[1].dim() == 1
-        if type(target) is int and numbers and 0 <= target < self.classes:  # as most are
-            return image, target
         return image, self._target(index, target)
 
     def _kinds(self) -> tuple[torch.dtype, ...]:
