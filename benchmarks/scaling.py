@@ -4,8 +4,8 @@ python benchmarks/scaling.py measure [--rounds 3] [--out benchmarks/scaling.json
 python benchmarks/scaling.py show [--of benchmarks/scaling.json] [--picture docs/images/scaling.png]
 
 `measure` goes through the package's own loop, in one process and as DDP on gloo, and times all-reduces and the feed:
-all of them in turns, in rounds of new processes. Of each figure it keeps the duration that one in twenty falls below, as
-most of the others were waiting for a core that another program had. `show` prints the tables of docs/scaling.md and
+all of them in turns, in rounds of new processes. Of each figure it keeps the duration that one in twenty falls below,
+as most of the others were waiting for a core that another program had. `show` prints the tables of docs/scaling.md and
 draws its picture; it needs matplotlib.
 """
 
