@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All figures of RESULTS.md, into a folder: bash benchmarks/all.sh [DATA_ROOT] [OUT]. About 15 minutes on two idle cores.
+# All figures of RESULTS.md but those of a GPU, into a folder: bash benchmarks/all.sh [DATA_ROOT] [OUT].
+# Takes about 15 minutes on two idle cores.
 # Lightning is needed for the peers alone: pip install 'lightning==2.6.*'
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=${1:-data}
-out=${2:-benchmarks/out}
+out=${2:-runs/benchmarks}
 mkdir -p "$out"
 export PYTHONPATH=$PWD
 same=(--config configs/fashion_mnist.yaml --data.root "$root" --model.activation ReLU --train.device cpu)
@@ -14,9 +15,10 @@ run() { # NAME COMMAND...: its output, also in a file
     "${@:2}" 2>&1 | tee "$out/$1.txt"
 }
 
-run speed python -m dist_train bench "${same[@]}" --repeats 24 --starts 2 --json "$out/speed.json" --plot "$out/speed.png"
+run speed python -m dist_train bench "${same[@]}" --train.threads 1 --repeats 30 --starts 2 \
+    --json "$out/speed.json" --plot "$out/speed.png"
 run libraries python -m dist_train bench "${same[@]}" --backends fsdp2,accelerate,deepspeed:0,deepspeed:2,deepspeed:3 \
-    --repeats 24 --json "$out/libraries.json" --plot "$out/libraries.png"
+    --batch-sizes 64 --repeats 24 --json "$out/libraries.json" --plot "$out/libraries.png"
 # Many short slices, with a checkpoint policy that is asked at every step.
 run overhead python -m dist_train bench "${same[@]}" --backends single --train.threads 1 --batch-sizes 1 --steps 50 \
     --repeats 200 --starts 0 --checkpoint.every_steps 1000000000 --json "$out/overhead.json"
