@@ -247,7 +247,8 @@ def _context(dataset: Dataset[Any]) -> BaseContext:
     """
     context = multiprocessing.get_context("forkserver")
     imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
-    context.set_forkserver_preload([__name__, type(dataset).__module__, *imported])
+    # What every worker imports anyway, the script that was started among it.
+    context.set_forkserver_preload(["__main__", __name__, type(dataset).__module__, *imported])
     return context
 
 
