@@ -19,6 +19,7 @@ from dist_train.config import Config, dump
 from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.speech import prefix
+from dist_train.whole import whole
 
 # A killed run's process may take this long to be gone.
 LOCK_WAIT_S = 5.0
@@ -143,6 +144,5 @@ def _new_folder(parent: Path, name: str) -> Path:
 
 def write(path: Path, text: str) -> None:
     """A file that is whole or absent."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")

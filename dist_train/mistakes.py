@@ -1,6 +1,5 @@
 """What a model gets wrong on the test data: which classes it takes for which, and the samples with the largest loss."""
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from dist_train.data.feed import Feed
 from dist_train.dist import World
 from dist_train.losses import loss_of_each
 from dist_train.order import share
+from dist_train.whole import whole
 
 NAME = "evaluation.npz"
 WORST = 24
@@ -95,11 +95,8 @@ class Mistakes:
         arrays["classes"] = np.array([str(name) for name in self.classes], dtype=np.str_)
         if confusion is not None:
             arrays["confusion"] = confusion.reshape(len(self.classes), -1)
-        path = folder / NAME
-        beside = path.with_name(f".{NAME}.{os.getpid()}")
-        with beside.open("wb") as file:
+        with whole(folder / NAME) as beside, beside.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        beside.replace(path)
 
 
 def _pixels(image: torch.Tensor) -> np.ndarray:

@@ -18,6 +18,7 @@ from dist_train.config import Config
 from dist_train.dist import World, device_name
 from dist_train.meter import Control, Meter, Metrics
 from dist_train.phases import Phases
+from dist_train.whole import whole
 
 FOLDER = "profile"
 OPERATORS = 10  # lines of the table
@@ -153,9 +154,8 @@ class Recording:
             self.profiler.stop()
             path = self.folder / FOLDER / f"rank{self.world.rank}.json"
             path.parent.mkdir(exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            self.profiler.export_chrome_trace(str(beside))
-            beside.replace(path)
+            with whole(path) as beside:
+                self.profiler.export_chrome_trace(str(beside))
             if self.world.is_main:
                 with path.open(encoding="utf-8") as file:
                     found = timeline.shares(json.load(file))

@@ -1,7 +1,6 @@
 """Weights in files: those that a run leaves, and those that another starts from. Nothing in a file is executed."""
 
 import gc
-import os
 import re
 import warnings
 import zipfile
@@ -16,6 +15,7 @@ from torch import nn
 from dist_train.check import WEIGHTS
 from dist_train.checkpoint import manifest
 from dist_train.errors import ConfigError
+from dist_train.whole import whole
 
 NAMES_SHOWN = 10
 # Where other programs keep the state dict in a file that holds more.
@@ -27,9 +27,8 @@ State = dict[str, torch.Tensor]
 def save_weights(folder: Path | None, state: State) -> None:
     """Writes the weights by the model's own names; whole or absent. `folder` is None on ranks that do not write."""
     if folder is not None:
-        beside = folder / f".{WEIGHTS}.{os.getpid()}"
-        torch.save(state, beside)
-        beside.replace(folder / WEIGHTS)
+        with whole(folder / WEIGHTS) as beside:
+            torch.save(state, beside)
 
 
 def load_weights(folder: Path) -> State:

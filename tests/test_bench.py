@@ -136,6 +136,8 @@ def test_a_reference_starts_alone():
         (["--steps=x"], "--steps: got 'x'"),
         (["--backends=single,dpp"], "--backends: got unknown backend 'dpp'"),
         (["--plot"], "bench: got --plot without a value"),
+        (["--plot=/proc/nowhere/bench.png"], "--plot: got /proc/nowhere/bench.png, which cannot be written"),
+        (["--json=/proc"], "--json: got /proc, which is a folder, expected a file"),
         (["--optim.lrr=1"], "optim: got unknown key 'lrr'"),
         (["--optim.name=SDG"], "optim.name: got unknown optimizer 'SDG'"),
     ],

@@ -72,6 +72,7 @@ def test_a_run_that_fails_alone_is_a_line():
         (["--backends=dpp"], "--backends: got unknown backend 'dpp'"),
         (["--backends=deepspeed:4"], "--backends: got unknown backend 'deepspeed:4'"),
         (["--json"], "parity: got --json without a value"),
+        (["--json=/proc/nowhere/parity.json"], "--json: got /proc/nowhere/parity.json, which cannot be written"),
         (["--optim.lrr=1"], "optim: got unknown key 'lrr'"),
     ],
 )

@@ -4,7 +4,6 @@ The file: JSON, filled up with spaces to HEAD_BYTES; then the images and the lab
 the test split, all uint8.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from pathlib import Path
 import torch
 
 from dist_train.data.sets import InMemory
+from dist_train.whole import whole
 
 FORMAT = 1
 HEAD_BYTES = 4096
@@ -37,19 +37,13 @@ def write(path: Path, sources: Mapping[str, str], splits: Splits, classes: tuple
     head = {"format": FORMAT, "sources": dict(sources), "shapes": shapes, "classes": list(classes)}
     line = json.dumps(head).encode().ljust(HEAD_BYTES)
     assert len(line) == HEAD_BYTES
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(line)
-            for split in splits:
-                file.write(split.images.contiguous().numpy())
-                file.write(split.labels.to(torch.uint8).numpy())
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave a file of the right length without its pixels
-        beside.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink()
+    with whole(path) as beside, beside.open("wb") as file:
+        file.write(line)
+        for split in splits:
+            file.write(split.images.contiguous().numpy())
+            file.write(split.labels.to(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave a file of the right length without its pixels
 
 
 def read(path: Path, sources: Mapping[str, str]) -> tuple[Splits, tuple[str, ...]]:

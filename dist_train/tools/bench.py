@@ -23,6 +23,7 @@ from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.tools.options import split
 from dist_train.tools.parity import number, with_backend
+from dist_train.whole import can_write, write
 
 AUTO_STEPS = f"as many as take {SLICE_S:g} s"
 RATIOS = (
@@ -56,10 +57,13 @@ def run(argv: list[str], launcher: Launcher) -> int:
         raise ConfigError(f"bench: got {launcher.name}, expected to be started alone: it starts the ranks by itself")
     check(dataclasses.replace(config, backend=BackendConfig("single")), launcher, writes=False)
     cells = [Cell(backend, ranks, with_backend(config, backend)) for backend, ranks in places]
+    if options["--json"]:
+        can_write(Path(options["--json"]), "--json")
     if options["--plot"]:
         from dist_train.bench import plot
 
         plot.check()
+        can_write(Path(options["--plot"]), "--plot")
     before = machine.facts()
     print(f"{config.data.name}, {config.model.name}, {config.optim.name}, {config.train.precision}")
     print(f"{machine.describe(before)}; {config.train.threads} CPU threads a rank")
@@ -85,9 +89,9 @@ def run(argv: list[str], launcher: Launcher) -> int:
             "config": to_tree(config),
         }
         tree |= _tree(runs, rows, ratios)
-        Path(options["--json"]).write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
+        write(Path(options["--json"]), (json.dumps(tree, indent=1) + "\n").encode(), "--json")
     if options["--plot"] and any(r.slices for r in runs):
-        Path(options["--plot"]).write_bytes(plot.png(runs))
+        write(Path(options["--plot"]), plot.png(runs), "--plot")
     return 1 if any(r.failed for r in runs) else 0
 
 

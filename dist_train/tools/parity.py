@@ -22,6 +22,7 @@ from dist_train.config import BackendConfig, Config, dump, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.tools.options import split
+from dist_train.whole import can_write, write
 
 if TYPE_CHECKING:
     from dist_train.tools.trajectory import Trajectory
@@ -76,6 +77,8 @@ def run(argv: list[str], launcher: Launcher) -> int:
     check(dataclasses.replace(config, backend=BackendConfig("single")), launcher, writes=False)
     for backend in names:
         with_backend(config, backend)  # a misspelt name, before anything runs
+    if options["--json"]:
+        can_write(Path(options["--json"]), "--json")
     tolerance = TOLERANCE[config.train.precision]
     print(
         f"{config.data.name}, {config.model.name}, {config.train.max_steps} steps of {config.train.global_batch_size}"
@@ -93,7 +96,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     print(f"\n{len(ran) - len(failed)} of {len(ran)} agree, {len(rows) - len(ran)} not run")
     if options["--json"]:
         table = {"tolerance": tolerance, "precision": config.train.precision, "rows": [vars(row) for row in rows]}
-        Path(options["--json"]).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+        write(Path(options["--json"]), (json.dumps(table, indent=2) + "\n").encode(), "--json")
     return 1 if failed else 0
 
 

@@ -10,9 +10,9 @@ from dist_train import ending
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.report import html, read
-from dist_train.report.files import write
 from dist_train.report.panels import panels
 from dist_train.tools.options import split
+from dist_train.whole import write
 
 # Default, and an example.
 OPTIONS = {"-o": ("", "report.html"), "--output": ("", "report.html"), "--png": ("", "plots")}
