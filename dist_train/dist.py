@@ -14,6 +14,7 @@ import torch
 import torch.distributed as torch_dist
 
 from dist_train import rendezvous
+from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
@@ -173,9 +174,7 @@ def rank_table(world: World) -> str:
     """Rank, host, process and device of every rank, a line each. Collective."""
     row = (world.rank, platform.node(), world.local_rank, os.getpid(), f"{world.device} ({device_name(world.device)})")
     head = ("rank", "host", "local rank", "process", "device")
-    rows = [head, *[tuple(map(str, r)) for r in gather(row)]]
-    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in rows)
+    return columns([head, *[tuple(map(str, r)) for r in gather(row)]])
 
 
 def device_name(device: torch.device) -> str:

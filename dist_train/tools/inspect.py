@@ -12,6 +12,7 @@ from typing import Any
 from dist_train import ending
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.manifest import Damaged, Manifest
+from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
@@ -76,9 +77,8 @@ def _print_table(whole: list[tuple[Path, Manifest]]) -> None:
             what.saved_at,
         )
         rows.append(tuple(map(str, row)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows if whole else []:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if whole:
+        print(columns(rows))
 
 
 def _epochs(what: Manifest) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from dist_train import ending
+from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.report.files import runs_below
@@ -37,7 +38,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     elif not found:
         print(f"no runs in {place}")
     else:
-        _print([HEAD, *(_row(one, place) for one in found)])
+        print(columns([HEAD, *(_row(one, place) for one in found)]))
     return ending.OK
 
 
@@ -54,9 +55,3 @@ def _row(one: Glance, place: Path) -> tuple[str, ...]:
         number(one.loss) if one.loss is not None else "-",
         duration(max(1.0, time.time() - one.written_at)),
     )
-
-
-def _print(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
