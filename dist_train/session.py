@@ -88,12 +88,12 @@ def _run(
         trackers.stopped(stopped.why, stopped.step)
         return ending.STOPPED
     checkpoints.close()
+    weights.save_weights(path if world.is_main else None, backend.weights())  # first of all that is left
     if not mistakes.seen:  # killed after its last step: no evaluation was left
         cfg, loss_of = config.train, loss_fn(config.train.loss)
         of = model, loss_of, parts.test_feed, cfg.eval_batch_size, world, parts.precision, control.phases
         evaluate(*of, mistakes)
     mistakes.write(path)
-    weights.save_weights(path if world.is_main else None, backend.weights())
     trackers.finish(result, checkpoints.stalls_s)
     return ending.OK
 

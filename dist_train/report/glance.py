@@ -8,11 +8,9 @@ from typing import Any
 
 import yaml
 
-from dist_train.checkpoint import manifest
-from dist_train.checkpoint.manifest import Damaged
-from dist_train.errors import ConfigError
+from dist_train.check import summary_of
 from dist_train.report.files import METRICS
-from dist_train.report.read import status_of, summary_of, total_steps
+from dist_train.report.read import newest, status_of, total_steps
 
 TAIL_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 22
@@ -61,7 +59,9 @@ def glance(folder: Path) -> Glance:
     loss = next((line["train/loss"] for line in reversed(tail) if "train/loss" in line), None)
     status = status_of(folder, summary)
     steps = int(_number(summary.get("steps") if status == "finished" else last.get("step")) or 0)
-    who = summary if "backend" in summary else start or _written_by(folder)
+    who = summary if "backend" in summary else start
+    if not who and (checkpoint := newest(folder)):
+        who = {"backend": checkpoint.backend, "world_size": checkpoint.world_size}
     total = steps
     if status != "finished":
         total = total_steps(_config(folder), steps, _number(last.get("epoch")) or 0.0)
@@ -118,20 +118,6 @@ def _lines_with(word: bytes, block: bytes) -> list[dict[str, Any]]:
         found.append(_json(block[block.rfind(b"\n", 0, at) + 1 : end]))
         at = block.find(word, end)
     return found
-
-
-def _written_by(folder: Path) -> dict[str, Any]:
-    """Backend and world size of the newest whole checkpoint."""
-    try:
-        for checkpoint in reversed(manifest.folders(folder)):
-            try:
-                found = manifest.read(checkpoint)
-            except Damaged:
-                continue
-            return {"backend": found.backend, "world_size": found.world_size}
-    except ConfigError:
-        pass
-    return {}
 
 
 def _config(folder: Path) -> dict[str, Any]:

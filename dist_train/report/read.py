@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from dist_train import strict_yaml
-from dist_train.check import holder
+from dist_train.check import holder, summary_of
 from dist_train.checkpoint import manifest
 from dist_train.errors import ConfigError
 from dist_train.report.files import METRICS, is_run
@@ -204,15 +204,6 @@ def _read(folder: Path, name: str) -> Run:
 # -- what the list of runs reads as well -------------------------------------------------------------------------------
 
 
-def summary_of(folder: Path) -> dict[str, Any]:
-    """What summary.json holds; empty if it is not there or not whole."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
-
-
 def status_of(folder: Path, summary: dict[str, Any]) -> str:
     """running, finished, preempted; unfinished for one that was killed, or failed."""
     if holder(folder) is not None:
@@ -396,7 +387,7 @@ def _environment(run: Run) -> dict[str, str]:
     versions: Any = run.summary.get("versions")
     for event in run.events:
         facts |= {key: event.facts[key] for key in ("backend", "world_size") if key in event.facts}
-    if "backend" not in run.summary and (found := _newest(run.folder)):
+    if "backend" not in run.summary and (found := newest(run.folder)):
         facts = {"backend": found.backend, "world_size": found.world_size} | facts
         versions = found.versions
     names = ("backend", "world_size", "launcher", "device", "device_name", "threads", "git_commit")
@@ -408,7 +399,8 @@ def _environment(run: Run) -> dict[str, str]:
     return {name.replace("_", " "): str(value) for name, value in facts.items()}
 
 
-def _newest(folder: Path) -> manifest.Manifest | None:
+def newest(folder: Path) -> manifest.Manifest | None:
+    """Of its whole checkpoints; None if it has none."""
     try:
         found, _ = manifest.listed(folder)
     except ConfigError:
