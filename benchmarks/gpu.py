@@ -17,18 +17,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import ToTensor
+from torch.utils.data import DataLoader
 
 from dist_train import assemble, backends, dist, optim
 from dist_train.assemble import Parts
 from dist_train.backends.base import Backend
+from dist_train.bench.references import Pictures
+from dist_train.bench.turns import synchronize
 from dist_train.captured import Captured
 from dist_train.config import CompileConfig, Config, load
 from dist_train.data import feed
-from dist_train.data.sets import InMemory
 from dist_train.dist import World
 from dist_train.meter import Control, Meter, Metrics, Result
 from dist_train.order import Plan
@@ -75,19 +74,6 @@ class Prepared:
         return lines, train(*of, after_step, Control())
 
 
-class Pictures(Dataset):
-    """A split as torchvision gives it: PIL's images, turned into tensors one by one."""
-
-    def __init__(self, split: InMemory):
-        self.split, self.to_tensor = split, ToTensor()
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        return self.to_tensor(Image.fromarray(self.split.images[i].squeeze(0).numpy())), int(self.split.labels[i])
-
-
 def tutorial(prepared: Prepared, steps: int) -> float:
     """Samples/s of the loop of PyTorch's quickstart, with our optimizer."""
     of, device = prepared, prepared.world.device
@@ -102,10 +88,10 @@ def tutorial(prepared: Prepared, steps: int) -> float:
     of.model.train()
     for step, (x, y) in enumerate(batches()):
         if step == 3:
-            wait(device)
+            synchronize(device)
             start = time.perf_counter()
         if step == steps + 3:
-            wait(device)
+            synchronize(device)
             return steps * batch / (time.perf_counter() - start)
         x, y = x.to(device), y.to(device)
         with of.parts.precision.autocast():
@@ -138,7 +124,7 @@ def bare(prepared: Prepared, steps: int) -> float:
     for _ in range(2):  # the first as it is, the second captured
         captured.take(plan.batch_size(0), 0.0, measure=False)
     replay = captured.replays[plan.batch_size(0), False]
-    wait(world.device)
+    synchronize(world.device)
     start = time.perf_counter()
     for step in range(steps):
         if step % (plan.steps_per_epoch - 1) == 0:
@@ -146,14 +132,8 @@ def bare(prepared: Prepared, steps: int) -> float:
         if step % EVERY_STEPS == 0:
             captured.place.zero_()
         replay()
-    wait(world.device)
+    synchronize(world.device)
     return steps * config.train.global_batch_size / (time.perf_counter() - start)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from dist_train.assemble import Parts
 from dist_train.config import Config
 from dist_train.data.randomness import kept_apart
 from dist_train.dist import World
-from dist_train.order import pieces
+from dist_train.order import largest_piece
 from dist_train.precision import Precision
 
 # TFLOP/s by the name of the GPU and train.precision: dense (NVIDIA's larger figures are for sparse matrices), float16
@@ -43,8 +43,7 @@ def of_step(config: Config, world: World, parts: Parts) -> int:
         Exception: whatever the model raises on tensors without values, such as where its way depends on them.
     """
     cfg = config.train
-    share = -(-cfg.global_batch_size // world.size)
-    batch = -(-share // pieces(cfg.global_batch_size, world.size, cfg.micro_batch_size))
+    batch = largest_piece(cfg.global_batch_size, world.size, cfg.micro_batch_size)
     counted = of_batch(parts.model, (batch, *parts.data.input_shape), parts.precision)
     return round(counted / batch * cfg.global_batch_size)
 

@@ -61,6 +61,12 @@ def pieces(count: int, world_size: int, micro_batch_size: int | None) -> int:
     return 1 if micro_batch_size is None else max(1, -(-largest // micro_batch_size))
 
 
+def largest_piece(count: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Samples of the largest micro-batch of a rank, of a step with `count` samples."""
+    largest = -(-count // world_size)
+    return -(-largest // pieces(count, world_size, micro_batch_size))
+
+
 @lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of a whole epoch, int64 [n], read-only."""

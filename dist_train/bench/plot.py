@@ -6,10 +6,10 @@ from io import BytesIO
 from dist_train.bench.slices import BARE, CEILING, OURS, TUTORIAL
 from dist_train.bench.table import Run, quartiles
 from dist_train.errors import ConfigError
+from dist_train.report.png import DPI, GRID, INK, SOFT, WIDTH_IN
 
 COLOURS = {OURS: "#0072b2", BARE: "#5b6470", TUTORIAL: "#d55e00", CEILING: "#c9ced6"}
-INK, SOFT, GRID = "#1a2029", "#5c6675", "#e1e5ea"
-WIDTH_IN, BAR_IN, DPI = 8.0, 0.34, 160
+BAR_IN = 0.34
 
 
 def check() -> None:

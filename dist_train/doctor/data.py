@@ -5,12 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_train.config import Config
+from dist_train.data import vision
 from dist_train.data.sets import Data, FromFiles, InMemory
 from dist_train.doctor.report import Line, size
 from dist_train.errors import ConfigError
-
-# torchvision's, by the names of the registry.
-DOWNLOADED = ("mnist", "fashion_mnist", "kmnist", "cifar10")
 
 
 def check(config: Config, data: Data | Exception) -> Iterator[Line]:
@@ -21,7 +19,7 @@ def check(config: Config, data: Data | Exception) -> Iterator[Line]:
         data: the data set, or what reading it raised.
     """
     cfg = config.data
-    if cfg.name in DOWNLOADED:
+    if cfg.name in vision.KINDS:
         found = list(archives(config))
         yield from found
         if isinstance(data, Exception) and any(line.status != "pass" for line in found):
@@ -40,8 +38,6 @@ def check(config: Config, data: Data | Exception) -> Iterator[Line]:
 
 def archives(config: Config) -> Iterator[Line]:
     """The checksums of a data set that torchvision downloads, and what was unpacked from it."""
-    from dist_train.data import vision
-
     cfg = config.data
     folder, wanted = vision.archives_of(cfg.name, cfg.root)
     absent, whole, damaged, differing = [], [], [], []

@@ -20,7 +20,7 @@ from dist_train.data.feed import GATHERED
 from dist_train.data.sets import Data, InMemory
 from dist_train.launcher import Launcher
 from dist_train.losses import loss_fn
-from dist_train.order import pieces
+from dist_train.order import largest_piece
 from dist_train.precision import Precision
 
 BUCKET_ELEMENTS = 500_000_000  # the most that DeepSpeed reduces at once
@@ -57,8 +57,7 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     """Of rank 0, which holds the largest share. Raises what the model raises on fake tensors."""
     cfg, world = config.train, launcher.world_size
     precision = Precision(cfg.precision, torch.device("cpu"))  # a size does not depend on the device
-    share = -(-cfg.global_batch_size // world)
-    micro = -(-share // pieces(cfg.global_batch_size, world, cfg.micro_batch_size))
+    micro = largest_piece(cfg.global_batch_size, world, cfg.micro_batch_size)
     evaluated = min(cfg.eval_batch_size, -(-len(data.test) // world))
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):
         model = assemble.maker(config, data)()
