@@ -1,6 +1,7 @@
 """Times and losses of a run. Between log points it only keeps references: nothing here waits for the device."""
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping
@@ -8,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from dist_train import dist
@@ -103,11 +105,12 @@ class Meter:
         control: Control, progress: Progress | None = None,
     ):  # fmt: skip
         self.tracker, self.total_steps, self.plan = tracker, total_steps, plan
-        self.every_steps, self.device = every_steps, device
+        self.every_steps = every_steps
         self.steps_per_epoch = plan.steps_per_epoch
         self.requests, self.phases, self.stops_on_nan = control.requests, control.phases, control.stops_on_nan
         self.norm_stops = control.stops_on_nan and not control.norm_overflows
         self.result = Result()
+        self.on_cpu = device.type == "cpu"
         self.losses: list[torch.Tensor] = []
         self.batches: list[tuple[int, int]] = []  # step and its samples, of each of the losses
         self.logged_steps = self.interval_samples = 0
@@ -151,10 +154,10 @@ class Meter:
         if due:
             self._log(lr, norm)
         # The host runs ahead of a device: only where it has waited for it does its clock say what a step takes.
-        if self.result.steps >= self.agree_step or (due and self.device.type != "cpu"):
+        if self.result.steps >= self.agree_step or (due and not self.on_cpu):
             self._agree()
         self.phases.progressed(self.result.steps)
-        if self.device.type == "cpu":
+        if self.on_cpu:
             now = time.perf_counter()
             self.result.step_ms.append((now - self.step_begin) * 1e3)
             self.step_begin = now
@@ -176,20 +179,17 @@ class Meter:
         Returns:
             Seconds of every rank in each phase since the last call.
         """
-        steps = torch.tensor([step for step, _ in self.batches], dtype=torch.int64)
-        counts = torch.tensor([count for _, count in self.batches], dtype=torch.float64)
-        first = int(steps[0]) if len(steps) else 0
-        sums = torch.zeros(int(steps[-1]) - first + 1 if len(steps) else 0, dtype=torch.float64)
-        if self.losses:
+        first, last = (self.batches[0][0], self.batches[-1][0]) if self.batches else (0, -1)
+        sums = [0.0] * (last - first + 1)
+        losses = torch.stack(self.losses).tolist() if self.losses else []  # waits for the device
+        for loss, (step, count) in zip(losses, self.batches, strict=True):
             # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
-            losses = torch.stack(self.losses).to("cpu", torch.float64)  # waits for the device
-            sums.index_add_(0, steps - first, losses * counts)
-        rows = dist.gather_numbers([*sums.tolist(), *self.phases.take().values()])
-        by_step = torch.tensor(rows, dtype=torch.float64)[:, : len(sums)]  # [ranks, steps]
-        finite = by_step.isfinite().all(0)
-        if not finite.all():
-            self._not_finite(by_step, first, dict(self.batches), ~finite)
-        self.interval_loss += float(by_step[:, finite].sum())
+            sums[step - first] += loss * count
+        rows = dist.gather_numbers([*sums, *self.phases.take().values()])
+        total = sum(sum(row[: len(sums)]) for row in rows)
+        if not math.isfinite(total):
+            total = self._not_finite(np.array(rows)[:, : len(sums)], first, losses)
+        self.interval_loss += total
         self.losses, self.batches = [], []
         return [dict(zip(NAMES, row[len(sums) :], strict=True)) for row in rows]
 
@@ -204,25 +204,29 @@ class Meter:
             f"leaves such steps out"
         )
 
-    def _not_finite(self, by_step: torch.Tensor, first: int, counts: dict[int, int], bad: torch.Tensor) -> None:
+    def _not_finite(self, by_step: np.ndarray, first: int, losses: list[float]) -> float:
         """Some steps' losses are not finite: ends the run, or leaves them out of the mean as they were of training.
 
         Args:
             by_step: [ranks, steps] sums of losses.
             first: of these steps, from 0.
-            counts: samples of each step.
-            bad: [steps] which of them.
+            losses: of this rank's micro-batches.
+
+        Returns:
+            The sum of the other steps' losses.
         """
-        steps = [first + int(i) for i in bad.nonzero()]
+        finite = np.isfinite(by_step).all(0)
+        steps = [first + int(i) for i in np.flatnonzero(~finite)]
         if not self.stops_on_nan:
+            counts = dict(self.batches)
             self.skipped_steps += len(steps)
             self.interval_samples -= sum(counts[step] for step in steps)
-            return
-        ranks = [int(rank) for rank in (~by_step[:, steps[0] - first].isfinite()).nonzero()]
+            return float(by_step[:, finite].sum())
+        ranks = np.flatnonzero(~np.isfinite(by_step[:, steps[0] - first])).tolist()
         if self.plan.rank not in ranks:
             raise OtherRankError(f"the loss of step {steps[0] + 1} is not finite on rank {ranks[0]}")
-        number = next(i for i, (at, _) in enumerate(self.batches) if at == steps[0] and not self.losses[i].isfinite())
-        micro = number - next(i for i, (at, _) in enumerate(self.batches) if at == steps[0])
+        its = [loss for loss, (step, _) in zip(losses, self.batches, strict=True) if step == steps[0]]
+        micro = next(i for i, loss in enumerate(its) if not math.isfinite(loss))
         epoch, within = divmod(steps[0], self.plan.steps_per_epoch)
         samples = next(itertools.islice(self.plan.indices(epoch, within), micro, None)).tolist()
         raise NonFiniteError(
@@ -236,7 +240,7 @@ class Meter:
         loss = self.interval_loss / self.interval_samples if self.interval_samples else float("nan")
         seconds = time.perf_counter() - self.interval_begin
         steps = self.result.steps - self.logged_steps
-        if self.device.type != "cpu":
+        if not self.on_cpu:
             self.result.step_ms.append(seconds / steps * 1e3)
         rate = self.interval_samples / seconds
         self.tracker.log(

@@ -67,6 +67,13 @@ def largest_piece(count: int, world_size: int, micro_batch_size: int | None) -> 
     return -(-largest // pieces(count, world_size, micro_batch_size))
 
 
+def falls_on(step: int, every_steps: int | None, every_epochs: int | None, steps_per_epoch: int) -> bool:
+    """Whether something is due after this many steps of the run, which comes every so many of them, or epochs."""
+    if every_steps and step % every_steps == 0:
+        return True
+    return bool(every_epochs) and step % (every_epochs * steps_per_epoch) == 0
+
+
 @lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of a whole epoch, int64 [n], read-only."""

@@ -16,6 +16,8 @@ import torch
 
 from dist_train.errors import ConfigError
 
+NOTHING = nullcontext()
+
 
 @dataclass(frozen=True)
 class Precision:
@@ -38,7 +40,7 @@ class Precision:
         """Around forward: matrix products in the short format, and what needs range in float32."""
         if self.name in ("bfloat16", "float16"):
             return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
-        return nullcontext()
+        return NOTHING
 
     def apply(self) -> None:
         """Sets what torch holds for the process. Raises ConfigError where the device does not have the format."""

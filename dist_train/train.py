@@ -15,7 +15,7 @@ from dist_train.dist import World
 from dist_train.losses import Loss, loss_fn
 from dist_train.meter import Control, Meter, Progress, Result, Sink
 from dist_train.optim import lr_at, set_lr
-from dist_train.order import Plan, pieces, share
+from dist_train.order import Plan, falls_on, pieces, share
 from dist_train.phases import Phases
 from dist_train.precision import Precision
 
@@ -106,7 +106,9 @@ class Eager:
             with backend.accumulate(last=i + 1 == micro_batches):
                 with self.precision.autocast():
                     outputs = self.model(inputs)
-                loss = self.loss_of(outputs.to(self.dtype), targets, count)
+                if outputs.dtype is not self.dtype:
+                    outputs = outputs.to(self.dtype)
+                loss = self.loss_of(outputs, targets, count)
                 phase("backward")
                 backend.backward(loss)
             self.meter.add(loss, count)
@@ -122,10 +124,7 @@ def total_steps(cfg: TrainConfig, steps_per_epoch: int) -> int:
 
 def evaluation_due(cfg: TrainConfig, done: int, total: int, steps_per_epoch: int) -> bool:
     """Whether the model is evaluated after this many steps of the run."""
-    if done == total:
-        return True
-    every_epochs = cfg.eval_every_epochs and cfg.eval_every_epochs * steps_per_epoch
-    return any(every and done % every == 0 for every in (every_epochs, cfg.eval_every_steps))
+    return done == total or falls_on(done, cfg.eval_every_steps, cfg.eval_every_epochs, steps_per_epoch)
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ MAY_IMPORT = {
     "checkpoint.storage": {"checkpoint.manifest", "errors", "shards"},
     "checkpoint.save": {
         *("backends", "backends.base", "checkpoint", "checkpoint.manifest", "checkpoint.randomness"),
-        *("checkpoint.storage", "config", "dist", "errors", "meter", "shards", "versions"),
+        *("checkpoint.storage", "config", "dist", "errors", "meter", "order", "shards", "versions"),
     },
     "checkpoint.resume": {
         *("backends.base", "checkpoint", "checkpoint.allowed", "checkpoint.manifest", "checkpoint.randomness"),

@@ -30,6 +30,7 @@ from dist_train.config import CheckpointConfig, Config, to_tree
 from dist_train.dist import World
 from dist_train.errors import OtherRankError
 from dist_train.meter import Meter
+from dist_train.order import falls_on
 from dist_train.shards import HostCopy, Shards, shards_of
 from dist_train.versions import versions
 
@@ -107,19 +108,18 @@ class Checkpoints:
 
     def after_step(self, meter: Meter) -> None:
         """Saves if the config says so. Raises what went wrong in the background since the last call."""
-        cfg, step = self.config.checkpoint, meter.result.steps
+        cfg, step, requests = self.config.checkpoint, meter.result.steps, meter.requests
         if self.pending is not None and self.pending.done():
             self._wait()
         if cfg.every_s is not None and self.world.is_main:
-            meter.requests.saving = time.monotonic() - self.saved_at >= cfg.every_s
-        every_epochs = cfg.every_epochs and cfg.every_epochs * meter.steps_per_epoch
-        due = any(every and step % every == 0 for every in (cfg.every_steps, every_epochs))
-        if due or meter.requests.save_agreed or (saves(cfg) and step == meter.total_steps):
+            requests.saving = time.monotonic() - self.saved_at >= cfg.every_s
+        due = falls_on(step, cfg.every_steps, cfg.every_epochs, meter.steps_per_epoch)
+        if due or requests.save_agreed or (step == meter.total_steps and saves(cfg)):
             self.save(meter)
-        if meter.requests.stop_agreed and step < meter.total_steps:
+        if requests.stop_agreed and step < meter.total_steps:
             self.save(meter)
-            meter.event({"event": "stop", "at": time.time(), "by": meter.requests.stop_agreed})
-            raise Stopped(meter.requests.stop_agreed, step)
+            meter.event({"event": "stop", "at": time.time(), "by": requests.stop_agreed})
+            raise Stopped(requests.stop_agreed, step)
 
     def save(self, meter: Meter) -> None:
         """Saves the run as it is after the last step. Raises RuntimeError at once where not all ranks call it."""

@@ -24,6 +24,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs [batch, *input_shape], targe
 DEVICE_SHARE = 0.25
 # Samples that are gathered at once from memory, if the batches are smaller.
 GATHERED = 512
+WHITE = 255.0
 
 
 class Feed:
@@ -66,7 +67,7 @@ class Feed:
         else:
             self.reader = _Reader.of(split, seed, tuple(data.input_shape), self.classes)
             pixels = self.reader.empty[0].dtype
-        self.shift, self.scale = self._affine(data, normalize, 255.0 if pixels == torch.uint8 else 1.0)
+        self.affine = self._affine(data, normalize, WHITE if pixels == torch.uint8 else 1.0)
 
     def __call__(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
         """The batches with these samples, each given as an int64 array, empty ones included.
@@ -105,11 +106,8 @@ class Feed:
     def _from_memory(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
         for several in _at_once(batches):
             index = torch.from_numpy(np.concatenate(several)).to(self.images.device, non_blocking=True)
-            inputs, labels = self.gather(index)
-            start = 0
-            for batch in several:
-                yield inputs.narrow(0, start, len(batch)), labels.narrow(0, start, len(batch))
-                start += len(batch)
+            sizes = [len(batch) for batch in several]
+            yield from zip(*(whole.split(sizes) for whole in self.gather(index)), strict=True)
 
     def _from_files(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
         loader = DataLoader(
@@ -142,21 +140,23 @@ class Feed:
         images = images.to(self.device, non_blocking=True)
         labels = labels.to(self.device, non_blocking=True)
         inputs = images.to(self.dtype)
-        if self.shift is not None:
-            inputs = inputs.sub_(self.shift)
-        if images.dtype == torch.uint8 or self.shift is not None:
-            inputs = inputs.div_(self.scale)
+        if self.affine is not None:
+            shift, factor = self.affine
+            inputs = inputs.sub_(shift).mul_(factor)
+        elif images.dtype == torch.uint8:
+            inputs = inputs.div_(WHITE)  # as ToTensor does, to the last bit
         if self.one_hot and labels.dim() == 1:
             labels = labels.unsqueeze(1) == self.numbers  # F.one_hot first reads the labels' range
         return inputs, labels.to(self.dtype) if labels.dim() == 2 else labels
 
-    def _affine(self, data: Data, normalize: bool, white: float) -> tuple[torch.Tensor | None, torch.Tensor | float]:
-        """(pixel - shift) / scale is the input: pixel / white, then minus mean and divided by std."""
+    def _affine(self, data: Data, normalize: bool, white: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(pixel - shift) * factor is the input: pixel / white, then minus mean and divided by std. None where there
+        is nothing to subtract."""
         if not normalize or (set(data.mean) == {0.0} and set(data.std) == {1.0}):
-            return None, white
+            return None
         shape = [-1] + [1] * (len(data.input_shape) - 1)  # a number per channel
         shift, scale = (torch.tensor(v, dtype=torch.float64).mul(white).view(shape) for v in (data.mean, data.std))
-        return shift.to(self.device, self.dtype), scale.to(self.device, self.dtype)
+        return shift.to(self.device, self.dtype), scale.reciprocal().to(self.device, self.dtype)
 
 
 @dataclass(frozen=True)
