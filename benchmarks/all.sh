@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All figures of RESULTS.md but those of a GPU, into a folder: bash benchmarks/all.sh [DATA_ROOT] [OUT].
-# Takes about 15 minutes on two idle cores.
+# Takes about 20 minutes on two idle cores. DATA_ROOT also has mnist_png.tar.gz, for the images in files.
 # Lightning is needed for the peers alone: pip install 'lightning==2.6.*'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,3 +25,5 @@ run overhead python -m dist_train bench "${same[@]}" --backends single --train.t
 run peers python benchmarks/peers.py "${same[@]}" --train.threads 1 --repeats 24
 run startup python benchmarks/startup.py --repeats 3
 run checkpoint torchrun --standalone --nproc_per_node=2 benchmarks/checkpoint.py
+export DIST_TRAIN_DATA=$root
+run files python benchmarks/files.py --repeats 15

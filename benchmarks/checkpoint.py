@@ -1,4 +1,4 @@
-"""torchrun --nproc_per_node=2 benchmarks/checkpoint.py [--dir DIR] [--repeats 5]
+"""torchrun --nproc_per_node=2 benchmarks/checkpoint.py [--dir DIR] [--repeats 5] [--width 2048]
 
 What a save costs at 1 GB of state (AdamW, 85 million weights) under DDP, against a plain torch.save of the same bytes,
 synced, by one process; and how long an asynchronous save holds up the loop, against the copy to host memory alone.
@@ -20,10 +20,11 @@ from dist_train import backends, dist, ending, launcher
 from dist_train.checkpoint.manifest import DataFacts
 from dist_train.checkpoint.save import Checkpoints, Facts
 from dist_train.config import CheckpointConfig, Config, RunConfig
-from dist_train.meter import Meter
+from dist_train.meter import Control, Meter
+from dist_train.order import Plan
 from dist_train.shards import HostCopy
 
-WIDTH, LAYERS = 2048, 20
+LAYERS = 20
 ROWS = ("plain torch.save + sync", "synchronous save", "asynchronous save, stall", "copy to host memory")
 
 
@@ -39,23 +40,25 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--dir", default="/tmp/dist_train_checkpoint_bench")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--width", type=int, default=2048, help="of the model's layers")
     options = parser.parse_args()
     start, device = launcher.detect(), torch.device("cpu")
     folder = Path(options.dir)
     with dist.joined(start, device) as world:
         config = Config(run=RunConfig(str(folder)))
         backend = backends.create(config, world)
-        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
+        model = nn.Sequential(*(nn.Linear(options.width, options.width) for _ in range(LAYERS)))
         called, _ = backend.prepare(model, lambda parameters: torch.optim.AdamW(parameters))
         with backend.accumulate(last=True):
-            backend.backward(called(torch.ones(1, WIDTH)).sum())
+            backend.backward(called(torch.ones(1, options.width)).sum())
         backend.step(None, measure=False)
         savers = {}
         for asynchronous in (False, True):
             saving = Config(checkpoint=CheckpointConfig(every_steps=1, keep_last=1, asynchronous=asynchronous))
             place = folder / str(asynchronous)
             savers[asynchronous] = Checkpoints(saving, world, place, Facts({}, lambda: DataFacts(1, 1, "")), backend)
-        meter, host = Meter(Silent(), 10**6, 10**6, 10**6, device), HostCopy()
+        plan = Plan.of(10**6, config.train, world)
+        meter, host = Meter(Silent(), 10**6, plan, 10**6, device, Control()), HostCopy()
         times: dict[str, list[float]] = {row: [] for row in ROWS}
         for repeat in range(options.repeats + 1):
             meter.result.steps = repeat + 1

@@ -1,6 +1,7 @@
-"""A script of each library as its users write it, without our package: wrap the model, and take steps.
+"""A script of each library as its users write it, and of PyTorch alone, without our package: wrap the model, and take
+steps.
 
-Each is a function of Work that gives the function of a step. The group of ranks has started.
+Each is a function of Work that gives the function of a step. The group of ranks, where there is one, has started.
 """
 
 import os
@@ -35,6 +36,11 @@ class Work:
     device: torch.device
     zero_stage: int
     batch_size: int
+
+
+def single(work: Work) -> Step:
+    """PyTorch alone, in one process."""
+    return _plain(work.model, work)
 
 
 def ddp(work: Work) -> Step:
@@ -110,4 +116,4 @@ def deepspeed(work: Work) -> Step:
     return step
 
 
-LIBRARIES = {"ddp": ddp, "fsdp2": fsdp2, "accelerate": accelerate, "deepspeed": deepspeed}
+LIBRARIES = {"single": single, "ddp": ddp, "fsdp2": fsdp2, "accelerate": accelerate, "deepspeed": deepspeed}

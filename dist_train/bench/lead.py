@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dist_train.bench import ranks
 from dist_train.bench.ranks import NotRun, Ranks
-from dist_train.bench.slices import CEILING, OURS, RUN_IN_STEPS, WARM_STEPS, Ready
+from dist_train.bench.slices import CEILING, NAMES, OURS, RUN_IN_STEPS, WARM_STEPS, Ready
 from dist_train.bench.table import Run
 from dist_train.check import check
 from dist_train.config import Config
@@ -106,7 +106,7 @@ class Lead:
             for cell, processes in taking.items():
                 with self._excused(cell):
                     processes.end()
-        return [run for cell in self.cells for (of, _), run in self.runs.items() if of is cell]
+        return [self.runs[cell, name] for cell in self.cells for name in NAMES if (cell, name) in self.runs]
 
     def _start_each(self, cell: Cell) -> None:
         """Ours and its references, each alone."""

@@ -35,7 +35,8 @@ def references(config: Config, world: World, parts: Parts, steps: int | None = N
     """Those that the config has, by name.
 
     The ceiling: forward, loss, backward and the same optimizer on batches that lie on the device; on several ranks
-    each by itself, on its share of the global batch. Bare: the script of the backend's library on the same batches.
+    each by itself, on its share of the global batch. Bare: the script of the backend's library on the same batches; in
+    one process, PyTorch's plain loop.
     Tutorial: PyTorch's quickstart, in one process.
 
     Args:
@@ -49,7 +50,7 @@ def references(config: Config, world: World, parts: Parts, steps: int | None = N
     backend = backends.chosen(config.backend.name, world.launcher)
     if backend in bare.LIBRARIES and parts.precision.name not in SHORT:
         found[BARE] = _bare(bare.LIBRARIES[backend], config, world, parts, laid)
-    elif backend == "single" and has_pictures(config, parts):
+    if backend == "single" and has_pictures(config, parts):
         found[TUTORIAL] = _tutorial(config, world, parts)
     return found
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-OURS, CEILING, TUTORIAL, BARE = "ours", "ceiling", "tutorial", "bare"
+NAMES = OURS, CEILING, BARE, TUTORIAL = "ours", "ceiling", "bare", "tutorial"
 WARM_STEPS = 10  # before the first slice
 # Before each slice, and not of it: another's data is in the CPU's caches, and threads and cores have gone to sleep.
 RUN_IN_STEPS = 3

@@ -2,9 +2,9 @@
 [--steps N] [--repeats 16] [--starts 1] [--json FILE] [--plot FILE.png]
 
 Measures a config on this machine, and beside it what it could be at most (the ceiling), PyTorch's quickstart (the
-tutorial), and the bare script of each library. They take turns in short slices, so that what else the machine does
-falls on all of them alike. A backend is a name, or deepspeed:STAGE; `single` is one process, the others run at each
-world size. A batch size is that of a step over all ranks. Other options are the config's own.
+tutorial), and a bare script of PyTorch or of the backend's library. They take turns in short slices, so that what else
+the machine does falls on all of them alike. A backend is a name, or deepspeed:STAGE; `single` is one process, the
+others run at each world size. A batch size is that of a step over all ranks. Other options are the config's own.
 """
 
 import dataclasses

@@ -1,11 +1,17 @@
-"""benchmarks/gpu.py runs where there is no GPU: nothing in it is broken when one comes."""
+"""The scripts of benchmarks/ run, on little. What needs a GPU runs where there is none, too: nothing in it is broken
+when one comes."""
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from data_files import needs_real_data
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -46,3 +52,32 @@ def test_ratios_are_those_of_each_round(gpu: ModuleType):
     lines = gpu.table(rates)
     assert lines[3] == f"| {gpu.GRAPH} | 22 | 3.00 | 3.00 |" and lines[4] == f"| {gpu.BARE} | 30 | 1.33 | 4.00 |"
     assert "reaches 0.75 of" in lines[-1]
+
+
+def script(*words: str) -> str:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], capture_output=True, text=True, timeout=120, check=False, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_a_checkpoint_costs(tmp_path: Path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    words = ("benchmarks/checkpoint.py", "--dir", str(tmp_path / "saved"), "--repeats=1", "--width=16")
+    said = script(*torchrun, str(ROOT / words[0]), *words[1:])
+    assert [line.split("  ")[0] for line in said.splitlines()] == [
+        *("plain torch.save + sync", "synchronous save", "asynchronous save, stall", "copy to host memory"),
+    ]
+
+
+def test_what_the_start_costs():
+    said = script(str(ROOT / "benchmarks/startup.py"), "--libraries", "alone", "--repeats=1")
+    assert "| digits |" in said
+
+
+def test_what_images_in_files_cost():
+    needs_real_data("mnist_png.tar.gz")
+    said = script(str(ROOT / "benchmarks/files.py"), "--repeats=1", "--batch_size=1000")
+    assert "ours" in said and "kept" in said
