@@ -8,6 +8,8 @@ root=${1:-data}
 out=${2:-runs/benchmarks}
 mkdir -p "$out"
 export PYTHONPATH=$PWD
+DIST_TRAIN_DATA=$(cd "$root" && pwd)
+export DIST_TRAIN_DATA
 same=(--config configs/fashion_mnist.yaml --data.root "$root" --model.activation ReLU --train.device cpu)
 
 run() { # NAME COMMAND...: its output, also in a file
@@ -25,5 +27,4 @@ run overhead python -m dist_train bench "${same[@]}" --backends single --train.t
 run peers python benchmarks/peers.py "${same[@]}" --train.threads 1 --repeats 24
 run startup python benchmarks/startup.py --repeats 3
 run checkpoint torchrun --standalone --nproc_per_node=2 benchmarks/checkpoint.py
-export DIST_TRAIN_DATA=$root
 run files python benchmarks/files.py --repeats 15

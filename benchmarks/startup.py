@@ -133,10 +133,11 @@ def main() -> None:
             times = measure(alone(unpacked(Path(folder))), arguments.repeats)
         for name in [side for side in times if side != "import torch"]:
             print(f"| {name} | {row(times, 'import torch', name, 1)} |", flush=True)
-        print()
-    print("| library | bare, s | ours, s | median of pairs, s | of each pair, s | CPU s of a rank |")
-    print("|---|---|---|---|---|---|")
-    for library in [name for name in arguments.libraries if name != "alone"]:
+    libraries = [name for name in arguments.libraries if name != "alone"]
+    if libraries:
+        print("\n| library | bare, s | ours, s | median of pairs, s | of each pair, s | CPU s of a rank |")
+        print("|---|---|---|---|---|---|")
+    for library in libraries:
         times = measure({"bare": partial(bare, library), "ours": partial(ours, library)}, arguments.repeats)
         print(f"| {library} | {row(times, 'bare', 'ours', 2)} |", flush=True)
 
