@@ -181,6 +181,17 @@ def test_the_order_is_kept_and_the_data_is_not_changed():
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_model_may_change_its_input():
+    data = synthetic("unused", False, n=40)
+    factor = torch.nn.Parameter(torch.full((1,), 2.0))
+    for inputs, _ in feed_of(data)([np.arange(8), np.arange(8, 16), np.arange(8)]):
+        before = inputs.clone()
+        inputs.mul_(factor).sum().backward()
+        assert torch.equal(inputs, 2 * before)
+        torch.testing.assert_close(factor.grad, before.sum().view(1))
+        factor.grad = None
+
+
 def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 

@@ -107,7 +107,9 @@ class Feed:
         for several in _at_once(batches):
             index = torch.from_numpy(np.concatenate(several)).to(self.images.device, non_blocking=True)
             sizes = [len(batch) for batch in several]
-            yield from zip(*(whole.split(sizes) for whole in self.gather(index)), strict=True)
+            inputs, labels = (gathered.split(sizes) for gathered in self.gather(index))
+            for batch, targets in zip(inputs, labels, strict=True):
+                yield batch.detach(), targets  # a model may change its input, which is no part of the others then
 
     def _from_files(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
         loader = DataLoader(
