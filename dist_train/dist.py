@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TI
         return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    with _meeting(launcher, timeout_s) as where:
+    with _meeting(launcher, timeout_s) as where, _quiet_gloo():
         torch_dist.init_process_group(
             torch_dist.get_default_backend_for_device(device),
             **where,
@@ -142,7 +143,34 @@ def gather_numbers(values: list[float]) -> list[list[float]]:
 @functools.cache
 def _hosts() -> torch_dist.ProcessGroup | None:
     """A group of all ranks for tensors on the CPU; None is the default group, where that one is."""
-    return None if torch_dist.get_backend() == "gloo" else torch_dist.new_group(backend="gloo")
+    return None if torch_dist.get_backend() == "gloo" else group_of_hosts()
+
+
+def group_of_hosts(timeout_s: float | None = None) -> torch_dist.ProcessGroup:
+    """Another group of all ranks, for tensors on the CPU under any backend. Collective.
+
+    Args:
+        timeout_s: that a collective of it may take; None for as long as torch has it.
+    """
+    with _quiet_gloo():
+        return torch_dist.new_group(backend="gloo", timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+
+
+@contextmanager
+def _quiet_gloo() -> Iterator[None]:
+    """Without what torch 2.8's gloo writes on stdout about its connections, amid what a command answers there."""
+    if not torch.__version__.startswith("2.8."):
+        yield
+        return
+    sys.stdout.flush()
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
 
 
 def gather(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:

@@ -95,10 +95,9 @@ class Checkpoints:
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
         joined = torch_dist.is_initialized()
-        self.group = torch_dist.new_group(backend="gloo") if joined else None
+        self.group = dist.group_of_hosts() if joined else None
         # One to meet in: monitored_barrier keeps to its own timeout on rank 0 alone, the others to their group's.
-        together = timedelta(seconds=TOGETHER_S)
-        self.meeting = torch_dist.new_group(backend="gloo", timeout=together) if joined else None
+        self.meeting = dist.group_of_hosts(TOGETHER_S) if joined else None
         if saves(cfg):
             from dist_train.checkpoint import storage  # noqa: F401  (it takes half a second: not in the first save)
 

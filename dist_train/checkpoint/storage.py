@@ -88,9 +88,10 @@ def read(folder: Path, state: Mapping[str, Shards]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without DCP's warning that a process alone is alone."""
+    """Without DCP's warnings that a process alone is alone, and of torch 2.8's own use of storages."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        warnings.filterwarnings("ignore", "TypedStorage is deprecated")
         yield
 
 
@@ -171,6 +172,14 @@ class _Hashed(io.FileIO):
         return count
 
 
+class _Flushing(io.BufferedWriter):
+    """Who asks for the descriptor, in order to sync, has everything in the file: torch 2.8 does not flush before."""
+
+    def fileno(self) -> int:
+        self.flush()
+        return super().fileno()
+
+
 class _HashedFiles(FileSystem):
     """Files as DCP's writer opens them."""
 
@@ -184,7 +193,7 @@ class _HashedFiles(FileSystem):
         raw = None
         try:
             raw = _Hashed(Path(path))
-            with io.BufferedWriter(raw) as stream:
+            with _Flushing(raw) as stream:
                 yield stream
         except BaseException as error:
             self.error = error if isinstance(error, OSError) else raw and raw.error

@@ -2,7 +2,6 @@
 
 import contextlib
 import time
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from dist_train.doctor import meeting
@@ -20,7 +19,6 @@ TOGETHER_S = 300.0  # that ranks wait for the one that is slowest to read its da
 
 def join(subject: Subject, stack: contextlib.ExitStack) -> "tuple[World, Peers] | None":
     """The ranks' group, left when the stack is closed. None if something is in the way, which the report then has."""
-    import torch.distributed as torch_dist
 
     from dist_train import dist, rendezvous
     from dist_train.doctor.peers import Peers
@@ -47,7 +45,7 @@ def join(subject: Subject, stack: contextlib.ExitStack) -> "tuple[World, Peers] 
         dist.set_threads(train.threads, launcher.local_world_size)
         with subject.limit("network", "rendezvous", GROUP_S + meeting.MORE_S, where):
             world = stack.enter_context(dist.joined(launcher, device, GROUP_S))
-            hosts = torch_dist.new_group(backend="gloo", timeout=timedelta(seconds=TOGETHER_S))
+            hosts = dist.group_of_hosts(TOGETHER_S)
             # The ranks of a node have the same first rank.
             nodes = len(set(dist.gather(launcher.rank - launcher.local_rank, hosts)))
     except ConfigError as error:
