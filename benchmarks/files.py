@@ -72,7 +72,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(Path(os.environ["DIST_TRAIN_DATA"]) / "mnist_png.tar.gz") as tar:
-            tar.extractall(folder, filter="data")
+            tar.extraction_filter = getattr(tarfile, "data_filter", None)  # older than Python 3.11.4
+            tar.extractall(folder)
         data = csv_images(str(Path(folder) / "mnist_png"), False)
         plan = Plan(len(data.train), SEED, arguments.batch_size, None, False, 0, 1)
         sides = {side.__name__: side(data, plan, arguments.workers) for side in (bare, kept, ours)}

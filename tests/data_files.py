@@ -55,7 +55,8 @@ def mnist_png_root(factory: pytest.TempPathFactory) -> Path:
         archive = real_data("mnist_png.tar.gz")
         if archive:
             with tarfile.open(archive) as tar:
-                tar.extractall(root, filter="data")
+                tar.extraction_filter = getattr(tarfile, "data_filter", None)  # older than Python 3.11.4
+                tar.extractall(root)
             root = root / "mnist_png"
         else:
             images, labels = made_images(400)

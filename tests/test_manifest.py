@@ -10,7 +10,9 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from dist_train.checkpoint import manifest
+from dist_train.checkpoint import manifest, storage
 from dist_train.checkpoint.manifest import METADATA, NAME, Damaged
 from dist_train.errors import ConfigError
 
@@ -321,6 +323,19 @@ def evil_within_metadata(folder: Path, marker: Path) -> None:
     (folder / METADATA).write_bytes(pickle.dumps(content))
 
 
+class Method:
+    """Pickles as one of a class that a checkpoint may hold."""
+
+    def __reduce__(self) -> tuple:
+        return getattr, (torch.Size, "numel")
+
+
+def evil_getattr(folder: Path, marker: Path) -> None:
+    content = metadata(folder)
+    content.planner_data = Method()
+    (folder / METADATA).write_bytes(pickle.dumps(content))
+
+
 def evil_tensor(folder: Path, marker: Path) -> None:
     payload = io.BytesIO()
     torch.save(Evil(marker), payload)
@@ -360,6 +375,7 @@ def unlisted(folder: Path, marker: Path) -> None:
 MALICE = {
     "metadata": (evil_metadata, ".metadata: names posix.mkdir, which no checkpoint holds"),
     "within-metadata": (evil_within_metadata, ".metadata: names posix.mkdir, which no checkpoint holds"),
+    "getattr": (evil_getattr, ".metadata: names builtins.getattr of what is no enumeration"),
     "tensor": (evil_tensor, "cannot be read: Weights only load failed"),
     "bytes": (evil_bytes, "BytesStorageMetadata, which no checkpoint holds"),
     "upwards": (elsewhere("../../../elsewhere"), "names the file '../../../elsewhere', expected one beside it"),
@@ -379,6 +395,22 @@ def test_a_malicious_checkpoint_is_refused_and_nothing_of_it_runs(name: str, zyg
     text = refused(zygote.run(SINGLE.run(folder))[0])
     assert said in text and str(checkpoint(folder, 9)) in text
     assert not (tmp_path / "marker").exists(), "its code ran"
+
+
+class AsPython3112(pickle.Pickler):
+    """Writes enumerations as Python 3.11.0 to 3.11.3 do."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (getattr, (type(value), value.name)) if isinstance(value, Enum) else NotImplemented
+
+
+def test_enumerations_of_an_older_python_are_read(cut, tmp_path: Path):
+    folder = copy(checkpoint(cut(SINGLE), 9), tmp_path)
+    before, payload = storage.tensors(folder), io.BytesIO()
+    AsPython3112(payload).dump(metadata(folder))
+    assert b"getattr" in payload.getvalue()
+    (folder / METADATA).write_bytes(payload.getvalue())
+    assert storage.tensors(folder) == before
 
 
 def test_the_malice_is_real(cut, tmp_path: Path):
