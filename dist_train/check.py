@@ -6,10 +6,11 @@ import fcntl
 import json
 import math
 import os
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from dist_train.backends import rules
 from dist_train.checkpoint import manifest
@@ -362,10 +363,20 @@ def holder(folder: Path) -> str | None:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
-                return file.read().strip()
+                return said_by_holder(file)
     except OSError:
         pass
     return None
+
+
+def said_by_holder(file: IO[str]) -> str:
+    """What the process that has locked a file has written there of itself, a moment after it locked it."""
+    for _ in range(20):
+        file.seek(0)
+        if said := file.read().strip():
+            return said
+        time.sleep(0.05)
+    return "a process that has not said which"
 
 
 def status_of(folder: Path) -> str | None:

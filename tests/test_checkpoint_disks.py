@@ -1,11 +1,15 @@
 """Disks that are full, cannot be written, or are not the same on all ranks; two runs in one folder."""
 
+import fcntl
 import os
 import shutil
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from dist_train.check import LOCK, holder
 
 from checkpoint_runs import (
     DDP,
@@ -126,6 +130,16 @@ def test_of_two_runs_that_start_at_once_one_is_refused(zygote: Zygote, reference
         both = sorted(zygote.run(run, run), key=lambda ended: ended.codes)
         assert "in which another run writes (process " in refused(both[1])
         assert both[0].codes == [0] and same(weights(folder), references(SINGLE).weights)
+
+
+def test_who_holds_a_folder_is_named_though_it_has_not_said_so_yet(tmp_path: Path):
+    with (tmp_path / LOCK).open("a+", encoding="utf-8", buffering=1) as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        saying = threading.Timer(0.2, lock.write, ["process 7 on here\n"])
+        saying.start()
+        assert holder(tmp_path) == "process 7 on here"
+        saying.join()
+    assert holder(tmp_path) is None
 
 
 def test_a_run_that_waited_for_another_to_end_does_not_overwrite_it(zygote: Zygote, references, tmp_path: Path):
