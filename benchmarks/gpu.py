@@ -64,7 +64,7 @@ class Prepared:
     def of(cls, config: Config, world: World) -> "Prepared":
         """Builds them, from the seed."""
         parts = assemble.build(config, world.device)
-        backend = backends.create(config, world)
+        backend = backends.create(config, world, parts.findings)
         return cls(config, world, parts, backend, *backend.prepare(parts.model, optim.factory(config.optim)))
 
     def train(self, after_step: Callable[[Meter], None] = lambda meter: None) -> tuple[Lines, Result]:

@@ -104,7 +104,7 @@ def stepper(name: str, batch: int, world: Any) -> Callable[[], list[float]]:
     argv += ["--train.global_batch_size", str(batch), "--train.max_steps", str(steps), "--train.epochs", "1000"]
     config = load([*argv, "--train.eval_every_epochs", "null", "--train.threads", "1"])
     parts = assemble.build(config, world.device)
-    backend = backends.create(config, world)
+    backend = backends.create(config, world, parts.findings)
     of = backend, *backend.prepare(parts.model, optim.factory(config.optim)), parts.feed, parts.test_feed
     return lambda: train(config, world, *of, Recorder(), lambda meter: None, Control()).step_ms
 

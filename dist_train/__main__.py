@@ -7,6 +7,7 @@ import importlib
 import sys
 
 from dist_train import ending
+from dist_train.backends import chosen
 from dist_train.check import check, resumes, run_folder
 from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
@@ -55,11 +56,13 @@ def run(config: Config, launcher: Launcher) -> int:
     check(config, launcher)
 
     from dist_train import assemble, dist, session
+    from dist_train.backends import fit
     from dist_train.checkpoint import resume
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, warm=not resumes(config))
+    fit.check_model(chosen(config.backend.name, launcher.name), parts.findings)
     facts = resume.facts_of(parts.model, parts.data)
     resume.check_newest(config, run_folder(config), facts)
     with dist.joined(launcher, device) as world:

@@ -3,20 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from dist_train import optim, weights
+from dist_train.backends.probe import NOTHING, Findings, probe
 from dist_train.config import Config, DataConfig
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data, FromFiles
 from dist_train.errors import ConfigError
 from dist_train.lookup import load
+from dist_train.losses import loss_fn
 from dist_train.models import MODELS
 from dist_train.order import global_indices, steps_per_epoch
-from dist_train.precision import Precision
+from dist_train.precision import Precision, cast
+
+LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Parts:
         test_feed: batches of the test split.
         precision: the formats of the run.
         loaded: lines about what was loaded from model.init_from.
+        findings: what a first forward and backward of the model showed.
     """
 
     data: Data
@@ -38,6 +45,7 @@ class Parts:
     test_feed: Feed
     precision: Precision
     loaded: tuple[str, ...]
+    findings: Findings = NOTHING
 
     def describe(self) -> str:
         """A line for people."""
@@ -88,7 +96,52 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
             f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
             f"write --compile.scope model"
         )
-    return Parts(data, model.to(device), *feeds, precision, loaded)
+    model = model.to(device)
+    findings = look(config, model, feeds[0], precision, trains=trained is None)
+    if findings.written:  # which the first samples have done now, so again from the start
+        model = build_model(config, data, dtype, trained, warm)[0].to(device)
+    return Parts(data, model, *feeds, precision, loaded, findings)
+
+
+def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, trains: bool) -> Findings:
+    """Trains on the first samples once, and forgets it: what a model shows only then is told before any rank is joined.
+
+    Args:
+        config: the run.
+        model: on its device.
+        feed: of the training split.
+        precision: the formats of the run.
+        trains: false where the model is only evaluated, so that its gradients take no memory.
+
+    Raises:
+        ConfigError: its outputs are not what the loss takes.
+        Exception: whatever the model raises.
+    """
+    count = min(LOOKED_AT, len(feed.split))
+    inputs, targets = feed.of(global_indices(len(feed.split), config.train.seed, 0, 0, count).copy())
+    loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
+
+    def loss() -> torch.Tensor:
+        with precision.autocast():
+            outputs = model(inputs)
+        _check_outputs(outputs, targets, feed.classes)
+        return loss_of(outputs.to(precision.dtype), targets, count)
+
+    return probe(model, loss)
+
+
+def _check_outputs(outputs: Any, targets: torch.Tensor, classes: int) -> None:
+    """Raises ConfigError where a loss would broadcast, or raise from deep inside."""
+    batch, vectors = len(targets), targets.dim() == 2
+    expected = f"a float tensor [{batch}, {classes}] for {batch} samples: a number for each of {classes} classes"
+    if not isinstance(outputs, torch.Tensor):
+        raise ConfigError(
+            f"model: got outputs of type {type(outputs).__name__}, expected {expected}; return the logits alone"
+        )
+    shape = tuple(outputs.shape)
+    fits = len(shape) == 2 and shape[0] == batch and (shape[1] == classes or (shape[1] > classes and not vectors))
+    if not fits or not outputs.is_floating_point():
+        raise ConfigError(f"model: got outputs {outputs.dtype} {list(shape)}, expected {expected}")
 
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
@@ -108,7 +161,7 @@ def build_model(
         return weights.trained(make, dtype, trained), ()
     if warm and cfg.init_from is not None:
         return weights.warm_start(make, dtype, Path(cfg.init_from), cfg.init_strict)
-    return make().to(dtype), ()
+    return cast(make(), dtype), ()
 
 
 def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
@@ -121,9 +174,33 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.train.seed)
-            return _call(kind, "model.args", input_shape=data.input_shape, classes=len(data.classes), **given)
+            model = _call(kind, "model.args", input_shape=data.input_shape, classes=len(data.classes), **given)
+            _settle_lazy(model, data)
+            _check_state(model)
+            return model
 
     return make
+
+
+def _settle_lazy(model: nn.Module, data: Data) -> None:
+    """Gives lazy modules their shapes, and so their weights, by a forward of zeros."""
+    if not any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        return
+    training = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        model.eval()(torch.zeros(LOOKED_AT, *data.input_shape))  # not in training, where a norm would remember it
+    for module, was in training.items():
+        module.training = was
+
+
+def _check_state(model: nn.Module) -> None:
+    """Raises ConfigError where a checkpoint could not hold what the model keeps."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"model: got {type(value).__name__} as {name} in its state, expected tensors alone, as a checkpoint "
+                f"executes nothing when it is read; return a tensor from get_extra_state, or register a buffer"
+            )
 
 
 def _call(function, path: str, **arguments):

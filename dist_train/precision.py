@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from dist_train.errors import ConfigError
 
@@ -50,6 +51,18 @@ class Precision:
                 f"write --train.precision float32"
             )
         torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its real numbers in `dtype`, and its complex ones in the format of two of those; in place. The
+    model's own `to` would drop imaginary parts."""
+
+    def to(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to(dtype.to_complex())
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return model._apply(to)
 
 
 class LossScale:

@@ -69,7 +69,7 @@ def _run(
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
-    backend = backends.create(config, world)
+    backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
     progress = None
     if found:

@@ -15,6 +15,7 @@ from torch import nn
 from dist_train.check import WEIGHTS
 from dist_train.checkpoint import manifest
 from dist_train.errors import ConfigError
+from dist_train.precision import cast
 from dist_train.whole import whole
 
 NAMES_SHOWN = 10
@@ -244,7 +245,7 @@ def fill(make: Callable[[], nn.Module], dtype: torch.dtype, given: State) -> tup
     """
     model, found = _assigned(make, dtype, given)
     if model is None:
-        model = make().to(dtype)
+        model = cast(make(), dtype)
         found = match(model, given)
         model.load_state_dict(found.found, strict=False)
     return model, found
@@ -255,7 +256,7 @@ def _assigned(make: Callable[[], nn.Module], dtype: torch.dtype, given: State) -
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on this device the model copies nothing, and is warned of it
-            model = make().to(dtype)
+            model = cast(make(), dtype)
     except Exception:  # a constructor that looks at values; where it fails for another reason, it will again
         return None, None
     found = match(model, given)

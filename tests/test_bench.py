@@ -313,7 +313,7 @@ def after(config: Config, world: World, name: str, steps: int) -> dict[str, np.n
 def after_ours(config: Config, world: World) -> dict[str, np.ndarray]:
     """The weights after all steps of ours."""
     parts = assemble.build(config, world.device)
-    backend = backends.create(config, world)
+    backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
     train(
         config, world, backend, model, optimizer, parts.feed, parts.test_feed, Recorder(), lambda meter: None, Control()

@@ -257,7 +257,7 @@ def trained(
     control: Control | None = None,
 ) -> tuple[Recorder, Result]:
     parts = assemble.build(cell, world.device)
-    backend = backends.create(cell, world)
+    backend = backends.create(cell, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim))
     recorder = Recorder()
     of = cell, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, after_step, control or Control()

@@ -378,8 +378,9 @@ from dist_train import assemble
 from dist_train.config import load
 
 folder, *argv = sys.argv[1:]
-def model(*more):
-    return assemble.build(load([*argv, *more]), torch.device("cpu")).model
+def model(*more):  # without the gradients of a first look at it
+    config = load([*argv, *more])
+    return assemble.build_model(config, assemble.read_data(config.data, False), torch.float32, warm=True)[0]
 def peak():  # bytes; not ru_maxrss, which begins with that of the process that started this one
     (line,) = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024

@@ -8,6 +8,7 @@ from dist_train.lookup import load
 
 if TYPE_CHECKING:
     from dist_train.backends.base import Backend
+    from dist_train.backends.probe import Findings
     from dist_train.config import Config
     from dist_train.dist import World
 
@@ -40,6 +41,21 @@ def chosen(name: str, starter: str) -> str:
     return AUTO[starter] if name == "auto" else name
 
 
-def create(config: "Config", world: "World") -> "Backend":
-    """The backend of a run, in a process whose group has started."""
-    return load(BACKENDS, chosen(config.backend.name, world.launcher), "backend.name")(config, world)
+def create(config: "Config", world: "World", findings: "Findings | None" = None) -> "Backend":
+    """The backend of a run, in a process whose group has started.
+
+    Args:
+        config: of the run.
+        world: this rank's place.
+        findings: what a first forward and backward of the model showed; None where nothing is trained.
+
+    Raises:
+        ConfigError: this model cannot be trained under it.
+    """
+    # Here, as they import torch, and the names above are wanted before it.
+    from dist_train.backends import fit, probe
+
+    name = chosen(config.backend.name, world.launcher)
+    findings = findings or probe.NOTHING
+    fit.check_model(name, findings)
+    return load(BACKENDS, name, "backend.name")(config, world, findings)

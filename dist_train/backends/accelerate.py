@@ -23,6 +23,7 @@ from dist_train.backends.base import (
     update,
     whole_norm,
 )
+from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.shards import Shards
@@ -34,8 +35,8 @@ class Accelerate(Backend):
     """An Accelerator for model, optimizer and backward. Its count of micro-batches stays 1, as it would divide by it,
     and it never sees the data, which it would share out a second time."""
 
-    def __init__(self, config: Config, world: World):
-        super().__init__(config, world)
+    def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
+        super().__init__(config, world, findings)
         on_cpu = world.device.type == "cpu"
         # It reads the environment of torchrun alone, and without it believes every rank to be the only one.
         place = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}

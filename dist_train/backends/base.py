@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
 from dist_train.precision import LossScale
@@ -27,10 +28,16 @@ Function = TypeVar("Function", bound=Callable)
 
 
 class Backend(ABC):
-    """Moves gradients and shards state. Every method is collective: all ranks call it, in the same order."""
+    """Moves gradients and shards state. Every method is collective: all ranks call it, in the same order.
 
-    def __init__(self, config: Config, world: World):
-        self.config, self.world = config, world
+    Args:
+        config: of the run.
+        world: this rank's place.
+        findings: what a first forward and backward of the model showed.
+    """
+
+    def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
+        self.config, self.world, self.findings = config, world, findings
         self.scale = LossScale() if config.train.precision == "float16" else None
         self.skips = config.train.nonfinite == "skip"
 

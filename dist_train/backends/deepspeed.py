@@ -27,6 +27,7 @@ from dist_train.backends.base import (
     to_cpu,
     whole_norm,
 )
+from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.errors import ConfigError
@@ -43,8 +44,8 @@ class DeepSpeed(Backend):
     nothing moves, and results differ by rounding alone.
     """
 
-    def __init__(self, config: Config, world: World):
-        super().__init__(config, world)
+    def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
+        super().__init__(config, world, findings)
         self.library = _import(world)
         self.stage = config.backend.zero_stage or 0
 

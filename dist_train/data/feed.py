@@ -90,6 +90,19 @@ class Feed:
         # index_select copies whole rows; indexing with [] goes through them number by number.
         return self._finish(self.images.index_select(0, index), self.labels.index_select(0, index))
 
+    def of(self, samples: np.ndarray) -> Batch:
+        """The batch with these samples, int64 [batch], read in this process.
+
+        Raises:
+            ConfigError: one of them is bad.
+        """
+        if isinstance(self.split, InMemory):
+            return self.gather(torch.from_numpy(samples).to(self.images.device))
+        item = self.reader[samples]
+        if isinstance(item, str):
+            raise ConfigError(item)
+        return self._finish(*item)
+
     def pixels(self, samples: np.ndarray) -> torch.Tensor:
         """These samples as the data set has them, on the CPU: uint8 or float [samples, *input_shape].
 

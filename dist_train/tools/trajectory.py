@@ -84,7 +84,7 @@ def measured(config: Config, world: World) -> tuple[Trajectory, Result]:
     """
     assert config.track.every_steps == 1
     parts = assemble.build(config, world.device)
-    backend = backends.create(config, world)
+    backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
     recorder = Recorder()
     result = train(

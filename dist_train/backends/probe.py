@@ -1,0 +1,169 @@
+"""What a first forward and backward of a model shows about it, before it is sharded or wrapped, and leaves no trace of.
+
+Libraries take for granted what many models do not keep to: that every weight gets a gradient, that forward only reads
+the weights, that every step takes the same way through the layers. What a model really does is seen here once.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from dist_train.data.randomness import kept_apart
+
+# How a forward reads a tensor's values on the host, where it may decide by them what to compute next.
+READS = {"__bool__", "__float__", "__index__", "__int__", "equal", "item", "nonzero", "numpy", "tolist"}
+PIECE = 1 << 20  # numbers
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was seen. Names are the model's own.
+
+    Args:
+        unused: parameters that ask for a gradient and got none.
+        sparse: parameters whose gradient is sparse.
+        written: parameters that forward changed.
+        buffers: buffers that forward changed.
+        varies: forward drew random numbers, or read values, on the host: another step may take another way through the
+            layers, and use other parameters.
+    """
+
+    unused: tuple[str, ...] = ()
+    sparse: tuple[str, ...] = ()
+    written: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+    varies: bool = False
+
+
+NOTHING = Findings()
+
+
+def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = True) -> Findings:
+    """Takes a forward and backward of `model` as it is, and puts back what they changed: gradients, buffers, extra
+    state, and all random generators. Where they changed values of parameters, `written` says so.
+
+    Args:
+        model: on its device, not compiled, sharded or wrapped yet.
+        loss_of: a forward of it, and the loss, a scalar.
+        trains: false leaves out the backward, and what only it shows.
+
+    Raises:
+        Exception: whatever `loss_of` raises.
+    """
+    parameters = dict(model.named_parameters())
+    before = {name: _digest(p) for name, p in parameters.items()}
+    with _drawing_apart(next(iter(parameters.values()), torch.empty(0)).device), _state_kept(model) as changed:
+        drawn = _host_generators()
+        with _Reads() as reads:
+            loss = loss_of()
+        varies = reads.seen or drawn != _host_generators()
+        got = _gradients(loss, parameters) if trains else dict.fromkeys(parameters, torch.strided)
+        buffers = tuple(changed())
+    return Findings(
+        unused=tuple(name for name, p in parameters.items() if p.requires_grad and name not in got),
+        sparse=tuple(name for name, layout in got.items() if layout != torch.strided),
+        written=tuple(name for name, p in parameters.items() if _digest(p) != before[name]),
+        buffers=buffers,
+        varies=varies,
+    )
+
+
+class _Reads(TorchFunctionMode):
+    """Notices values that are read on the host."""
+
+    seen = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or getattr(func, "__name__", "") in READS
+        return func(*args, **(kwargs or {}))
+
+
+def _gradients(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.layout]:
+    """The parameters that a backward gives a gradient, with its layout. Each gradient goes as soon as it has come, so
+    that they take no memory together."""
+    got: dict[str, torch.layout] = {}
+
+    def hook(name: str) -> Callable[[torch.Tensor], None]:
+        def come(parameter: torch.Tensor) -> None:
+            if parameter.grad is not None:
+                got[name] = parameter.grad.layout
+                parameter.grad = None
+
+        return come
+
+    asked = {name: p for name, p in parameters.items() if p.requires_grad}
+    handles = [p.register_post_accumulate_grad_hook(hook(name)) for name, p in asked.items()]
+    try:
+        if loss.requires_grad:  # else all is frozen
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: got[name] for name in asked if name in got}  # in the model's order
+
+
+def _digest(parameter: nn.Parameter) -> tuple[str, int]:
+    """What changes when the values do; a write through .data counts up no version."""
+    wide = torch.complex128 if parameter.is_complex() else torch.float64
+    if parameter.device.type == "mps":  # has nothing wider
+        wide = parameter.dtype
+    # In pieces, as each is cast as a whole.
+    total = sum(part.sum(dtype=wide) for part in parameter.detach().reshape(-1).split(PIECE))
+    return str(complex(total)), parameter._version  # as text, in which nan equals nan
+
+
+@contextmanager
+def _drawing_apart(device: torch.device) -> Iterator[None]:
+    """Puts all generators back that a model may draw from."""
+    devices = [device] if device.type == "cuda" else []
+    with kept_apart(), torch.random.fork_rng(devices):
+        yield
+
+
+def _host_generators() -> tuple[Any, ...]:
+    """Where the generators of `random` and NumPy stand."""
+    kind, keys, *rest = np.random.get_state()
+    return random.getstate(), kind, keys.tobytes(), *rest
+
+
+@contextmanager
+def _state_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
+    """Puts back buffers and extra state. Gives a function that tells which buffers have changed so far."""
+    places = [
+        (name, module, own, value, value._version, value.detach().clone())
+        for prefix, module in model.named_modules()
+        for own, value in module._buffers.items()
+        if value is not None
+        for name in [f"{prefix}.{own}" if prefix else own]
+    ]
+    extra = [
+        (module, copy.deepcopy(module.get_extra_state()))
+        for module in model.modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]
+
+    def changed() -> list[str]:
+        return [name for name, module, own, value, *was in places if _differs(module._buffers.get(own), value, *was)]
+
+    try:
+        yield changed
+    finally:
+        with torch.no_grad():
+            for _, module, own, value, _, kept in places:
+                value.copy_(kept)
+                module._buffers[own] = value
+        for module, state in extra:
+            module.set_extra_state(state)
+
+
+def _differs(now: torch.Tensor | None, value: torch.Tensor, version: int, kept: torch.Tensor) -> bool:
+    """Whether a buffer is another tensor now, was written, or holds other values."""
+    return now is not value or value._version != version or not torch.equal(now, kept)
