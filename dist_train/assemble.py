@@ -117,6 +117,8 @@ def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, tra
         ConfigError: its outputs are not what the loss takes.
         Exception: whatever the model raises.
     """
+    if trains and not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError("model: got no weight that asks for a gradient, expected one at least that is trained")
     count = min(LOOKED_AT, len(feed.split))
     inputs, targets = feed.of(global_indices(len(feed.split), config.train.seed, 0, 0, count).copy())
     loss_of = loss_fn(config.train.loss, config.train.label_smoothing)

@@ -118,6 +118,13 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def from_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The last rank's `tensor`, in place, on every rank. Collective."""
+    if torch_dist.is_initialized():
+        torch_dist.broadcast(tensor, src=torch_dist.get_world_size() - 1)
+    return tensor
+
+
 @contextmanager
 def _meeting(launcher: Launcher, timeout_s: float) -> Iterator[dict[str, Any]]:
     """Where the ranks find each other, as init_process_group takes it."""

@@ -9,6 +9,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.backends import buckets
 from dist_train.backends.base import (
     Backend,
     OptimizerFactory,
@@ -18,7 +19,6 @@ from dist_train.backends.base import (
     load_optimizer,
     model_state,
     optimizer_state,
-    settle_buckets,
     to_cpu,
     update,
     whole_norm,
@@ -47,7 +47,7 @@ class Accelerate(Backend):
             cpu=on_cpu,
             mixed_precision="no",
             gradient_accumulation_steps=1,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[DistributedDataParallelKwargs(**buckets.settings(findings))],
         )
         state = self.accelerator.state
         got = (state.distributed_type, state.process_index, state.num_processes, state.device.type)
@@ -56,12 +56,13 @@ class Accelerate(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.bare = model
+        self.bare, self.buffers = model, self.buffers_of(model)
         compile_(model, self.config.compile)
         self.model = self.accelerator.prepare(model)
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.
         assert type(self.model) is DistributedDataParallel, f"accelerate: got {type(self.model)}, expected DDP"
-        settle_buckets(self.model)
+        buckets.settle_buckets(self.model)
+        buckets.explained(self.model)
         self.parameters = list(model.parameters())
         optimizer = optimizer_fn(self.parameters)
         self.optimizer = self.accelerator.prepare(optimizer)
@@ -79,9 +80,7 @@ class Accelerate(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(
-            self.optimizer, self.parameters, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size
-        )
+        return update(self, whole_norm, max_norm, measure, self.world.size)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

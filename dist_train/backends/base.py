@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.backends.buffers import Buffers
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
@@ -36,10 +36,18 @@ class Backend(ABC):
         findings: what a first forward and backward of the model showed.
     """
 
+    optimizer: torch.optim.Optimizer
+    parameters: list[nn.Parameter]
+    buffers: Buffers
+
     def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
         self.config, self.world, self.findings = config, world, findings
         self.scale = LossScale() if config.train.precision == "float16" else None
         self.skips = config.train.nonfinite == "skip"
+
+    def buffers_of(self, model: nn.Module) -> Buffers:
+        """Those of the model, before it is wrapped; to be settled after every step."""
+        return Buffers(model, self.findings, self.world.size, self.skips or self.scale is not None)
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -110,37 +118,34 @@ def clip(
 
 
 def update(
-    optimizer: torch.optim.Optimizer,
-    parameters: list[nn.Parameter],
+    backend: Backend,
     norm_of: Callable[[list[nn.Parameter]], torch.Tensor],
     max_norm: float | None,
     measure: bool,
-    scale: LossScale | None,
-    skips: bool,
     averaged_over: int = 1,
 ) -> torch.Tensor | None:
-    """The step of a backend whose gradients are in `parameters`: takes the loss's scale out, clips, updates, clears.
+    """The step of a backend whose gradients are in its parameters: takes the loss's scale out, clips, updates, clears,
+    and settles the buffers. See Backend.step.
 
     Args:
-        optimizer: of the parameters.
-        parameters: with the gradient of the step. Looked up once, in `prepare`: it goes through all modules.
+        backend: has `optimizer`, `buffers` and `parameters` since `prepare`; to look these up goes through all modules.
         norm_of: the global norm of their gradients.
         max_norm: see Backend.step.
         measure: see Backend.step.
-        scale: of the loss; None where it is not scaled.
-        skips: leave out the step where the norm is not finite.
         averaged_over: ranks whose mean a scaled gradient is. To undo the mean in the loss, as is done without a scale,
             would let float16 overflow that many times sooner than in one process.
     """
+    parameters, scale = backend.parameters, backend.scale
     if scale:
         torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor / averaged_over)
-    asks = skips or scale is not None
+    asks = backend.skips or scale is not None
     norm = clip(parameters, norm_of, max_norm, measure or asks)
     finite = not asks or bool(norm.isfinite())  # waits for the device: whether there is a step depends on it
     if scale:
         scale.saw(finite)
     if finite:
-        optimizer.step()
+        backend.optimizer.step()
+    backend.buffers.settle(finite)
     for parameter in parameters:  # optimizer.zero_grad() takes ten times as long to do the same
         parameter.grad = None
     return norm
@@ -190,32 +195,6 @@ def optimizer_keys(saved: SavedTensors, parameters: Mapping[str, nn.Parameter]) 
             assert name in parameters, f"{path}: got no such parameter"  # the model was compared before
             found.append((name, key))
     return found
-
-
-def settle_buckets(model: DistributedDataParallel) -> None:
-    """Brings DDP's buckets into their final order before the first step. Collective.
-
-    DDP sorts gradients into other buckets after its first backward. Where a gradient lies decides in which order the
-    ranks' values are summed (from 4 ranks on), so a resumed run's first step would round otherwise than the same step
-    of a run that was not cut off. Here a backward without a model takes that first place, in the reverse order of the
-    parameters, which is about that of a real one.
-    """
-    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse for m in model.modules()):
-        return  # its gradient would be dense here, and DDP expects what it was told
-    inner = model.module
-    model.module = _SumOfAll([p for p in inner.parameters() if p.requires_grad])  # not the model: it may have hooks
-    model(None).backward()  # on a device, DDP takes no call without an argument
-    model.module = inner
-    model.zero_grad()
-
-
-class _SumOfAll(nn.Module):
-    def __init__(self, parameters: list[nn.Parameter]):
-        super().__init__()
-        self.of = parameters
-
-    def forward(self, _: None) -> torch.Tensor:
-        return torch.stack([p.sum() for p in self.of]).sum()
 
 
 def compile_(module: nn.Module, config: CompileConfig) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from dist_train.backends import buckets
 from dist_train.backends.base import (
     Backend,
     OptimizerFactory,
@@ -15,7 +16,6 @@ from dist_train.backends.base import (
     load_optimizer,
     model_state,
     optimizer_state,
-    settle_buckets,
     to_cpu,
     update,
     whole_norm,
@@ -29,12 +29,13 @@ class DDP(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         device = self.world.device
-        self.bare = model
+        self.bare, self.buffers = model, self.buffers_of(model)
         compile_(model, self.config.compile)  # inside DDP, which then sees one graph and overlaps as before
         self.model = DistributedDataParallel(
-            model, device_ids=None if device.type == "cpu" else [device.index], gradient_as_bucket_view=True
+            model, device_ids=None if device.type == "cpu" else [device.index], **buckets.settings(self.findings)
         )
-        settle_buckets(self.model)
+        buckets.settle_buckets(self.model)
+        buckets.explained(self.model)
         self.parameters = list(model.parameters())
         self.optimizer = optimizer_fn(self.parameters)
         return self.model, self.optimizer
@@ -50,9 +51,7 @@ class DDP(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(
-            self.optimizer, self.parameters, whole_norm, max_norm, measure, self.scale, self.skips, self.world.size
-        )
+        return update(self, whole_norm, max_norm, measure, self.world.size)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

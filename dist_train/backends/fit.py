@@ -17,7 +17,7 @@ def check_model(backend: str, findings: Findings) -> None:
         raise ConfigError(
             f"model: got a forward that changes weights in place ({some(findings.written)}), as an embedding's "
             f"max_norm does; under {backend} each rank would change its own copy by the samples that it sees; expected "
-            f"a forward that only reads weights; take that out, or train with --backend.name single"
+            f"a forward that only reads weights; take that out, or train in one process, without torchrun"
         )
 
 

@@ -33,6 +33,7 @@ class FSDP2(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
+        self.buffers = self.buffers_of(model)
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         offload = OffloadPolicy()
         if self.config.backend.offload:
@@ -66,7 +67,7 @@ class FSDP2(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.parameters, self._norm, max_norm, measure, self.scale, self.skips)
+        return update(self, self._norm, max_norm, measure)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""

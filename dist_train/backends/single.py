@@ -26,6 +26,7 @@ class Single(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
+        self.buffers = self.buffers_of(model)
         compile_(model, self.config.compile)
         self.model, self.parameters = model, list(model.parameters())
         self.optimizer = optimizer_fn(self.parameters)
@@ -41,7 +42,7 @@ class Single(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        return update(self.optimizer, self.parameters, whole_norm, max_norm, measure, self.scale, self.skips)
+        return update(self, whole_norm, max_norm, measure)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
