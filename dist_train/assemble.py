@@ -1,5 +1,6 @@
 """From a config to the parts of a run, before any process group: what is wrong with them is said by one line."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,14 +123,16 @@ def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, tra
     count = min(LOOKED_AT, len(feed.split))
     inputs, targets = feed.of(global_indices(len(feed.split), config.train.seed, 0, 0, count).copy())
     loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
+    sizes = []
 
     def loss() -> torch.Tensor:
         with precision.autocast():
             outputs = model(inputs)
         _check_outputs(outputs, targets, feed.classes)
+        sizes.append((inputs.nbytes + outputs.nbytes) // count)
         return loss_of(outputs.to(precision.dtype), targets, count)
 
-    return probe(model, loss)
+    return dataclasses.replace(probe(model, loss, trains), sample_bytes=sizes[0])
 
 
 def _check_outputs(outputs: Any, targets: torch.Tensor, classes: int) -> None:

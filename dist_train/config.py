@@ -136,8 +136,9 @@ class TrainConfig:
     """Evaluate after every so many epochs (null: only at the end and by eval_every_steps)."""
     eval_every_steps: int | None = None
     """Evaluate after every so many optimizer steps."""
-    eval_batch_size: int = 2048
-    """Samples at once on a rank during evaluation. Does not change the result."""
+    eval_batch_size: int | None = None
+    """Samples at once on a rank during evaluation. Does not change the result. null: as many as a training micro-batch
+    has, or more, up to 2048, where their inputs and outputs take little memory."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 PERMUTATION_LIMIT = 1 << 20
 # Samples of a rank that are looked up at once, if its share of a step is smaller: one by one costs more than a step.
 BLOCK = 4096
+EVALUATED, EVALUATED_BYTES = 2048, 32 << 20
 ROUNDS = 8  # 6 leave a bias that a chi-square test sees in small ranges
 
 
@@ -65,6 +66,21 @@ def largest_piece(count: int, world_size: int, micro_batch_size: int | None) -> 
     """Samples of the largest micro-batch of a rank, of a step with `count` samples."""
     largest = -(-count // world_size)
     return -(-largest // pieces(count, world_size, micro_batch_size))
+
+
+def evaluated_at_once(cfg: "TrainConfig", world_size: int, sample_bytes: int) -> int:
+    """Samples of an evaluation's batch on a rank.
+
+    Args:
+        cfg: of the run. Without eval_batch_size, as many as a micro-batch of training has, which fits in memory with
+            its gradients; more, up to EVALUATED, where inputs and outputs stay within EVALUATED_BYTES.
+        world_size: number of ranks.
+        sample_bytes: of a sample's input and outputs.
+    """
+    if cfg.eval_batch_size is not None:
+        return cfg.eval_batch_size
+    trained = largest_piece(cfg.global_batch_size, world_size, cfg.micro_batch_size)
+    return max(trained, min(EVALUATED, EVALUATED_BYTES // max(1, sample_bytes)))
 
 
 def falls_on(step: int, every_steps: int | None, every_epochs: int | None, steps_per_epoch: int) -> bool:

@@ -15,7 +15,7 @@ from dist_train.dist import World
 from dist_train.losses import loss_fn
 from dist_train.meter import Control, Metrics, Progress
 from dist_train.mistakes import Mistakes
-from dist_train.order import steps_per_epoch
+from dist_train.order import evaluated_at_once, steps_per_epoch
 from dist_train.phases import Phases
 from dist_train.stop import Requests
 from dist_train.track import Trackers
@@ -91,7 +91,8 @@ def _run(
     weights.save_weights(path if world.is_main else None, backend.weights())  # first of all that is left
     if not mistakes.seen:  # killed after its last step: no evaluation was left
         cfg, loss_of = config.train, loss_fn(config.train.loss)
-        of = model, loss_of, parts.test_feed, cfg.eval_batch_size, world, parts.precision, control.phases
+        at_once = evaluated_at_once(cfg, world.size, parts.findings.sample_bytes)
+        of = model, loss_of, parts.test_feed, at_once, world, parts.precision, control.phases
         evaluate(*of, mistakes)
     mistakes.write(path)
     trackers.finish(result, checkpoints.stalls_s)

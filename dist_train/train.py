@@ -15,7 +15,7 @@ from dist_train.dist import World
 from dist_train.losses import Loss, loss_fn
 from dist_train.meter import Control, Meter, Progress, Result, Sink
 from dist_train.optim import lr_at, set_lr
-from dist_train.order import Plan, falls_on, pieces, share
+from dist_train.order import Plan, evaluated_at_once, falls_on, pieces, share
 from dist_train.phases import Phases
 from dist_train.precision import Precision
 
@@ -62,7 +62,8 @@ def train(
             meter.step(count, lr, norm)
             if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
                 watch = watch_last if meter.result.steps == total else None
-                of = model, test_loss_of, test_feed, cfg.eval_batch_size, world, precision, control.phases, watch
+                at_once = evaluated_at_once(cfg, world.size, backend.findings.sample_bytes)
+                of = model, test_loss_of, test_feed, at_once, world, precision, control.phases, watch
                 with meter.evaluating() as result:
                     result.update(evaluate(*of))
             after_step(meter)

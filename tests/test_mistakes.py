@@ -43,7 +43,7 @@ def write(cell: Config, folder: Path, planted: str = "", equal: bool = False) ->
             parameter.data.zero_()
     model, _ = backends.create(cell, world).prepare(parts.model, optim.factory(cell.optim))
     watch = mistakes.Mistakes(cell.train.loss, parts.test_feed, parts.data.classes, world)
-    of = model, loss_fn(cell.train.loss), parts.test_feed, cell.train.eval_batch_size, world, parts.precision, None
+    of = model, loss_fn(cell.train.loss), parts.test_feed, 16, world, parts.precision, None
     result = evaluate(*of, watch)
     plants = {"": {}, "sum": {"sum_": lambda tensor: tensor}, "gather": {"gather": lambda value: [value]}}
     with patch.multiple(dist, **plants[planted]) if planted else patch.dict({}):

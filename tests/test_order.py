@@ -1,5 +1,6 @@
 """Which samples make up a step: every sample once an epoch, the same global batches for every world size."""
 
+import dataclasses
 import itertools
 import tracemalloc
 
@@ -9,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dist_train import order
-from dist_train.order import Plan, global_indices, pieces, share, shuffled, steps_per_epoch
+from dist_train.config import TrainConfig
+from dist_train.order import (
+    EVALUATED,
+    Plan,
+    evaluated_at_once,
+    global_indices,
+    pieces,
+    share,
+    shuffled,
+    steps_per_epoch,
+)
 
 sizes = st.integers(1, 300)
 seeds = st.integers(0, 2**63 - 1)
@@ -207,3 +218,13 @@ def test_the_uniformity_check_fails_a_bad_shuffle(bad):
 def test_pieces_keep_to_the_limit():
     assert [pieces(64, 4, m) for m in (None, 16, 15, 8, 1)] == [1, 1, 2, 2, 16]
     assert pieces(1, 4, 1) == pieces(0, 4, 1) == 1
+
+
+def test_an_evaluation_takes_what_fits_in_memory():
+    cfg = TrainConfig(global_batch_size=64)
+    small, logits = 4 * (28 * 28 + 10), 8 * 1024 + 4 * 1024 * 50_000  # of a picture; of a window of text
+    assert evaluated_at_once(cfg, 4, small) == EVALUATED
+    assert evaluated_at_once(cfg, 4, logits) == 16  # the share of a rank
+    assert evaluated_at_once(dataclasses.replace(cfg, micro_batch_size=3), 4, logits) == 3
+    assert evaluated_at_once(cfg, 1, 1 << 19) == 64
+    assert evaluated_at_once(dataclasses.replace(cfg, eval_batch_size=5), 1, logits) == 5

@@ -11,7 +11,7 @@ from torch import nn
 from dist_train import assemble
 from dist_train.config import Config, load
 from dist_train.losses import loss_fn
-from dist_train.order import global_indices
+from dist_train.order import evaluated_at_once, global_indices
 from dist_train.tools.trajectory import Trajectory, difference, trajectory
 from dist_train.train import evaluate
 
@@ -67,7 +67,7 @@ def test_dropout_is_drawn_by_seed_and_rank():
 def evaluate_here(cell: Config) -> dict[str, float]:
     world = this_world()
     parts = assemble.build(cell, world.device)
-    batch = cell.train.eval_batch_size
+    batch = evaluated_at_once(cell.train, world.size, parts.findings.sample_bytes)
     return evaluate(parts.model, loss_fn("cross_entropy"), parts.test_feed, batch, world, parts.precision)
 
 

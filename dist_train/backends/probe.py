@@ -34,6 +34,7 @@ class Findings:
         buffers: buffers that forward changed.
         varies: forward drew random numbers, or read values, on the host: another step may take another way through the
             layers, and use other parameters.
+        sample_bytes: of a sample's input and outputs; 0 where that is not known.
     """
 
     unused: tuple[str, ...] = ()
@@ -41,6 +42,7 @@ class Findings:
     written: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     varies: bool = False
+    sample_bytes: int = 0
 
 
 NOTHING = Findings()
@@ -70,7 +72,7 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
     return Findings(
         unused=tuple(name for name, p in parameters.items() if p.requires_grad and name not in got),
         sparse=tuple(name for name, layout in got.items() if layout != torch.strided),
-        written=tuple(name for name, p in parameters.items() if _digest(p) != before[name]),
+        written=tuple(name for name, p in parameters.items() if trains and _digest(p) != before[name]),
         buffers=buffers,
         varies=varies,
     )

@@ -20,7 +20,7 @@ from dist_train.data.feed import GATHERED
 from dist_train.data.sets import Data, InMemory
 from dist_train.launcher import Launcher
 from dist_train.losses import loss_fn
-from dist_train.order import largest_piece
+from dist_train.order import evaluated_at_once, largest_piece
 from dist_train.precision import Precision
 
 BUCKET_ELEMENTS = 500_000_000  # the most that DeepSpeed reduces at once
@@ -58,7 +58,6 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     cfg, world = config.train, launcher.world_size
     precision = Precision(cfg.precision, torch.device("cpu"))  # a size does not depend on the device
     micro = largest_piece(cfg.global_batch_size, world, cfg.micro_batch_size)
-    evaluated = min(cfg.eval_batch_size, -(-len(data.test) // world))
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):
         model = assemble.maker(config, data)()
         parameters = [p for p in model.parameters() if p.requires_grad]
@@ -66,6 +65,9 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
             p.grad = torch.zeros_like(p)
         training = peak(lambda: _step(config, model, data, precision, micro))
         with torch.no_grad():
+            one = _inputs(data, precision, 1)
+            evaluated = evaluated_at_once(cfg, world, one.nbytes + model.eval()(one).nbytes)
+            evaluated = min(evaluated, -(-len(data.test) // world))
             evaluation = peak(lambda: model.eval()(_inputs(data, precision, evaluated)))
     state, updating = _optimizer(config, parameters, device)
     shares = _shares(config, launcher, model, state)

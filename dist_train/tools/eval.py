@@ -17,16 +17,17 @@ def run(argv: list[str], launcher: Launcher) -> int:
 
     from dist_train import assemble, backends, dist, optim
     from dist_train.losses import loss_fn
+    from dist_train.order import evaluated_at_once
     from dist_train.train import evaluate
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, trained=folder)
     with dist.joined(launcher, device) as world:
-        model, _ = backends.create(config, world).prepare(parts.model, optim.factory(config.optim))
-        metrics = evaluate(
-            model, loss_fn(config.train.loss), parts.test_feed, config.train.eval_batch_size, world, parts.precision
-        )
+        backend = backends.create(config, world, parts.findings)
+        model, _ = backend.prepare(parts.model, optim.factory(config.optim))
+        at_once = evaluated_at_once(config.train, world.size, parts.findings.sample_bytes)
+        metrics = evaluate(model, loss_fn(config.train.loss), parts.test_feed, at_once, world, parts.precision)
         if world.is_main:
             print(json.dumps(metrics))
     return 0
