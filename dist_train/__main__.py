@@ -58,11 +58,13 @@ def run(config: Config, launcher: Launcher) -> int:
     from dist_train import assemble, dist, session
     from dist_train.backends import fit
     from dist_train.checkpoint import resume
+    from dist_train.look import check_shares
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, warm=not resumes(config))
     fit.check_model(chosen(config.backend.name, launcher.name), parts.findings)
+    check_shares(config.train, parts.findings, len(parts.data.train), launcher.world_size)
     facts = resume.facts_of(parts.model, parts.data)
     resume.check_newest(config, run_folder(config), facts)
     with dist.joined(launcher, device) as world:

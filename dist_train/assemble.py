@@ -1,29 +1,25 @@
 """From a config to the parts of a run, before any process group: what is wrong with them is said by one line."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
 from dist_train import optim, weights
-from dist_train.backends.probe import NOTHING, Findings, probe
+from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import Config, DataConfig
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data, FromFiles
 from dist_train.errors import ConfigError
+from dist_train.look import LOOKED_AT, look
 from dist_train.lookup import load
-from dist_train.losses import loss_fn
 from dist_train.models import MODELS
 from dist_train.order import global_indices, steps_per_epoch
 from dist_train.precision import Precision, cast
-
-LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
 @dataclass(frozen=True)
@@ -102,51 +98,6 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if findings.written:  # which the first samples have done now, so again from the start
         model = build_model(config, data, dtype, trained, warm)[0].to(device)
     return Parts(data, model, *feeds, precision, loaded, findings)
-
-
-def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, trains: bool) -> Findings:
-    """Trains on the first samples once, and forgets it: what a model shows only then is told before any rank is joined.
-
-    Args:
-        config: the run.
-        model: on its device.
-        feed: of the training split.
-        precision: the formats of the run.
-        trains: false where the model is only evaluated, so that its gradients take no memory.
-
-    Raises:
-        ConfigError: its outputs are not what the loss takes.
-        Exception: whatever the model raises.
-    """
-    if trains and not any(p.requires_grad for p in model.parameters()):
-        raise ConfigError("model: got no weight that asks for a gradient, expected one at least that is trained")
-    count = min(LOOKED_AT, len(feed.split))
-    inputs, targets = feed.of(global_indices(len(feed.split), config.train.seed, 0, 0, count).copy())
-    loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
-    sizes = []
-
-    def loss() -> torch.Tensor:
-        with precision.autocast():
-            outputs = model(inputs)
-        _check_outputs(outputs, targets, feed.classes)
-        sizes.append((inputs.nbytes + outputs.nbytes) // count)
-        return loss_of(outputs.to(precision.dtype), targets, count)
-
-    return dataclasses.replace(probe(model, loss, trains), sample_bytes=sizes[0])
-
-
-def _check_outputs(outputs: Any, targets: torch.Tensor, classes: int) -> None:
-    """Raises ConfigError where a loss would broadcast, or raise from deep inside."""
-    batch, vectors = len(targets), targets.dim() == 2
-    expected = f"a float tensor [{batch}, {classes}] for {batch} samples: a number for each of {classes} classes"
-    if not isinstance(outputs, torch.Tensor):
-        raise ConfigError(
-            f"model: got outputs of type {type(outputs).__name__}, expected {expected}; return the logits alone"
-        )
-    shape = tuple(outputs.shape)
-    fits = len(shape) == 2 and shape[0] == batch and (shape[1] == classes or (shape[1] > classes and not vectors))
-    if not fits or not outputs.is_floating_point():
-        raise ConfigError(f"model: got outputs {outputs.dtype} {list(shape)}, expected {expected}")
 
 
 def read_data(cfg: DataConfig, download: bool) -> Data:

@@ -68,6 +68,13 @@ def largest_piece(count: int, world_size: int, micro_batch_size: int | None) -> 
     return -(-largest // pieces(count, world_size, micro_batch_size))
 
 
+def sizes(count: int, world_size: int, micro_batch_size: int | None) -> set[int]:
+    """Samples that a micro-batch has on any rank, of a step with `count` samples."""
+    micro_batches = pieces(count, world_size, micro_batch_size)
+    shares = {(rank + 1) * count // world_size - rank * count // world_size for rank in range(world_size)}
+    return {len(range(n)[share(n, i, micro_batches)]) for n in shares for i in range(micro_batches)}
+
+
 def evaluated_at_once(cfg: "TrainConfig", world_size: int, sample_bytes: int) -> int:
     """Samples of an evaluation's batch on a rank.
 

@@ -56,6 +56,7 @@ MAY_IMPORT = {
     "dist": {"columns", "errors", "launcher", "rendezvous"},
     "rendezvous": set(),
     "order": {"config", "dist"},
+    "look": {"backends.probe", "config", "data.feed", "errors", "losses", "order", "precision"},
     "losses": set(),
     "precision": {"errors"},
     "optim": {"config", "errors"},
@@ -112,7 +113,7 @@ MAY_IMPORT = {
     },
     "assemble": {
         *("backends.probe", "config", "data", "data.feed", "data.sets", "errors"),
-        *("lookup", "losses", "models", "optim", "order", "precision", "weights"),
+        *("look", "lookup", "models", "optim", "order", "precision", "weights"),
     },
     "captured": {
         *("backends.base", "config", "data.feed", "errors", "losses", "meter", "optim", "order", "precision"),

@@ -1,6 +1,7 @@
 """What a first look at a model tells, and that it leaves no trace."""
 
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from dist_train import assemble
 from dist_train.backends.probe import Findings, probe
 from dist_train.config import load
 from dist_train.errors import ConfigError
+from dist_train.look import check_shares
 
 X, Y = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
 DIGITS = ["--train.device", "cpu", "--data.name", "digits"]
@@ -221,3 +223,31 @@ def test_a_model_that_writes_its_weights_starts_from_its_initial_ones():
     parts = built("Clamped")
     assert parts.findings.written == ("layer.weight",)
     assert parts.model.layer.weight.abs().max() > 0.1
+
+
+class BatchNormed(nn.Sequential):
+    def __init__(self, input_shape, classes):
+        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, classes))
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "drops", "ranks", "what"),
+    [
+        (64, None, False, 4, None),  # 1,438 samples: 22 batches and one of 30
+        (64, None, False, 16, "30 samples on 16 ranks.*--train.drop_last true"),
+        (64, None, True, 16, None),
+        (64, None, False, 40, "64 samples on 40 ranks.*--train.global_batch_size"),
+        (64, None, False, 64, "64 samples on 64 ranks.*larger --train.global_batch_size"),
+        (64, 1, False, 1, "64 samples with a single one.*--train.micro_batch_size"),
+        (479, None, False, 1, "1 samples with"),  # 3 batches and one of 1
+        (479, None, True, 1, None),
+    ],
+)
+def test_a_share_of_one_sample_is_refused_where_the_model_takes_none(batch, micro, drops, ranks, what):
+    argv = [f"--train.global_batch_size={batch}", f"--train.drop_last={str(drops).lower()}"]
+    argv += [f"--train.micro_batch_size={micro}"] if micro else []
+    parts, config = built("BatchNormed", *argv), load([*DIGITS, *argv])
+    assert parts.findings.needs_two and int(parts.model[2].num_batches_tracked) == 0
+    with pytest.raises(ConfigError, match=what) if what else nullcontext():
+        check_shares(config.train, parts.findings, 1438, ranks)
+    check_shares(config.train, built("Digits", *argv).findings, 1438, ranks)

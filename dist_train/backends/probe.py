@@ -34,6 +34,7 @@ class Findings:
         buffers: buffers that forward changed.
         varies: forward drew random numbers, or read values, on the host: another step may take another way through the
             layers, and use other parameters.
+        needs_two: forward takes no single sample, as a norm over a batch does not.
         sample_bytes: of a sample's input and outputs; 0 where that is not known.
     """
 
@@ -42,6 +43,7 @@ class Findings:
     written: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     varies: bool = False
+    needs_two: bool = False
     sample_bytes: int = 0
 
 
