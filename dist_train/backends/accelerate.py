@@ -61,6 +61,7 @@ class Accelerate(Backend):
         self.model = self.accelerator.prepare(model)
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.
         assert type(self.model) is DistributedDataParallel, f"accelerate: got {type(self.model)}, expected DDP"
+        buckets.own_buffers(self.model)
         buckets.settle_buckets(self.model)
         buckets.explained(self.model)
         self.parameters = list(model.parameters())

@@ -16,10 +16,15 @@ def settings(findings: Findings) -> dict[str, bool]:
     """Arguments of DistributedDataParallel for a model of which this was found."""
     return {
         "gradient_as_bucket_view": True,
-        "broadcast_buffers": False,  # before each forward, from rank 0; ours are settled after each step
         # Goes through the graph at every step, and exchanges which parameters were used.
         "find_unused_parameters": bool(findings.unused) or findings.varies,
     }
+
+
+def own_buffers(model: DistributedDataParallel) -> None:
+    """Keeps it from handing out rank 0's buffers before each forward: ours are settled after each step. The argument
+    for it has another name in each version of torch."""
+    model.broadcast_buffers = False
 
 
 def explained(model: DistributedDataParallel) -> None:

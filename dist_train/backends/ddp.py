@@ -34,6 +34,7 @@ class DDP(Backend):
         self.model = DistributedDataParallel(
             model, device_ids=None if device.type == "cpu" else [device.index], **buckets.settings(self.findings)
         )
+        buckets.own_buffers(self.model)
         buckets.settle_buckets(self.model)
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
