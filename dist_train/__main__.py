@@ -63,7 +63,7 @@ def run(config: Config, launcher: Launcher) -> int:
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, warm=not resumes(config))
-    fit.check_model(chosen(config.backend.name, launcher.name), parts.findings)
+    fit.check_model(chosen(config.backend.name, launcher.name), parts.findings, parts.model, config.backend.zero_stage)
     check_shares(config.train, parts.findings, len(parts.data.train), launcher.world_size)
     facts = resume.facts_of(parts.model, parts.data)
     resume.check_newest(config, run_folder(config), facts)

@@ -4,14 +4,19 @@ import json
 import logging
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as torch_dist
 from torch import nn
 
+from dist_train import dist
+from dist_train.backends import fit
 from dist_train.backends.base import (
     Backend,
     OptimizerFactory,
@@ -27,6 +32,7 @@ from dist_train.backends.base import (
     to_cpu,
     whole_norm,
 )
+from dist_train.backends.gradients import Counted, Whole
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import Config
 from dist_train.dist import World
@@ -51,21 +57,35 @@ class DeepSpeed(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
+        fit.check_model("deepspeed", self.findings, model, self.stage)
         self.bare = model
         # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
         for part in (list(blocks(model)) if self.stage == 3 else []) or [model]:
             compile_(part, self.config.compile)
         _autocast_within(model, Precision(self.config.train.precision, self.world.device))
-        self.optimizer = optimizer_fn(model.parameters())
+        asked = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+        unused = self._unused() if self.stage else frozenset()
+        trained = {name: p for name, p in asked.items() if name not in unused}
+        self.optimizer = optimizer_fn(trained.values())
+        left_out = {name: p for name, p in asked.items() if name in unused}
+        if self.stage:
+            self.gradients = Whole(trained, left_out, self.stage)  # before a parameter loses its shape
         weights = sum(p.numel() for p in model.parameters())
-        self.engine, *_ = self.library.initialize(
-            model=model,
-            optimizer=self.optimizer,
-            config=engine_config(self.config, weights, self.world.device),
-            dist_init_required=False,
-        )
+        _broadcast(model)
+        with _not_broadcast(self.library):
+            self.engine, *_ = self.library.initialize(
+                model=model,
+                optimizer=self.optimizer,
+                config=engine_config(self.config, weights, self.world),
+                dist_init_required=False,
+            )
         if self.stage:
             self.optimizer = self.engine.optimizer.optimizer  # of Adagrad, ZeRO makes another one
+            if self.stage < 3 and not self.config.backend.offload:
+                self._keep_one_copy()
+        else:
+            self.counted = Counted(self.engine, list(asked.values()))
+        self.trained = trained
         return self.engine, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -76,11 +96,19 @@ class DeepSpeed(Backend):
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         # DeepSpeed divides the sum over ranks by their number. Its own way to a sum does not exist at stage 3.
-        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        loss = loss * self.world.size
+        if not self.stage:
+            self.engine.backward(loss, scale_wrt_gas=False)
+            return
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.gradients.watch(loss, last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        self.gradients.check(last)
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
         if self.stage == 0:
+            self.counted.settle()
             norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure or self.skips)
             if self.skips and not norm.isfinite():
                 self.engine.zero_grad()
@@ -109,7 +137,7 @@ class DeepSpeed(Backend):
         if self.stage == 0:
             return model_state(self.bare) | optimizer_state(self.bare, self.optimizer)
         fragments = self._fragments()
-        found = model_state(self.bare) if self.stage < 3 else self._sharded_weights(fragments)
+        found = model_state(self.bare) if self.stage < 3 else self._sharded_weights()
         for name, fragment in fragments.items():
             for key, value in self.optimizer.state[fragment.flat].items():
                 whole = value.shape != fragment.flat.shape  # a count of steps
@@ -121,6 +149,7 @@ class DeepSpeed(Backend):
         if self.stage == 0:
             load_optimizer(self.bare, self.optimizer, saved, read)
             return
+        self.gradients.resumed()
         fragments, shards = self._fragments(), {}
         counts: dict[tuple[torch.Tensor, str], list[torch.Tensor]] = {}  # what ZeRO keeps once for all its parameters
         for name, key in optimizer_keys(saved, dict(self.bare.named_parameters())):
@@ -139,18 +168,43 @@ class DeepSpeed(Backend):
         read(shards)
         group = self.optimizer.param_groups[0]
         on_device = group.get("fused") or group.get("capturable")
+        held = Counter(fragment.flat for fragment in fragments.values())
         for (flat, key), values in counts.items():
-            if any(not torch.equal(value, values[0]) for value in values):
+            # One that has none saved has counted nothing yet.
+            if len(values) < held[flat] or any(not torch.equal(value, values[0]) for value in values):
                 raise ConfigError(
                     f"checkpoint.resume: got a checkpoint whose parameters differ in their {key!r}, which ZeRO keeps "
                     f"once for all; write --backend.name ddp or fsdp2, or --backend.zero_stage 0"
                 )
             self.optimizer.state[flat][key] = values[0].to(flat.device) if on_device else values[0]
 
+    def _keep_one_copy(self) -> None:
+        """Lets the optimizer update the model's own weights at stages 1 and 2: DeepSpeed copies them for the case that
+        the model's are not in float32."""
+        zero = self.engine.optimizer
+        for flat, parts in zip(
+            zero.single_partition_of_fp32_groups, zero.parallel_partitioned_bit16_groups, strict=True
+        ):
+            flat.data = parts[self.world.rank]
+        zero._link_all_hp_params()  # which have kept views of the copies
+
+    def _unused(self) -> frozenset[str]:
+        """The parameters that got no gradient on any rank when the model was looked at. Collective."""
+        seen = dist.gather(self.findings.unused)
+        everywhere = frozenset(seen[0]).intersection(*seen)
+        somewhere = sorted(frozenset().union(*seen) - everywhere)
+        if somewhere:
+            raise ConfigError(
+                f"model: got no gradient of {fit.some(tuple(somewhere))} on some ranks, but on others, expected each "
+                f"rank to use the same weights under ZeRO {self.stage}; write --backend.name ddp or fsdp2, or "
+                f"--backend.zero_stage 0"
+            )
+        return everywhere
+
     def _fragments(self) -> dict[str, "Fragment"]:
-        """What this rank holds of each parameter's optimizer state, at stages 1 to 3, by name."""
+        """What this rank holds of the optimizer's state of each trained parameter, at stages 1 to 3, by name."""
         zero, found = self.engine.optimizer, {}
-        for name, parameter in self.bare.named_parameters():
+        for name, parameter in self.trained.items():
             if self.stage == 3:
                 group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
                 flat, start = zero.fp32_partitioned_groups_flat[group], self.world.rank * count
@@ -167,16 +221,17 @@ class DeepSpeed(Backend):
                 found[name] = Fragment(shape, start, flat, offset, count)
         return found
 
-    def _sharded_weights(self, fragments: dict[str, "Fragment"]) -> dict[str, Shards]:
+    def _sharded_weights(self) -> dict[str, Shards]:
         """The weights of stage 3, of which parameters themselves hold nothing between steps."""
-        names = {parameter: name for name, parameter in self.bare.named_parameters()}
         found = {}
         for name, value in self.bare.state_dict(keep_vars=True).items():
             if not isinstance(value, nn.Parameter):
                 found[f"model.{name}"] = shards_of(value)
-            elif names[value] in fragments:
-                fragment = fragments[names[value]]
-                found[f"model.{name}"] = fragment.of(fragment.flat)
+                continue
+            part = value.ds_tensor  # the last rank's is padded
+            start = self.world.rank * part.ds_numel
+            count = max(0, min(part.ds_numel, value.ds_numel - start))
+            found[f"model.{name}"] = shards_of_range(tuple(value.ds_shape), start, part[:count])
         return found
 
 
@@ -203,22 +258,24 @@ class Fragment:
         return shards_of_range(self.shape, self.start, buffer.detach().narrow(0, self.offset, self.count))
 
 
-def engine_config(config: Config, weights: int, device: torch.device) -> dict[str, Any]:
+def engine_config(config: Config, weights: int, world: World) -> dict[str, Any]:
     """DeepSpeed's JSON for a run: ours, and what the file of backend.config adds to it.
 
     Args:
         config: of the run. `rules` has checked that its file decides nothing that the config decides.
         weights: number of elements in the model.
-        device: of this rank.
+        world: this rank's place.
     """
     stage = config.backend.zero_stage or 0
-    bucket = min(weights, 500_000_000)  # its default is the larger one, which it allocates for a small model as well
+    # Its default is 500 million, which it allocates for a small model as well; ZeRO 1 and 2 cut it into ranks' parts.
+    aligned = 2 * world.size
+    bucket = -(-min(weights, 500_000_000) // aligned) * aligned
     zero = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
         zero = {"stage": 3, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
     if config.backend.offload:
         # Pinned memory is for copies to an accelerator; where the device is the CPU, this changes nothing.
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type != "cpu"}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type != "cpu"}
     ours = {
         # The loop owns batches: it divides the loss, and says which micro-batch is the last of a step.
         "train_micro_batch_size_per_gpu": 1,
@@ -238,6 +295,33 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """`ours` with the keys of `extra`, object by object. What both have is a default of ours."""
     nested = {k: _merged(v, extra[k]) for k, v in ours.items() if isinstance(v, dict) and k in extra}
     return ours | extra | nested
+
+
+def _broadcast(model: nn.Module) -> None:
+    """Gives every rank the weights of rank 0. Collective."""
+    for parameter in model.parameters():
+        flat = parameter.detach().reshape(-1)  # a copy where its memory is in another order
+        torch_dist.broadcast(torch.view_as_real(flat) if flat.is_complex() else flat.view(torch.uint8), 0)
+        if flat.data_ptr() != parameter.data_ptr():
+            parameter.data.copy_(flat.view(parameter.shape))
+
+
+@contextmanager
+def _not_broadcast(library: Any) -> Iterator[None]:
+    """Keeps DeepSpeed from broadcasting the weights itself: it asks for a view as bytes, which a scalar, a complex
+    weight and one in channels_last do not have."""
+    engine, init = library.DeepSpeedEngine, library.zero.Init
+    own = engine._broadcast_model, init._zero_init_param
+
+    def share_out(self: Any, parameter: nn.Parameter) -> None:
+        self._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+
+    engine._broadcast_model, init._zero_init_param = (lambda self: None), share_out
+    try:
+        yield
+    finally:
+        engine._broadcast_model, init._zero_init_param = own
 
 
 def _autocast_within(model: nn.Module, precision: Precision) -> None:

@@ -1,17 +1,25 @@
 """What a backend asks of the model itself, once that is there; `rules.py` has what it asks of the config."""
 
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
 from dist_train.backends.probe import Findings
 from dist_train.errors import ConfigError
 
 NAMES_SHOWN = 4
 
 
-def check_model(backend: str, findings: Findings) -> None:
+def check_model(backend: str, findings: Findings, model: nn.Module | None = None, stage: int | None = None) -> None:
     """Raises ConfigError where a backend could not train the model as one process does.
 
     Args:
         backend: its name, `auto` settled.
         findings: what a first forward and backward of the model showed.
+        model: before it is sharded or wrapped; None leaves out what only it shows.
+        stage: of ZeRO.
     """
     if findings.written and backend != "single":
         raise ConfigError(
@@ -19,6 +27,46 @@ def check_model(backend: str, findings: Findings) -> None:
             f"max_norm does; under {backend} each rank would change its own copy by the samples that it sees; expected "
             f"a forward that only reads weights; take that out, or train in one process, without torchrun"
         )
+    if model is not None and backend == "deepspeed" and stage:
+        lines = list(_zero(model, findings, stage))
+        if lines:
+            raise ConfigError(*lines)
+
+
+def _zero(model: nn.Module, findings: Findings, stage: int) -> Iterator[str]:
+    """What ZeRO 1 to 3 cannot do, which move the weights into flat buffers of one type."""
+    instead = "write --backend.zero_stage 0, or --backend.name ddp"
+    asked = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = tuple(name for name, p in asked.items() if p.dtype != torch.float32)
+    if others:
+        got = str(asked[others[0]].dtype).removeprefix("torch.")
+        yield f"model: got weights in {got} ({some(others)}), expected float32 alone under ZeRO {stage}; {instead}"
+    if findings.sparse:
+        yield (
+            f"model: got sparse gradients ({some(findings.sparse)}), which ZeRO {stage} does not have; write "
+            f"sparse=False in the model, or --backend.name single"
+        )
+    for one, other in _overlapping(model):
+        yield (
+            f"model: got {one} and {other} in the same memory, which ZeRO {stage} would part; share the parameter "
+            f"itself, as in self.head.weight = self.embedding.weight; or {instead}"
+        )
+
+
+def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Parameters that lie in the memory of another parameter, or of a buffer."""
+    places = []
+    tensors = [(name, p, True) for name, p in model.named_parameters()]
+    tensors += [(name, b, False) for name, b in model.named_buffers()]
+    for name, value, is_parameter in tensors:
+        if value.numel():
+            past = 1 + sum((n - 1) * step for n, step in zip(value.shape, value.stride(), strict=True))
+            first = value.data_ptr()
+            places.append((str(value.device), first, first + past * value.element_size(), name, is_parameter))
+    places.sort()
+    for (device, _, past, one, own), (device_too, first, _, other, own_too) in itertools.pairwise(places):
+        if device == device_too and first < past and (own or own_too):
+            yield one, other
 
 
 def some(names: tuple[str, ...]) -> str:
