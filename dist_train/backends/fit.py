@@ -46,6 +46,12 @@ def _zero(model: nn.Module, findings: Findings, stage: int) -> Iterator[str]:
             f"model: got sparse gradients ({some(findings.sparse)}), which ZeRO {stage} does not have; write "
             f"sparse=False in the model, or --backend.name single"
         )
+    empty = tuple(name for name, p in model.named_parameters() if not p.numel())
+    if stage == 3 and empty:
+        yield (
+            f"model: got weights of no elements ({some(empty)}), which ZeRO 3 cannot gather; take them out, or write "
+            f"--backend.zero_stage 2"
+        )
     for one, other in _overlapping(model):
         yield (
             f"model: got {one} and {other} in the same memory, which ZeRO {stage} would part; share the parameter "

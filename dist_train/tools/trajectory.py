@@ -157,7 +157,8 @@ def _largest(values: list[float], expected: list[float]) -> float:
 
 
 def _distance(value: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(value - expected) / np.linalg.norm(expected))
+    size = float(np.linalg.norm(expected)) or 1.0  # zeros, and tensors of no elements
+    return float(np.linalg.norm(value - expected)) / size
 
 
 if __name__ == "__main__":
