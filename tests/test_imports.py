@@ -142,7 +142,11 @@ MAY_IMPORT = {
         "shards",
     },
     "backends.buckets": {"backends.fit", "backends.probe", "errors"},
-    "backends.deepspeed": {"backends.base", "backends.probe", "config", "dist", "errors", "precision", "shards"},
+    "backends.deepspeed": {
+        *("backends.base", "backends.fit", "backends.gradients", "backends.probe", "config", "dist", "errors"),
+        *("precision", "shards"),
+    },
+    "backends.gradients": {"errors"},
     "backends.buffers": {"backends.probe", "dist"},
     "backends.base": {"backends.buffers", "backends.probe", "config", "dist", "precision", "shards"},
     "backends.probe": {"data.randomness"},

@@ -165,7 +165,8 @@ class Checkpointed(Base):
 
 
 class Dropping(Base):
-    """Leaves its last layer out in the forwards of `at`, counted from 1 for the first look, on the ranks of `ranks`."""
+    """Leaves its last layer out in the forwards of `at`, counted from 1 for the first look, on the ranks of `ranks`.
+    Where a rank 1 is to do it, one process does it for the second half of its samples."""
 
     def __init__(self, input_shape, classes, at=(), ranks=()):
         super().__init__(input_shape, classes)
@@ -176,7 +177,9 @@ class Dropping(Base):
         h = h + self.layers[0](h).relu()
         if self.training:
             self.count += 1
-        rank = torch_dist.get_rank() if torch_dist.is_initialized() else 0
-        if not (self.training and self.count in self.at and (not self.ranks or rank in self.ranks)):
+        drops, joined = self.training and self.count in self.at, torch_dist.is_initialized()
+        if drops and self.ranks and not joined:
+            h = h + self.layers[1](h).relu() * (torch.arange(len(h)) < len(h) // 2)[:, None]
+        elif not drops or (self.ranks and torch_dist.get_rank() not in self.ranks):
             h = h + self.layers[1](h).relu()
         return self.out(h)

@@ -40,6 +40,11 @@ from dist_train.errors import ConfigError
 from dist_train.precision import Precision
 from dist_train.shards import Shards, shards_of, shards_of_range
 
+# What torch's optimizers keep once for a parameter, not for each element.
+COUNTS = ("step", "mu_product", "mu", "eta")
+# Weights of a model that is small: what is gathered or reduced of it at once takes no memory to speak of.
+SMALL = 1 << 21
+
 
 class DeepSpeed(Backend):
     """A DeepSpeed engine around our own optimizer. At stages 2 and 3 gradients are reduced in every micro-batch, as
@@ -81,7 +86,7 @@ class DeepSpeed(Backend):
             )
         if self.stage:
             self.optimizer = self.engine.optimizer.optimizer  # of Adagrad, ZeRO makes another one
-            if self.stage < 3 and not self.config.backend.offload:
+            if not self.config.backend.offload:
                 self._keep_one_copy()
         else:
             self.counted = Counted(self.engine, list(asked.values()))
@@ -152,12 +157,16 @@ class DeepSpeed(Backend):
         self.gradients.resumed()
         fragments, shards = self._fragments(), {}
         counts: dict[tuple[torch.Tensor, str], list[torch.Tensor]] = {}  # what ZeRO keeps once for all its parameters
-        for name, key in optimizer_keys(saved, dict(self.bare.named_parameters())):
+        keys = optimizer_keys(saved, dict(self.bare.named_parameters()))
+        shapes = {name: saved[f"model.{name}"].size for name, _ in keys}
+        shapes = {name: shape for name, shape in shapes.items() if shape}  # a scalar's count has its shape, too
+        per_element = {key for name, key in keys if saved[f"optim.{name}.{key}"].size == shapes.get(name)}
+        for name, key in keys:
             fragment, path = fragments.get(name), f"optim.{name}.{key}"
             if fragment is None:
                 continue  # on another rank
             state = self.optimizer.state[fragment.flat]
-            if tuple(saved[path].size) == fragment.shape:
+            if key in per_element or (not shapes and key not in COUNTS):
                 if key not in state or state[key].shape != fragment.flat.shape:
                     state[key] = torch.zeros_like(fragment.flat)  # once for all parameters in the buffer
                 shards[path] = fragment.of(state[key])
@@ -179,14 +188,21 @@ class DeepSpeed(Backend):
             self.optimizer.state[flat][key] = values[0].to(flat.device) if on_device else values[0]
 
     def _keep_one_copy(self) -> None:
-        """Lets the optimizer update the model's own weights at stages 1 and 2: DeepSpeed copies them for the case that
-        the model's are not in float32."""
+        """Lets the optimizer update the model's own weights, and at stage 2 read the gradients where they were summed:
+        DeepSpeed copies its part of them, for the case that the model's are not in float32."""
         zero = self.engine.optimizer
+        if self.stage == 3:
+            for flat, part in zip(zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat, strict=True):
+                flat.data = part
+            return
         for flat, parts in zip(
             zero.single_partition_of_fp32_groups, zero.parallel_partitioned_bit16_groups, strict=True
         ):
             flat.data = parts[self.world.rank]
         zero._link_all_hp_params()  # which have kept views of the copies
+        if self.stage == 2:
+            zero._use_compact_grad_partition_buffer = lambda group: True  # as for gradients of another type
+            zero.copy_grads_in_partition = lambda parameter, group: zero.clear_grad_attribute(parameter)
 
     def _unused(self) -> frozenset[str]:
         """The parameters that got no gradient on any rank when the model was looked at. Collective."""
@@ -267,12 +283,21 @@ def engine_config(config: Config, weights: int, world: World) -> dict[str, Any]:
         world: this rank's place.
     """
     stage = config.backend.zero_stage or 0
-    # Its default is 500 million, which it allocates for a small model as well; ZeRO 1 and 2 cut it into ranks' parts.
-    aligned = 2 * world.size
-    bucket = -(-min(weights, 500_000_000) // aligned) * aligned
-    zero = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    # A small model whole; of a large one a part that is little beside what a rank holds of it. The library's defaults,
+    # of up to a billion, are allocated for any model, and keep all layers gathered from forward to backward.
+    aligned = 2 * world.size  # ZeRO 1 and 2 cut a bucket into the ranks' parts
+    part = -(-min(weights, max(SMALL, weights // 32)) // aligned) * aligned
+    zero = {"stage": stage, "reduce_bucket_size": part, "allgather_bucket_size": part}
     if stage == 3:
-        zero = {"stage": 3, "reduce_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket}
+        zero = {
+            "stage": 3,
+            "reduce_bucket_size": part,
+            "stage3_prefetch_bucket_size": part,
+            "stage3_max_live_parameters": 2 * part,  # else every layer prefetches further ones
+            "stage3_max_reuse_distance": part,
+            "stage3_model_persistence_threshold": part,
+            "sub_group_size": max(part, weights // (8 * world.size)),
+        }
     if config.backend.offload:
         # Pinned memory is for copies to an accelerator; where the device is the CPU, this changes nothing.
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": world.device.type != "cpu"}
@@ -342,12 +367,32 @@ def _import(world: World) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it reads no other launcher's variable
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
 
     deepspeed.utils.logger.setLevel(logging.WARNING)
     # Every optimizer of torch's is untested, and autocast is entered within the model.
     beside_the_point = ("untested optimizer", "torch.autocast is enabled outside")
     deepspeed.utils.logger.addFilter(lambda record: not any(said in record.getMessage() for said in beside_the_point))
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")  # its own calls
+    if world.device.type == "cpu":
+        stage_1_and_2.all_gather_dp_groups = _gather_in_pieces
     # A faster all-reduce between processes of one machine, compiled at the first run: 44 s for milliseconds.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _gather_in_pieces(
+    partitioned_param_groups: list[list[torch.Tensor]], dp_process_group: list, allgather_bucket_size: int, **_: Any
+) -> None:
+    """Gathers the updated weights at stages 1 and 2, in place of DeepSpeed's function of the same arguments: gloo first
+    gathers into memory of its own, so a bucket at a time.
+
+    Args:
+        partitioned_param_groups: the ranks' parts of the weights, by group.
+        dp_process_group: the ranks, by group.
+        allgather_bucket_size: elements of all ranks.
+    """
+    for parts, group in zip(partitioned_param_groups, dp_process_group, strict=True):
+        mine, size = torch_dist.get_rank(group), max(1, allgather_bucket_size // len(parts))
+        for pieces in zip(*(part.detach().split(size) for part in parts), strict=True):
+            torch_dist.all_gather(list(pieces), pieces[mine], group)
