@@ -81,3 +81,14 @@ def test_what_images_in_files_cost():
     needs_real_data("mnist_png.tar.gz")
     said = script(str(ROOT / "benchmarks/files.py"), "--repeats=1", "--batch_size=1000")
     assert "ours" in said and "kept" in said
+
+
+def test_what_a_rank_holds(tmp_path: Path):
+    """Of a model large enough to be seen beside the libraries: what is shared out is less."""
+    words = ("--layers=8", "--width=1024", "--backends=single,deepspeed:3", f"--json={tmp_path / 'memory.json'}")
+    said = script(str(ROOT / "benchmarks/memory.py"), *words)
+    assert "8,396,800 weights on 2 ranks" in said and "| deepspeed:3 | 0.07 |" in said
+    single, shared = json.loads((tmp_path / "memory.json").read_text()).values()
+    assert shared["theory"] == single["theory"] / 2 == 8 * 8_396_800
+    assert single["theory"] * 0.6 < single["steady"] <= single["peak"] < single["theory"] * 1.4
+    assert shared["steady"] < 0.8 * single["steady"]

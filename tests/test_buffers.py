@@ -17,7 +17,7 @@ from dist_train.errors import ConfigError
 from parity_cells import ALONE, this_world
 from ranks import run_ranks
 
-BACKENDS = ("ddp", "fsdp2", "accelerate")
+BACKENDS = ("ddp", "fsdp2", "accelerate", "deepspeed:0", "deepspeed:2", "deepspeed:3")
 SHARES = (0, 3, 4)  # samples of a rank, the last one's the most
 
 
@@ -56,7 +56,8 @@ def prepared(model: nn.Module, backend: str, config: Config | None = None, world
     """The backend, its model to call, and the optimizer."""
     look = torch.randn(2, 6)
     findings = probe(model, lambda: F.cross_entropy(model(look), torch.tensor([0, 1])))
-    config = dataclasses.replace(config or Config(), backend=BackendConfig(backend))
+    name, _, stage = backend.partition(":")
+    config = dataclasses.replace(config or Config(), backend=BackendConfig(name, int(stage) if stage else None))
     made = backends.create(config, world or this_world(), findings)
     called, _ = made.prepare(model, lambda parameters: torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1))
     return made, called

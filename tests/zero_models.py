@@ -29,6 +29,19 @@ class Base(nn.Module):
         return self.out(h)
 
 
+class Counting(Base):
+    """Counts its forwards in training, in a buffer."""
+
+    def __init__(self, input_shape, classes):
+        super().__init__(input_shape, classes)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+        return super().forward(x)
+
+
 class Frozen(Base):
     """A body that stays as it is, one of its layers above ZeRO 3's threshold, and only a head that is trained."""
 

@@ -63,7 +63,7 @@ class DeepSpeed(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         fit.check_model("deepspeed", self.findings, model, self.stage)
-        self.bare = model
+        self.bare, self.buffers = model, self.buffers_of(model)
         # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
         for part in (list(blocks(model)) if self.stage == 3 else []) or [model]:
             compile_(part, self.config.compile)
@@ -115,16 +115,19 @@ class DeepSpeed(Backend):
         if self.stage == 0:
             self.counted.settle()
             norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure or self.skips)
-            if self.skips and not norm.isfinite():
-                self.engine.zero_grad()
-            else:
+            taken = not self.skips or bool(norm.isfinite())
+            if taken:
                 self.engine.step()
+            else:
+                self.engine.zero_grad()
+            self.buffers.settle(taken)
             return norm
         assert max_norm == self.config.train.grad_clip  # what the engine was told
         self.engine.step()
-        if not self.engine.was_step_applied():  # it leaves out such a step without a word
-            return torch.tensor(float("inf"))
-        return torch.as_tensor(self.engine.get_global_grad_norm(), device=self.world.device)
+        taken = self.engine.was_step_applied()  # it leaves out a step that is not finite, asked to or not
+        self.buffers.settle(taken or not self.skips)
+        norm = self.engine.get_global_grad_norm() if taken else float("inf")
+        return torch.as_tensor(norm, device=self.world.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """See Backend."""
