@@ -28,3 +28,4 @@ run peers python benchmarks/peers.py "${same[@]}" --train.threads 1 --repeats 24
 run startup python benchmarks/startup.py --repeats 3
 run checkpoint torchrun --standalone --nproc_per_node=2 benchmarks/checkpoint.py
 run files python benchmarks/files.py --repeats 15
+run memory python benchmarks/memory.py
