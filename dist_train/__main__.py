@@ -6,7 +6,7 @@ Without a command it trains. This is the one module that sees all the others.
 import importlib
 import sys
 
-from dist_train import ending
+from dist_train import ending, orphan
 from dist_train.backends import chosen
 from dist_train.check import check, resumes, run_folder
 from dist_train.config import Config, load, unknown
@@ -54,6 +54,7 @@ def run(config: Config, launcher: Launcher) -> int:
     """Trains. What is wrong with the config is said before torch is imported, what is wrong with the data before
     the ranks are joined."""
     check(config, launcher)
+    orphan.started_by(launcher.name)
 
     from dist_train import assemble, dist, session
     from dist_train.backends import fit

@@ -6,6 +6,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -349,7 +350,7 @@ def _folder(config: Config, _: Launcher) -> Iterator[str]:
     if writer is not None:
         yield (
             f"{path}: got {folder}, in which another run writes ({writer}), expected a folder of its own; for example "
-            f"--run.dir {folder}-2"
+            f"--run.dir {folder}-2{how_to_end(writer)}"
         )
     if status_of(folder) == "finished":
         another = f"--{path} {folder.name if path == 'run.name' else folder}-2"
@@ -367,6 +368,12 @@ def holder(folder: Path) -> str | None:
     except OSError:
         pass
     return None
+
+
+def how_to_end(said: str) -> str:
+    """The rest of a line that refuses a folder: how its holder, as it has named itself, is ended."""
+    pid = said.split()[1] if re.fullmatch(r"process \d+ on \S+", said) else None
+    return f"; to end that run, which may have lost its launcher: kill {pid} on {said.split()[-1]}" if pid else ""
 
 
 def said_by_holder(file: IO[str]) -> str:

@@ -20,6 +20,7 @@ from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 
 GROUP_TIMEOUT_S = 600
+PATIENCE_DAYS = 365
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,10 @@ def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TI
         return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    with _meeting(launcher, timeout_s) as where, _quiet_gloo():
+    with rendezvous.store(launcher, timeout_s) as store, _quiet_gloo():
         torch_dist.init_process_group(
             torch_dist.get_default_backend_for_device(device),
-            **where,
+            store=store,
             rank=launcher.rank,
             world_size=launcher.world_size,
             timeout=timedelta(seconds=timeout_s),
@@ -126,15 +127,18 @@ def from_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _meeting(launcher: Launcher, timeout_s: float) -> Iterator[dict[str, Any]]:
-    """Where the ranks find each other, as init_process_group takes it."""
-    if rendezvous.kept_by_torchrun():
-        with rendezvous.store_of_this_start(launcher.rank, launcher.world_size, timeout_s) as store:
-            yield {"store": store}
-    elif "RANK" in os.environ:
-        yield {"init_method": "env://"}
-    else:
-        yield {"init_method": f"tcp://{launcher.master_addr}:{launcher.master_port}"}
+def patient() -> Iterator[None]:
+    """Where a watchdog judges what takes too long, collectives do not: their time passes also while a process is
+    suspended."""
+    if not torch_dist.is_initialized():
+        yield
+        return
+    set_timeout = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout  # torch 2.8
+    set_timeout(timedelta(days=PATIENCE_DAYS), None)
+    try:
+        yield
+    finally:
+        set_timeout(timedelta(seconds=GROUP_TIMEOUT_S), None)
 
 
 def gather_numbers(values: list[float]) -> list[list[float]]:

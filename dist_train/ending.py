@@ -6,7 +6,7 @@ import sys
 import time
 import traceback
 
-from dist_train.errors import ConfigError, OtherRankError
+from dist_train.errors import ConfigError, LaunchError, OtherRankError
 from dist_train.launcher import Launcher
 from dist_train.speech import prefix
 
@@ -48,6 +48,9 @@ def fail(error: BaseException, launcher: Launcher) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"[rank {launcher.rank}] interrupted", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, LaunchError):
+        print(f"dist_train: {error}", file=sys.stderr)
+        return FAILED
     echo = isinstance(error, OtherRankError) or any(sign in str(error).lower() for sign in LOST_PEER)
     if launcher.world_size > 1 and echo:
         time.sleep(ECHO_WAIT_S)

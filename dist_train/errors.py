@@ -5,6 +5,10 @@ class OtherRankError(RuntimeError):
     """Another rank failed, and this one ends because of it."""
 
 
+class LaunchError(RuntimeError):
+    """What keeps ranks from meeting, in a line of its own: no mistake in the config, and no code to look at."""
+
+
 class ConfigError(ValueError):
     """The user's mistake. Each line names the config path, what was got, what is expected and how to mend it."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from dist_train import dist
-from dist_train.check import LOCK, run_folder, said_by_holder, status_of
+from dist_train.check import LOCK, how_to_end, run_folder, said_by_holder, status_of
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.save import clean
 from dist_train.config import Config, dump
@@ -97,9 +97,10 @@ def _lock(folder: Path) -> IO[str]:
             break
         except BlockingIOError:
             if time.monotonic() > deadline:
+                said = said_by_holder(file)
                 raise ConfigError(
-                    f"run.dir: got {folder}, in which another run writes ({said_by_holder(file)}), expected a folder "
-                    f"of its own; for example --run.dir {folder}-2"
+                    f"run.dir: got {folder}, in which another run writes ({said}), expected a folder of its own; for "
+                    f"example --run.dir {folder}-2{how_to_end(said)}"
                 ) from None
             time.sleep(0.1)
     file.truncate(0)

@@ -75,6 +75,8 @@ def detect(env: Mapping[str, str] = os.environ) -> Launcher:
     rank, size = _int(env, keys[0]), _int(env, keys[1])
     local_rank = _int(env, keys[2], default=rank)
     local_size = _local_size(env, name, keys[3], size)
+    if name == "srun" and size > 1:
+        _expect_a_task(env, size)
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
         raise ConfigError(
             f"environment: got {keys[0]}={rank}, {keys[1]}={size}, {keys[2]}={local_rank}, "
@@ -83,6 +85,26 @@ def detect(env: Mapping[str, str] = os.environ) -> Launcher:
         )
     addr, port = _master(env, name, size, local_size)
     return Launcher(name, rank, size, local_rank, local_size, addr, port)
+
+
+def _expect_a_task(env: Mapping[str, str], size: int) -> None:
+    """Raises ConfigError in the shell of srun --pty: what is typed there inherits the variables of the first task."""
+    shown = next((key for key in ("SLURM_PTY_PORT", "SLURM_PTY_WIN_COL") if key in env), None)
+    if shown is None or _parent_name().startswith("slurmstepd"):  # srun --pty python is a task itself
+        return
+    raise ConfigError(
+        f"environment: got SLURM_STEP_NUM_TASKS={size} and {shown} in one process, typed in a shell of srun --pty, "
+        f"expected a task for every rank; write srun --overlap --ntasks={size} python -m dist_train ... for {size} "
+        f"ranks, or env -u SLURM_STEP_NUM_TASKS python -m dist_train ... for one process"
+    )
+
+
+def _parent_name() -> str:
+    try:
+        with open(f"/proc/{os.getppid()}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
 
 
 def _expect_one_process(env: Mapping[str, str]) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from dist_train import dist
 from dist_train.compiled import Compiled
-from dist_train.errors import OtherRankError
+from dist_train.errors import ConfigError, OtherRankError
 from dist_train.order import Plan
 from dist_train.phases import NAMES, Phases
 from dist_train.stop import Requests
@@ -121,6 +121,8 @@ class Meter:
         self.evaluated_step: int | None = None
         if progress is not None:
             self._resume(progress)
+        if self.phases.journal is not None:
+            self.phases.journal.step = self.first_step + 1
         self.agreed_at, self.agreed_step, self.agree_step = self.begin, self.first_step, self.first_step + 1
 
     @property
@@ -185,7 +187,14 @@ class Meter:
         for loss, (step, count) in zip(losses, self.batches, strict=True):
             # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
             sums[step - first] += loss * count
-        rows = dist.gather_numbers([*sums, *self.phases.take().values()])
+        journal = self.phases.journal
+        rows = dist.gather_numbers([*sums, *self.phases.take().values(), journal.sum() if journal else 0])
+        if len({row.pop() for row in rows}) > 1:
+            assert journal is not None
+            line = journal.difference(dict(enumerate(dist.gather(journal.told()))))
+            raise ConfigError(line or f"step {self.result.steps}: the layers of the ranks differ; {journal.mend}")
+        if journal:
+            journal.recent.clear()
         total = sum(sum(row[: len(sums)]) for row in rows)
         if not math.isfinite(total):
             total = self._not_finite(np.array(rows)[:, : len(sums)], first, losses)

@@ -1,6 +1,12 @@
 """Where the main thread is: for the watchdog, and for how a step's time is shared out."""
 
 import time
+from typing import TYPE_CHECKING
+
+from dist_train.clock import Clock
+
+if TYPE_CHECKING:
+    from dist_train.journal import Journal
 
 NAMES = ("start", "data", "forward", "backward", "optimizer", "reduce", "evaluate", "checkpoint")
 
@@ -12,7 +18,9 @@ class Phases:
     def __init__(self) -> None:
         self.name = "start"
         self.step = 0
+        self.clock = Clock()
         self.since = self.moved = time.perf_counter()
+        self.journal: Journal | None = None  # of the layers, where a backend shares them out
         self.seconds = dict.fromkeys(NAMES, 0.0)
 
     def __call__(self, name: str) -> None:
@@ -23,9 +31,11 @@ class Phases:
 
     def progressed(self, step: int | None = None) -> None:
         """A step has ended, or a part of an evaluation or of a save: what the watchdog's time-out counts from."""
-        self.moved = time.perf_counter()
+        self.moved = self.clock.now()
         if step is not None:
             self.step = step
+            if self.journal is not None:
+                self.journal.turn(step)
 
     def take(self) -> dict[str, float]:
         """Seconds in each phase since the last call."""

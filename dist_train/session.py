@@ -41,7 +41,9 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
     """
     cfg = config.train
     phases = phases or profiling.phases(config)
-    control = Control(Requests(cfg.max_time_s), phases, cfg.nonfinite == "stop", cfg.precision == "float16")
+    control = Control(
+        Requests(cfg.max_time_s, phases.clock), phases, cfg.nonfinite == "stop", cfg.precision == "float16"
+    )
     with folder.opened(config, world) as path:
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
@@ -54,7 +56,7 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
             Trackers(config, world, path, course, kept_id, lambda: parts.images(cfg.seed)) as trackers,
         ):
             control.phases.progressed()
-            with watchdog.watching(world, control.phases, cfg.step_timeout_s):
+            with watchdog.watching(world, control.phases, cfg.step_timeout_s, requests.orphaned):
                 return _run(config, world, parts, facts, path, control, found, damaged, course, trackers)
 
 
@@ -71,6 +73,7 @@ def _run(
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
+    control.phases.journal = backend.journal
     progress = None
     if found:
         progress = resume.load_state(found, backend, world, config.train.seed)

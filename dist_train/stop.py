@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from types import FrameType
 
 from dist_train import ending
+from dist_train.clock import Clock
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # A second SIGINT ends at once if it comes this soon. One that comes sooner than ECHO_S is the same key: the terminal
 # sends it to all processes, and a launcher passes it on.
 IMPATIENT_S, ECHO_S = 2.0, 0.5
-OUT_OF_TIME = -1.0
+OUT_OF_TIME, ORPHANED = -1.0, -2.0
+REASONS = {OUT_OF_TIME: "train.max_time_s", ORPHANED: "the end of its launcher"}
 
 
 class Requests:
@@ -23,16 +25,18 @@ class Requests:
 
     Args:
         max_time_s: after which this rank asks all to stop; None for any time.
+        clock: by which they pass.
 
     Attributes:
         saving: whether this rank asks to save.
-        stopping: whether it asks to stop: the number of a signal, or OUT_OF_TIME; 0 is no.
+        stopping: whether it asks to stop: the number of a signal, OUT_OF_TIME or ORPHANED; 0 is no.
         save_agreed: all save after this step.
         stop_agreed: all stop after this step: who asked, and why.
     """
 
-    def __init__(self, max_time_s: float | None = None) -> None:
-        self.deadline = None if max_time_s is None else time.monotonic() + max_time_s
+    def __init__(self, max_time_s: float | None = None, clock: Clock | None = None) -> None:
+        self.clock = clock or Clock()
+        self.deadline = None if max_time_s is None else self.clock.now() + max_time_s
         self.saving = False
         self.stopping = 0.0
         self.save_agreed = False
@@ -40,7 +44,7 @@ class Requests:
 
     def asked(self) -> list[float]:
         """What `settle` takes of every rank."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.deadline is not None and self.clock.now() > self.deadline:
             self.stopping = self.stopping or OUT_OF_TIME
         return [float(self.saving), self.stopping]
 
@@ -49,8 +53,12 @@ class Requests:
         self.save_agreed = any(saving for saving, _ in by_rank)
         for rank, (_, stopping) in enumerate(by_rank):
             if stopping and self.stop_agreed is None:
-                why = "train.max_time_s" if stopping == OUT_OF_TIME else signal.Signals(int(stopping)).name
+                why = REASONS.get(stopping) or signal.Signals(int(stopping)).name
                 self.stop_agreed = f"{why} on rank {rank}"
+
+    def orphaned(self) -> None:
+        """The launcher of this rank is gone."""
+        self.stopping = self.stopping or ORPHANED
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ from dist_train.backends.buffers import Buffers
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
+from dist_train.journal import Journal
 from dist_train.precision import LossScale
 from dist_train.shards import Shards, shards_of
 
@@ -44,6 +45,7 @@ class Backend(ABC):
         self.config, self.world, self.findings = config, world, findings
         self.scale = LossScale() if config.train.precision == "float16" else None
         self.skips = config.train.nonfinite == "skip"
+        self.journal: Journal | None = None  # of the layers, where each is gathered as it is entered
 
     def buffers_of(self, model: nn.Module) -> Buffers:
         """Those of the model, before it is wrapped; to be settled after every step."""

@@ -37,6 +37,7 @@ from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.errors import ConfigError
+from dist_train.journal import Journal
 from dist_train.precision import Precision
 from dist_train.shards import Shards, shards_of, shards_of_range
 
@@ -84,6 +85,9 @@ class DeepSpeed(Backend):
                 config=engine_config(self.config, weights, self.world),
                 dist_init_required=False,
             )
+        if self.stage == 3:
+            holders = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
+            self.journal = Journal(model, holders, "deepspeed at zero_stage 3")
         if self.stage:
             self.optimizer = self.engine.optimizer.optimizer  # of Adagrad, ZeRO makes another one
             if not self.config.backend.offload:

@@ -21,6 +21,7 @@ from dist_train.backends.base import (
     optimizer_state,
     update,
 )
+from dist_train.journal import Journal
 from dist_train.shards import Shards
 
 
@@ -49,6 +50,7 @@ class FSDP2(Backend):
                 module.set_gradient_divide_factor(1.0)
                 # Else the factor is a multiplication before the sum, which gloo does not have.
                 module.set_force_sum_reduction_for_comms(True)
+        self.journal = Journal(model, layers, "fsdp2")
         self.syncs = True
         self.parameters = list(self.model.parameters())
         self.optimizer = optimizer_fn(self.parameters)
