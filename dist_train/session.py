@@ -41,9 +41,8 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
     """
     cfg = config.train
     phases = phases or profiling.phases(config)
-    control = Control(
-        Requests(cfg.max_time_s, phases.clock), phases, cfg.nonfinite == "stop", cfg.precision == "float16"
-    )
+    requests = Requests(cfg.max_time_s, phases.clock)
+    control = Control(requests, phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)

@@ -83,6 +83,7 @@ class Watchdog:
             with contextlib.suppress(OSError):  # its end is heard
                 self.link.sendall(self.token + b"\n")
                 _send(self.link, self._status())
+        phases.clock.tick()
         self.thread = threading.Thread(target=self._keep_watch, name="watchdog", daemon=True)
         self.thread.start()
 

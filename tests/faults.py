@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 
-from dist_train import ending, folder, meter, versions, watchdog
+from dist_train import dist, ending, folder, meter, orphan, rendezvous, versions, watchdog
 from dist_train.backends import BACKENDS, rules
 from dist_train.checkpoint import save, storage
 from dist_train.data import vision
@@ -401,14 +402,133 @@ def bad_samples(samples: list[int]) -> None:
 
 def stranger() -> None:
     """Somebody else's connection to rank 0's watchdog, which says what only rank 0 may say, and nonsense."""
-    connect, kept = watchdog._connect, []
+    at_the_port([b'{"end": 1}\n{"ask": "stack"}\nno message\n[1]\n{"token": "guessed", "rank": 1}\n'], reset=False)
+
+
+NONSENSE = {
+    "nesting": b"[" * 200_000 + b"\n",
+    "no end": b"x" * (1 << 20),
+    "no text": b"\xff\xfe\x00" * 9 + b"\n",
+    "huge number": b'{"rank": ' + b"9" * 10_000 + b"}\n",
+    "not finite": b'{"rank": NaN, "for_s": Infinity}\n',
+    "half a line": b'{"rank": 1',
+    "nothing": b"",
+    "end": b'{"end": 0}\n{"suspects": true}\n',
+    "status": b'{"token": "guessed", "rank": 7, "host": "x", "pid": 1, "phase": "data", "step": 1, "for_s": 0}\n',
+}
+
+
+def at_the_port(words: list[bytes], reset: bool, times: int = 1, linger_s: float = 0.0) -> None:
+    """Somebody else's connections to rank 0's watchdog, before this rank's own and beside it: one a word, closed after
+    a while."""
+    connect = watchdog._connect
+
+    def call(port: int) -> None:
+        for word in words * times:
+            with contextlib.suppress(OSError):
+                link = socket.create_connection(("127.0.0.1", port))
+                if reset:  # as it is closed
+                    link.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                link.sendall(word)
+                time.sleep(linger_s)
+                link.close()
 
     def both(addresses: list[str], port: int) -> socket.socket | None:
-        kept.append(socket.create_connection(("127.0.0.1", port)))
-        kept[0].sendall(b'{"end": true}\n{"ask": true}\nno message\n[1]\n{"token": "guessed", "rank": 1}\n')
+        call(port)
+        threading.Thread(target=call, args=(port,), daemon=True).start()
         return connect(addresses, port)
 
     watchdog._connect = both
+
+
+def watchdog_fails(times: int) -> None:
+    """The watchdog's thread has an error of its own, so often."""
+    beat, failed = watchdog.Watchdog._beat, []
+
+    def failing(self: watchdog.Watchdog) -> None:
+        if len(failed) < times:
+            failed.append(True)
+            raise ZeroDivisionError("planted")
+        beat(self)
+
+    watchdog.BEAT_S, watchdog.Watchdog._beat = 0.0, failing
+
+
+def launched_by(pid: int) -> None:
+    """The launcher of this rank is a process of the test's."""
+    found = orphan._stat(pid)
+    orphan.started_by = lambda name: orphan.Started(pid, found[2], "torchrun")
+    watchdog.BEAT_S = 0.1
+    patient_steps(0.02)
+
+
+def deaf_without_launcher(pid: int) -> None:
+    """So too, but it hangs before it can save."""
+    launched_by(pid)
+    watchdog.ORPHAN_S = 1.0
+    at_phase("forward", 3, "sleep")
+
+
+def suspend(seconds: float) -> None:
+    """Stops in its fourth step, and is continued by another process after a while."""
+
+    def stop() -> None:
+        if not os.fork():
+            time.sleep(seconds)
+            os.kill(os.getppid(), signal.SIGCONT)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    ACTS["suspend"] = stop
+    at_phase("forward", 3, "suspend")
+
+
+def leave_out(layers: list[int]) -> None:
+    """This rank leaves out some of the model's layers when it trains, from the third step on."""
+    forward, calls = torch.nn.Sequential.forward, []
+
+    def fewer(self: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+        calls.append(self.training)
+        if not self.training or sum(calls) < 3:
+            return forward(self, x)
+        for i, layer in enumerate(self):
+            x = x if i in layers else layer(x)
+        return x
+
+    torch.nn.Sequential.forward = fewer
+
+
+def slow_layer(seconds: float) -> None:
+    """A layer of this rank takes long, once, and the watchdog looks at layers sooner than that."""
+    forward, slow = torch.nn.Linear.forward, []
+
+    def late(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        if self.training and torch_dist.is_initialized() and len(slow) < 9:
+            slow.append(True)
+            if len(slow) == 9:
+                time.sleep(seconds)
+        return forward(self, x)
+
+    torch.nn.Linear.forward = late
+
+
+def look_soon() -> None:
+    """The watchdog compares layers where nothing has moved for a moment."""
+    watchdog.STILL_S = 0.3
+
+
+def takes_port() -> None:
+    """Another program listens at the port where the ranks are to meet, and does not answer."""
+    taken.append(socket.create_server(("", int(os.environ["MASTER_PORT"]))))
+
+
+taken: list[socket.socket] = []
+
+
+def speaks_soon() -> None:
+    """Who waits for ranks says so after a moment."""
+    rendezvous.SPEAKS_AFTER_S = (0.3, 60.0)
+    dist.joined.__wrapped__.__defaults__ = (1.5,)
 
 
 # -- what the doctor is to find ----------------------------------------------------------------------------------------

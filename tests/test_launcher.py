@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ from hypothesis import strategies as st
 
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect, first_host
+
+from checkpoint_runs import DDP
+from zygote import Zygote
 
 # Each as the starter sets it: of the variables that are not about places only those that tell starters apart.
 TORCHRUN = {
@@ -211,6 +215,8 @@ CONTRADICTIONS = [
         ["4 ranks on several nodes under mpirun without MASTER_ADDR and MASTER_PORT", "mpirun -x MASTER_ADDR="],
     ),
     (SRUN | {"SLURM_STEP_NUM_TASKS": "3"}, ["SLURM_PROCID=6, SLURM_STEP_NUM_TASKS=3"]),
+    (SRUN | {"SLURM_PTY_PORT": "40001"}, ["SLURM_STEP_NUM_TASKS=7 and SLURM_PTY_PORT", "srun --overlap --ntasks=7"]),
+    (SRUN | {"SLURM_PTY_WIN_COL": "80"}, ["SLURM_PTY_WIN_COL in one process", "env -u SLURM_STEP_NUM_TASKS python"]),
     (SRUN | {"SLURM_NODEID": "3"}, ["SLURM_STEP_TASKS_PER_NODE='3(x2),1' and SLURM_NODEID=3", "for every node"]),
     (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "3(x"}, ["SLURM_STEP_TASKS_PER_NODE='3(x'", "such as 2(x3),1"]),
     (SRUN | {"SLURM_STEP_TASKS_PER_NODE": ""}, ["SLURM_STEP_TASKS_PER_NODE=''"]),
@@ -229,6 +235,32 @@ def test_a_word_of_the_deepspeed_launcher_is_taken_out():
     argv = ["--local_rank=3", "eval", "--run.dir", "--local_rank=x"]
     assert clean_argv(argv, detect(DEEPSPEED)) == argv[1:]
     assert clean_argv(argv, detect(TORCHRUN)) == argv
+
+
+def test_a_task_of_srun_pty_itself_is_a_rank(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("dist_train.launcher._parent_name", lambda: "slurmstepd\n")
+    assert detect(SRUN | {"SLURM_PTY_PORT": "40001"}).rank == 6
+
+
+def test_who_waits_for_ranks_says_for_whom_and_ends_with_a_line(zygote: Zygote, tmp_path: Path):
+    run = DDP.run(tmp_path, plant={0: ("speaks_soon",), 1: ("leaves",)})
+    ended = zygote.run(run)[0]
+    assert ended.codes == [1, 0] and "Traceback" not in ended.err[0], ended
+    assert re.search(r"\[rank 0\] has waited 0 s for (other ranks|rank 1) at 127.0.0.1:\d+\n", ended.err[0]), ended
+    assert re.search(r"\ndist_train: rank 0 waited \d s in vain for rank 1 at 127.0.0.1:\d+; expected 2", ended.err[0])
+    alone = zygote.run(DDP.run(tmp_path, plant={0: ("leaves",), 1: ("speaks_soon",)}))[0]
+    assert alone.codes == [0, 1] and "[rank 1] has waited 0 s for rank 0 at 127.0.0.1:" in alone.err[1], alone
+    assert "dist_train: rank 1 waited" in alone.err[1] and "Traceback" not in alone.err[1]
+
+
+def test_a_port_that_is_taken_is_a_line(zygote: Zygote, tmp_path: Path):
+    run = DDP.run(tmp_path, plant={0: ("takes_port",), 1: ("speaks_soon",)})
+    ended = zygote.run(run)[0]
+    assert ended.codes == [2, 1], ended
+    assert re.fullmatch(r"dist_train: environment: got MASTER_PORT=\d+, at which another program .*\n", ended.err[0]), (
+        ended
+    )
+    assert "Traceback" not in ended.err[1] and "dist_train: rank 1 waited" in ended.err[1]
 
 
 # To a file of its own: mpirun may mix the lines of its ranks.

@@ -2,10 +2,16 @@
 on to the very bits of a run that was not stopped."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from dist_train import orphan
 
 from checkpoint_runs import ARGV, DDP, FSDP2, SINGLE, Kind, same, steps, weights
 from zygote import Zygote
@@ -50,3 +56,60 @@ def test_a_run_that_ends_before_the_stop_is_agreed_on_is_finished(zygote: Zygote
     assert ARGV[-1] == "1"  # a line of metrics a step
     ended = zygote.run(SINGLE.run(tmp_path, plant={0: ("at_phase", "evaluate", 11, "SIGTERM")}))[0]
     assert ended.codes == [0] and json.loads((tmp_path / "summary.json").read_text())["status"] == "finished"
+
+
+# -- a launcher that is gone -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launcher():
+    """A process to be killed by, half a second after it was asked for."""
+    with subprocess.Popen(["sleep", "100"]) as process:
+        yield process
+        process.kill()
+
+
+def test_ranks_whose_launcher_is_killed_save_and_stop(launcher, zygote: Zygote, tmp_path: Path):
+    threading.Timer(2.0, launcher.kill).start()
+    plant = dict.fromkeys((0, 1), ("launched_by", launcher.pid))
+    ended = zygote.run(DDP.run(tmp_path, "--train.epochs", "2000", plant=plant))[0]
+    assert ended.codes == [75, 75] and ended.seconds < 20, ended
+    assert "stopped by the end of its launcher on rank" in ended.out[0] and steps(tmp_path)
+    assert f"torchrun (process {launcher.pid}) is gone; saving, then stopping" in ended.err[0]
+
+
+def test_a_rank_that_cannot_save_without_its_launcher_ends(launcher, zygote: Zygote, tmp_path: Path):
+    threading.Timer(1.0, launcher.kill).start()
+    plant = {0: ("deaf_without_launcher", launcher.pid)}
+    ended = zygote.run(SINGLE.run(tmp_path, "--train.epochs", "2000", plant=plant))[0]
+    assert ended.codes == [1] and "ended unsaved" in ended.err[0] and ended.seconds < 20, ended
+
+
+ASKED = "import sys; from dist_train import orphan; print(orphan.started_by(sys.argv[1]))"
+
+
+@pytest.mark.parametrize(
+    ("parent", "name", "found"),
+    [
+        ("torchrun", "torchrun", "torchrun"),
+        ("torchrun", "none", None),  # started by hand in its shell
+        ("torchrun", "env", None),
+        ("mpirun", "mpirun", "mpirun"),
+        ("slurmstepd: [1.0]", "srun", "slurmstepd"),
+        ("nohup", "torchrun", None),
+    ],
+)
+def test_the_launcher_is_found_above_a_rank(parent: str, name: str, found: str | None):
+    """Also behind a shell in between."""
+    wrapped = f"bash -c \"'{sys.executable}' -c '{ASKED}' {name}; true\"; true"
+    shell = subprocess.run([parent, "-c", wrapped], executable="bash", capture_output=True, text=True, check=True)
+    assert (f"name='{found}'" in shell.stdout) if found else shell.stdout == "None\n", shell
+
+
+def test_a_process_that_has_another_ones_number_is_not_the_launcher(launcher):
+    state, _, at = orphan._stat(launcher.pid)
+    assert not orphan.Started(launcher.pid, at, "torchrun").gone()
+    assert orphan.Started(launcher.pid, at - 1, "torchrun").gone()
+    launcher.kill()
+    os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it is there still, as a zombie
+    assert orphan.Started(launcher.pid, at, "torchrun").gone()

@@ -4,10 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from dist_train.journal import END, Journal
 from dist_train.watchdog import diagnosis
 
 from checkpoint_runs import ARGV, DDP, FSDP2, SINGLE, Kind
+from faults import NONSENSE
 from zygote import Ended, Run, Zygote
 
 TIMEOUT_S = 1.0
@@ -62,6 +65,67 @@ def test_a_rank_that_ends_early_ends_all_in_seconds(rank: int, zygote: Zygote, t
 def test_a_stranger_at_the_port_is_not_heard(zygote: Zygote, tmp_path: Path):
     ended = zygote.run(DDP.run(tmp_path, plant={0: ("patient_steps", 0.05), 1: ("stranger",)}))[0].check()
     assert not any(ended.err)
+
+
+def test_nothing_that_strangers_send_changes_anything(zygote: Zygote, tmp_path: Path):
+    """A stranger who were taken for a rank would, as it leaves, be a rank that is lost."""
+    words = list(NONSENSE.values())
+    plants = [
+        {0: ("patient_steps", 0.05), 1: ("at_the_port", words, False)},
+        {0: ("patient_steps", 0.05), 1: ("at_the_port", words, True)},
+        {0: ("patient_steps", 0.05), 1: ("at_the_port", [b"x"], False, 150)},
+    ]
+    for ended in zygote.run(*(DDP.run(tmp_path / str(i), plant=plant) for i, plant in enumerate(plants))):
+        assert not any(ended.check().err), ended
+
+
+def test_a_watchdog_that_fails_is_begun_again_or_said_to_be_gone(zygote: Zygote, tmp_path: Path):
+    slow = ("patient_steps", 0.05)
+    runs = [DDP.run(tmp_path / str(n), plant={0: ("watchdog_fails", n), 1: slow}) for n in (1, 3)]
+    once, thrice = zygote.run(*runs)
+    assert "[rank 0] [watchdog] failed, ZeroDivisionError: planted; it goes on" in once.check().err[0]
+    assert thrice.check().err[0].count("it goes on") == 2 and "nobody watches this rank any more" in thrice.err[0]
+
+
+def test_time_for_which_all_were_suspended_does_not_count(zygote: Zygote, tmp_path: Path):
+    runs = []
+    for kind in (SINGLE, DDP):
+        plant = dict.fromkeys(range(kind.ranks), ("suspend", 4.0))
+        runs.append(kind.run(tmp_path / kind.backend, "--train.step_timeout_s", "2.5", plant=plant))
+    for ended in zygote.run(*runs):
+        assert ended.check().seconds > 4 and not any(ended.err), ended
+
+
+# -- layers that differ by rank ----------------------------------------------------------------------------------------
+
+DEEP = ["--model.hidden", "[9, 9, 9]", "--model.dropout", "0"]
+
+
+@pytest.mark.parametrize("layers", [([3], [5]), ([], [3, 4]), ([3], [])], ids=["as many", "fewer", "fewer on rank 0"])
+def test_layers_that_differ_by_rank_are_named(layers: tuple[list[int], ...], zygote: Zygote, tmp_path: Path):
+    plant = {rank: ("leave_out", left) for rank, left in enumerate(layers)}
+    ended = zygote.run(FSDP2.run(tmp_path, *DEEP, plant=plant))[0]
+    assert set(ended.codes) == {2} and ended.seconds < 30, ended
+    said = "".join(ended.err)
+    assert re.search(
+        r"^dist_train: step 2: rank 0 ran layers\.\S+ where rank 1 ran layers\.\S+; expected", said, re.M
+    ), ended
+    assert "Traceback" not in said
+
+
+def test_a_rank_that_is_slow_in_a_layer_is_no_other_way(zygote: Zygote, tmp_path: Path):
+    ended = zygote.run(FSDP2.run(tmp_path, *DEEP, plant={0: ("look_soon",), 1: ("slow_layer", 2.0)}))[0].check()
+    assert not any(ended.err), ended
+
+
+def test_a_journal_compares_what_both_have_entered():
+    journal = Journal(torch.nn.Linear(1, 1), [], "fsdp2")
+    behind = {0: [(4, ("a", "b", END))], 1: [(4, ("a",))], 2: [(5, ("c",))]}
+    assert journal.difference(behind) is None
+    line = journal.difference({0: [(4, ("a", "b"))], 1: [(4, ("a", "c"))], 2: [(4, ("a", "b"))]})
+    assert line and line.startswith("step 4: ranks 0, 2 ran b where rank 1 ran c; expected every rank")
+    ended = journal.difference({0: [(4, ("a", END))], 1: [(4, ("a", "b"))]})
+    assert ended and "rank 0 ran nothing more where rank 1 ran b" in ended
 
 
 def test_a_diagnosis_names_who_is_silent_and_who_is_behind():
