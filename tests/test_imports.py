@@ -141,6 +141,7 @@ MAY_IMPORT = {
         "backends.probe",
         "config",
         "dist",
+        "journal",
         "lookup",
         "shards",
     },
