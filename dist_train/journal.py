@@ -78,7 +78,7 @@ class Journal:
         """What to do where ranks differ."""
         return (
             f"expected every rank to run the same layers under {self.backend}; leave layers out alike on all ranks "
-            f"(draw from a generator seeded alike on every rank), or use --backend.name ddp"
+            f"(draw from a generator seeded alike on every rank), or write torchrun ... --backend.name ddp"
         )
 
 

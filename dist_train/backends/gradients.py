@@ -76,7 +76,7 @@ class Whole:
 
     @property
     def _instead(self) -> str:
-        return "write --backend.name ddp or fsdp2, or --backend.zero_stage 0"
+        return "write torchrun ... --backend.name ddp, or --backend.zero_stage 0"
 
 
 class Counted:
