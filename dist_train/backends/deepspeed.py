@@ -219,7 +219,7 @@ class DeepSpeed(Backend):
         if somewhere:
             raise ConfigError(
                 f"model: got no gradient of {fit.some(tuple(somewhere))} on some ranks, but on others, expected each "
-                f"rank to use the same weights under ZeRO {self.stage}; write --backend.name ddp or fsdp2, or "
+                f"rank to use the same weights under ZeRO {self.stage}; write torchrun ... --backend.name ddp, or "
                 f"--backend.zero_stage 0"
             )
         return everywhere

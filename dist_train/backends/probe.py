@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dist_train.data.randomness import kept_apart
+from dist_train.data.randomness import kept_apart, seed_for
 
 # How a forward reads a tensor's values on the host, where it may decide by them what to compute next.
 READS = {"__bool__", "__float__", "__index__", "__int__", "equal", "item", "nonzero", "numpy", "tolist"}
@@ -126,9 +126,12 @@ def _digest(parameter: nn.Parameter) -> tuple[str, int]:
 
 @contextmanager
 def _drawing_apart(device: torch.device) -> Iterator[None]:
-    """Puts all generators back that a model may draw from."""
+    """The same draws at every look, on every rank; then puts all generators back that a model may draw from."""
     devices = [device] if device.type == "cuda" else []
     with kept_apart(), torch.random.fork_rng(devices):
+        seed_for(0, 0, 0)
+        if devices:
+            torch.cuda.manual_seed(0)
         yield
 
 
