@@ -1,4 +1,5 @@
-"""python -m dist_train parity [--config FILE.yaml] [--backends B ...] [--world-sizes 1,2,4] [--steps 20] [--json FILE]
+"""python -m dist_train parity [--config FILE.yaml] [--backends B ...] [--world-sizes 1,2,4] [--steps 20]
+    [--timeout-s 600] [--json FILE]
 
 Runs a config under each backend and world size on this machine, and holds each run against `single`: what to do before
 a job moves to other machines. A backend is a name, or deepspeed:STAGE. Other options are the config's own.
@@ -6,39 +7,33 @@ a job moves to other machines. A backend is a name, or deepspeed:STAGE. Other op
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dist_train import backends
 from dist_train.backends.rules import STAGES
 from dist_train.check import check
-from dist_train.config import BackendConfig, Config, dump, load, unknown
+from dist_train.config import BackendConfig, Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
+from dist_train.tools.cells import Cell, Failed, NotRun, measure
 from dist_train.tools.options import split
 from dist_train.whole import can_write, write
 
-if TYPE_CHECKING:
-    from dist_train.tools.trajectory import Trajectory
-
 BACKENDS = ("ddp", "fsdp2", "accelerate", "deepspeed:0", "deepspeed:1", "deepspeed:2", "deepspeed:3")
-# Largest relative difference that passes. The short formats round each product, and other shares round otherwise.
-TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "tf32": 1e-3, "bfloat16": 5e-2, "float16": 5e-2}
-CELL_TIMEOUT_S = 600
 KEPT = {"fsdp2": ("offload",), "deepspeed": ("offload", "config")}
 # Default, and an example.
 OPTIONS = {
     "--backends": (",".join(BACKENDS), "ddp"),
     "--world-sizes": ("1,2,4", "1,2,4"),
     "--steps": ("20", "20"),
+    "--timeout-s": ("600", "600"),
     "--json": ("", "parity.json"),
 }
+SHARE = (
+    "the result depends on how a batch is shared out: `single` itself gives another where it cuts its batches in two:"
+)
 
 
 @dataclass(frozen=True)
@@ -48,12 +43,13 @@ class Row:
     Args:
         backend: the name, with DeepSpeed's stage.
         world_size: number of ranks.
-        result: pass, fail, or not run.
+        result: reference, rounding, pass, fail, or not run.
         loss: largest relative difference over the steps and the evaluation; None if it did not run.
         grad_norm: the same of the gradient norm.
-        weights: of the final weights, the worst tensor's.
+        weights: of the final weights, by the norm of their update.
+        exact: the largest of the three in float64; None where the backend or the model has none.
         samples_per_s: of the second half of the steps.
-        why: it did not run, which is a failure of `single` alone.
+        why: it failed, or did not run.
     """
 
     backend: str
@@ -62,15 +58,17 @@ class Row:
     loss: float | None = None
     grad_norm: float | None = None
     weights: float | None = None
+    exact: float | None = None
     samples_per_s: float | None = None
     why: str = ""
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
-    """Prints the table. Returns 1 if a cell failed, else 0."""
+    """Prints the table. Returns 0 if a cell ran and none failed, else 1."""
     options, rest = split(argv, OPTIONS, "parity")
     config = for_parity(load(rest, "python -m dist_train parity"), number("--steps", options["--steps"]))
     world_sizes = [number("--world-sizes", size) for size in options["--world-sizes"].split(",")]
+    timeout_s = number("--timeout-s", options["--timeout-s"])
     names = options["--backends"].split(",")
     if launcher.name != "none":
         raise ConfigError(f"parity: got {launcher.name}, expected to be started alone: it starts the ranks by itself")
@@ -79,25 +77,34 @@ def run(argv: list[str], launcher: Launcher) -> int:
         with_backend(config, backend)  # a misspelt name, before anything runs
     if options["--json"]:
         can_write(Path(options["--json"]), "--json")
-    tolerance = TOLERANCE[config.train.precision]
-    print(
-        f"{config.data.name}, {config.model.name}, {config.train.max_steps} steps of {config.train.global_batch_size}"
-    )
-    print(f"tolerance {tolerance:g} ({config.train.precision}), relative to single on one process\n")
-    print(
-        f"{'backend':<12} ranks  {'loss':>8}  {'grad norm':>9}  {'weights':>8}  {'samples/s':>10}  result", flush=True
-    )
+    _head(config)
     rows = []
-    for row in compare(config, names, world_sizes, tolerance):
+    for row in compare(config, names, world_sizes, timeout_s):
         rows.append(row)
         print(_line(row), flush=True)
     failed = [row for row in rows if row.result == "fail"]
-    ran = [row for row in rows if row.result != "not run"]
-    print(f"\n{len(ran) - len(failed)} of {len(ran)} agree, {len(rows) - len(ran)} not run")
+    passed = [row for row in rows if row.result == "pass"]
+    ran, left = len(passed) + len(failed), len([row for row in rows if row.result == "not run"])
+    print(f"\n{len(passed)} of {ran} agree, {left} not run" + ("" if ran else ": nothing was compared"))
     if options["--json"]:
-        table = {"tolerance": tolerance, "precision": config.train.precision, "rows": [vars(row) for row in rows]}
+        table = {"precision": config.train.precision, "rows": [vars(row) for row in rows]}
         write(Path(options["--json"]), (json.dumps(table, indent=2) + "\n").encode(), "--json")
-    return 1 if failed else 0
+    return 0 if passed and not failed else 1
+
+
+def _head(config: Config) -> None:
+    from dist_train.tools.agreement import CAP, FLOOR, MULTIPLE
+
+    precision = config.train.precision
+    print(
+        f"{config.data.name}, {config.model.name}, {config.train.max_steps} steps of {config.train.global_batch_size}"
+    )
+    floor = FLOOR[precision]
+    wider = f", or {MULTIPLE} times what rounding does to single, at most {CAP:g}" if floor < CAP else ""
+    own = "" if precision == "float64" else f"; in {precision} {floor:g}{wider}"
+    print(f"expected: in float64 {FLOOR['float64']:g}{own}\n")
+    numbers = f"{'loss':>8}  {'grad norm':>9}  {'weights':>8}  {'float64':>8}  {'samples/s':>10}"
+    print(f"{'backend':<12} ranks  {numbers}  result", flush=True)
 
 
 def for_parity(config: Config, steps: int) -> Config:
@@ -109,49 +116,45 @@ def for_parity(config: Config, steps: int) -> Config:
     return dataclasses.replace(config, train=train, track=dataclasses.replace(config.track, every_steps=1))
 
 
-def compare(config: Config, names: list[str], world_sizes: list[int], tolerance: float) -> Iterator[Row]:
-    """A row for `single`, and for every backend at every world size."""
-    from dist_train.tools.trajectory import difference
-
-    reference = measure(config, "single", 1)
-    if isinstance(reference, str):
-        yield Row("single", 1, "fail", why=reference)  # and nothing to hold the others against
+def compare(config: Config, names: list[str], world_sizes: list[int], timeout_s: int) -> Iterator[Row]:
+    """A row for `single` and one for what rounding does to it, and a row for every backend at every world size."""
+    try:
+        reference = measure(with_backend(config, "single"), 1, timeout_s)
+    except (NotRun, Failed) as error:
+        yield Row("single", 1, "fail", why=str(error))  # and nothing to hold the others against
         return
-    yield Row("single", 1, "reference", 0.0, 0.0, 0.0, reference.samples_per_s)
+    why = reference.no_exact and f"no float64: {reference.no_exact}"
+    exact = None if reference.exact is None else 0.0
+    yield Row("single", 1, "reference", 0.0, 0.0, 0.0, exact, reference.own.samples_per_s, why)
+    if (around := reference.rounding) is not None:
+        yield Row("single", 1, "rounding", around.loss, around.grad_norm, around.weights)
     for backend in names:
         for world_size in world_sizes:
-            found = measure(config, backend, world_size)
-            if isinstance(found, str):
-                yield Row(backend, world_size, "not run", why=found)
-                continue
-            far = difference(found, reference)
-            result = "pass" if far.worst <= tolerance else "fail"  # a nan fails
-            yield Row(backend, world_size, result, far.loss, far.grad_norm, far.weights, found.samples_per_s)
+            cell = with_backend(config, backend)
+            try:
+                found = measure(cell, world_size, timeout_s, reference.exact is not None)
+                yield _row(backend, world_size, config.train.precision, found, reference)
+            except NotRun as error:
+                yield Row(backend, world_size, "not run", why=str(error))
+            except Failed as error:
+                yield Row(backend, world_size, "fail", why=str(error))
 
 
-def measure(config: Config, backend: str, world_size: int) -> "Trajectory | str":
-    """The trajectory of a cell, run in processes of its own; or why it did not run."""
-    from dist_train.tools.trajectory import read
+def _row(backend: str, world_size: int, precision: str, found: Cell, reference: Cell) -> Row:
+    from dist_train.tools.agreement import beyond, difference, limit
 
-    cell = with_backend(config, backend)
-    alone = backend == "single"
-    launcher = Launcher() if alone else Launcher("torchrun", 0, world_size, 0, world_size)
     try:
-        check(cell, launcher, writes=False)
-    except ConfigError as error:
-        return error.lines[0]
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.yaml").write_text(dump(cell), encoding="utf-8")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-        command = [sys.executable, *([] if alone else torchrun), "-m", "dist_train.tools.trajectory", folder]
-        environment = os.environ | {"OMP_NUM_THREADS": str(cell.train.threads)}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=CELL_TIMEOUT_S, check=False
-        )
-        if done.returncode:
-            said = [line for line in done.stderr.splitlines() if line.startswith(("dist_train:", "[rank ")) or alone]
-            return said[-1] if said else f"exit code {done.returncode}: {done.stderr[-300:]}"
-        return read(Path(folder, "trajectory.npz"))
+        far = difference(found.own, reference.own)
+        exact = difference(found.exact, reference.exact) if found.exact and reference.exact else None
+    except ValueError as error:
+        raise Failed(str(error)) from error
+    why = beyond(far, limit(precision, reference.rounding))
+    if exact is not None and (further := beyond(exact, limit("float64"))):
+        why = f"in float64 {further}"  # what rounding cannot explain
+    if why and reference.share:
+        why = f"{SHARE} {reference.share}"
+    numbers = far.loss, far.grad_norm, far.weights, None if exact is None else exact.worst
+    return Row(backend, world_size, "fail" if why else "pass", *numbers, found.own.samples_per_s, why)
 
 
 def with_backend(config: Config, backend: str) -> Config:
@@ -177,7 +180,9 @@ def number(option: str, value: str) -> int:
 
 def _line(row: Row) -> str:
     head = f"{row.backend:<12} {row.world_size:>5}  "
-    if row.why:
+    if row.loss is None:
         return head + f"{row.result}: {row.why}"
-    differences = f"{row.loss:>8.1e}  {row.grad_norm:>9.1e}  {row.weights:>8.1e}"
-    return head + f"{differences}  {row.samples_per_s:>10,.0f}  {row.result}"
+    exact = "-" if row.exact is None else f"{row.exact:.1e}"
+    rate = "" if row.samples_per_s is None else f"{row.samples_per_s:,.0f}"
+    differences = f"{row.loss:>8.1e}  {row.grad_norm:>9.1e}  {row.weights:>8.1e}  {exact:>8}"
+    return head + f"{differences}  {rate:>10}  {row.result}" + (f": {row.why}" if row.why else "")

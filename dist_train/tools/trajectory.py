@@ -1,14 +1,16 @@
-"""What a backend did, step by step, and how far that is from another: the measure of "the backend changes nothing".
+"""What a backend did, step by step. How far that is from another is measured in agreement.py.
 
 Both go through the very loop that users train with: same data, same order, same initial weights by construction.
 """
 
+import dataclasses
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import nn
 
 from dist_train import assemble, backends, dist, ending, optim
 from dist_train.config import Config, load
@@ -16,46 +18,16 @@ from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
 from dist_train.meter import Control, Metrics, Result
+from dist_train.tools.agreement import Difference, Trajectory, beyond, difference, limit, spread
 from dist_train.train import train
 
-
-@dataclass(frozen=True)
-class Trajectory:
-    """A run as numbers.
-
-    Args:
-        losses: of each step, the mean over its global batch.
-        grad_norms: of each step, before clipping.
-        weights: after the last step, float64 by the model's own names; of rank 0, the others may have none.
-        evaluation: `eval/loss` and `eval/accuracy` after the last step.
-        samples_per_s: of all ranks together, by the median step of the second half.
-    """
-
-    losses: list[float]
-    grad_norms: list[float]
-    weights: dict[str, np.ndarray]
-    evaluation: Metrics
-    samples_per_s: float
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest relative differences of a run from a reference.
-
-    Args:
-        loss: over the steps and the final evaluation.
-        grad_norm: over the steps.
-        weights: over the tensors: the norm of the difference by the norm of the reference.
-    """
-
-    loss: float
-    grad_norm: float
-    weights: float
-
-    @property
-    def worst(self) -> float:
-        """The largest of the three; nan if any is."""
-        return float(np.max([self.loss, self.grad_norm, self.weights]))  # numpy's max keeps a nan, Python's may not
+# How often the reference is run again from other weights, and by how many roundings each weight is moved at most. More
+# than the one that a run begins with: what is near a kink is then seen by one of a few runs, and a jump has its size
+# however small the move.
+MOVES, MOVED = 5, 16
+TENSORS = ("weights", "buffers")
+# Layers with which a sample's output depends on the others of its batch, or on a draw.
+MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
 
 class Recorder:
@@ -70,34 +42,87 @@ class Recorder:
             self.steps.append(metrics)
 
 
-def trajectory(config: Config, world: World) -> Trajectory:
+def trajectory(config: Config, world: World, moved: int | None = None) -> Trajectory:
     """Trains to the end of the config, in a process whose group has started; see `measured`."""
-    return measured(config, world)[0]
+    return measured(config, world, moved)[0]
 
 
-def measured(config: Config, world: World) -> tuple[Trajectory, Result]:
+def measured(config: Config, world: World, moved: int | None = None) -> tuple[Trajectory, Result]:
     """The same, and what the loop itself says of the run. Collective.
 
     Args:
         config: has track.every_steps 1, so that every step is seen.
         world: this rank's place.
+        moved: the seed by which the initial weights are moved by a few roundings; None leaves them. In the final
+            weights the move itself is taken back: what stays is what training made of it.
     """
     assert config.track.every_steps == 1
     parts = assemble.build(config, world.device)
+    drawn = _weights(parts.model)
+    if moved is not None:
+        _move(parts.model, moved)
+    start = _weights(parts.model)
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
     recorder = Recorder()
     result = train(
         config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None, Control()
     )
+    end = {name: _wide(value) for name, value in backend.weights().items()}
+    weights = {name: value for name, value in end.items() if name in start}
     run = Trajectory(
         [m["train/loss"] for m in recorder.steps],
         [m["train/grad_norm"] for m in recorder.steps],
-        {name: value.double().numpy() for name, value in backend.weights().items()},
+        {name: value - (start[name] - drawn[name]) for name, value in weights.items()},
         result.evaluation,
         _rate(config, result.step_ms),
+        float(np.linalg.norm([np.linalg.norm(value - start[name]) for name, value in weights.items()])),
+        {name: value for name, value in end.items() if name not in start},
     )
     return run, result
+
+
+def _weights(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: _wide(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _wide(value: torch.Tensor) -> np.ndarray:
+    """A copy in float64 or complex128."""
+    return value.detach().cpu().to(torch.complex128 if value.is_complex() else torch.float64, copy=True).numpy()
+
+
+@torch.no_grad()
+def _move(model: nn.Module, seed: int) -> None:
+    """Multiplies each weight by a number of its own, at most `MOVED` roundings from 1."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        by = torch.rand(p.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        kind = p.real.dtype if p.is_complex() else p.dtype
+        p.mul_((1 + by * MOVED * torch.finfo(kind).eps).to(p.device, kind))
+
+
+def rounding(config: Config, world: World, reference: Trajectory) -> Difference:
+    """What rounding alone does to a run: the spread of some that start from weights moved by a few roundings."""
+    return spread([trajectory(config, world, seed) for seed in range(MOVES)], reference)
+
+
+def depends_on_share(config: Config, world: World, reference: Trajectory, allowed: Difference | float) -> str:
+    """How the same run of one process differs where its batches are cut in two, and what of the model may be why;
+    empty if it does not differ."""
+    cfg = config.train
+    cut = (cfg.micro_batch_size or cfg.global_batch_size) // 2
+    if not cut:
+        return ""
+    config = dataclasses.replace(config, train=dataclasses.replace(cfg, micro_batch_size=cut))
+    try:
+        found = beyond(difference(trajectory(config, world), reference), allowed)
+    except Exception as error:
+        found = f"{type(error).__name__}: {error}".splitlines()[0]
+    if not found:
+        return ""
+    model = assemble.build(config, world.device).model
+    layers = sorted({type(m).__name__ for m in model.modules() if isinstance(m, MIXING) and getattr(m, "p", 1)})
+    return f"{found} ({', '.join(layers)})" if layers else found
 
 
 def _rate(config: Config, step_ms: list[float]) -> float:
@@ -105,60 +130,69 @@ def _rate(config: Config, step_ms: list[float]) -> float:
 
 
 def main(folder: Path, launcher: Launcher) -> None:
-    """A cell of the table of `parity`: reads the config from the folder, and writes the trajectory of rank 0 there."""
-    config = load(["--config", str(folder / "config.yaml")])
+    """A cell of the table of `parity`: reads its configs from the folder, and writes there what rank 0 saw.
+
+    `own.yaml` gives own.npz, and float64.yaml, where it is there, float64.npz. A process alone is the reference, and
+    says also what rounding does (rounding.npz), why there is no float64 (float64.txt), and how the result depends on
+    each rank's share of a batch (share.txt).
+    """
+    config = load(["--config", str(folder / "own.yaml")])
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
+    exact = folder / "float64.yaml"
+    wide = load(["--config", str(exact)]) if exact.exists() else None
     with dist.joined(launcher, device) as world:
-        result = trajectory(config, world)
+        run = trajectory(config, world)
+        if launcher.name == "none":
+            _refer(config, wide, world, run, folder)
+        elif wide is not None:
+            exactly = trajectory(wide, world)
+            if world.is_main:
+                save(exactly, folder / "float64.npz")
         if world.is_main:
-            save(result, folder / "trajectory.npz")
+            save(run, folder / "own.npz")
+
+
+def _refer(config: Config, wide: Config | None, world: World, run: Trajectory, folder: Path) -> None:
+    around = rounding(config, world, run) if config.train.precision != "float64" else None
+    if around is not None:
+        np.savez(folder / "rounding.npz", losses=around.losses, grad_norms=around.grad_norms, weights=around.weights)
+    of, reference, allowed = config, run, limit(config.train.precision, around)
+    if wide is not None:
+        try:
+            exactly = trajectory(wide, world)
+        except Exception as error:  # a model may ask for its own format
+            (folder / "float64.txt").write_text(f"{type(error).__name__}: {error}".splitlines()[0], encoding="utf-8")
+        else:
+            save(exactly, folder / "float64.npz")
+            of, reference, allowed = wide, exactly, limit("float64")
+    (folder / "share.txt").write_text(depends_on_share(of, world, reference, allowed), encoding="utf-8")
 
 
 def save(run: Trajectory, path: Path) -> None:
     """Writes a file that `read` reads."""
-    weights = {f"weights/{name}": value for name, value in run.weights.items()}
-    rest = {name: value for name, value in vars(run).items() if name not in ("weights", "evaluation")}
-    np.savez(path, **weights, **rest, **run.evaluation)
+    tensors = {f"{kind}/{name}": value for kind in TENSORS for name, value in getattr(run, kind).items()}
+    rest = {name: value for name, value in vars(run).items() if name not in (*TENSORS, "evaluation")}
+    np.savez(path, **tensors, **rest, **run.evaluation)
 
 
 def read(path: Path) -> Trajectory:
     """What `save` wrote. Executes nothing from the file."""
     with np.load(path, allow_pickle=False) as file:
-        weights = {name.removeprefix("weights/"): file[name] for name in file if name.startswith("weights/")}
+        tensors = {
+            kind: {name.removeprefix(f"{kind}/"): file[name] for name in file if name.startswith(f"{kind}/")}
+            for kind in TENSORS
+        }
         evaluation = {name: float(file[name]) for name in file if name.startswith("eval/")}
         losses, grad_norms = file["losses"].tolist(), file["grad_norms"].tolist()
-        return Trajectory(losses, grad_norms, weights, evaluation, float(file["samples_per_s"]))
+        rate, update = float(file["samples_per_s"]), float(file["update"])
+        return Trajectory(losses, grad_norms, tensors["weights"], evaluation, rate, update, tensors["buffers"])
 
 
-def difference(run: Trajectory, reference: Trajectory) -> Difference:
-    """How far `run` is from `reference`. Raises ValueError where they are not the same steps or weights."""
-    for what, got, expected in (
-        ("steps", len(run.losses), len(reference.losses)),
-        ("weights", _shapes(run.weights), _shapes(reference.weights)),
-    ):
-        if got != expected:
-            raise ValueError(f"{what}: got {got}, expected {expected} as in the reference")
-    ends = [[*t.losses, t.evaluation["eval/loss"]] for t in (run, reference)]
-    return Difference(
-        _largest(*ends),
-        _largest(run.grad_norms, reference.grad_norms),
-        float(np.max([_distance(run.weights[name], expected) for name, expected in reference.weights.items()])),
-    )
-
-
-def _shapes(weights: dict[str, np.ndarray]) -> dict[str, tuple[int, ...]]:
-    return {name: value.shape for name, value in weights.items()}
-
-
-def _largest(values: list[float], expected: list[float]) -> float:
-    a, b = np.array(values), np.array(expected)
-    return float(np.max(np.abs(a - b) / np.abs(b)))
-
-
-def _distance(value: np.ndarray, expected: np.ndarray) -> float:
-    size = float(np.linalg.norm(expected)) or 1.0  # zeros, and tensors of no elements
-    return float(np.linalg.norm(value - expected)) / size
+def read_rounding(path: Path) -> Difference:
+    """What rounding does to the reference. Executes nothing from the file."""
+    with np.load(path, allow_pickle=False) as file:
+        return Difference(file["losses"], file["grad_norms"], float(file["weights"]))
 
 
 if __name__ == "__main__":
@@ -167,6 +201,7 @@ if __name__ == "__main__":
         launcher = detect()
         main(Path(sys.argv[1]), launcher)
     except ConfigError as error:
+        Path(sys.argv[1], "refused.txt").write_text(error.lines[0], encoding="utf-8")
         code = ending.refuse(error, launcher)
     except BaseException as error:
         code = ending.fail(error, launcher)
