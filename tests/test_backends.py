@@ -22,7 +22,7 @@ from dist_train.check import check
 from dist_train.config import BackendConfig, Config, OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
-from dist_train.tools.trajectory import difference
+from dist_train.tools.agreement import difference
 
 from parity_cells import BACKENDS, TOLERANCE, config, run_cells, run_single, this_world
 from ranks import RankError, run_ranks

@@ -25,7 +25,8 @@ from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
 from dist_train.meter import Control, Meter, Result
-from dist_train.tools.trajectory import Recorder, Trajectory, difference, measured
+from dist_train.tools.agreement import Trajectory, difference
+from dist_train.tools.trajectory import Recorder, measured
 from dist_train.train import train
 
 from parity_cells import ALONE, config

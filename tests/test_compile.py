@@ -15,7 +15,8 @@ from dist_train.config import CompileConfig, Config, DataConfig, ModelConfig
 from dist_train.dist import World
 from dist_train.meter import Control, Meter, Result
 from dist_train.order import Plan
-from dist_train.tools.trajectory import Recorder, Trajectory, difference, measured
+from dist_train.tools.agreement import Trajectory, difference
+from dist_train.tools.trajectory import Recorder, measured
 
 from parity_cells import ALONE, BACKENDS, config, this_world
 from ranks import run_ranks
@@ -33,7 +34,7 @@ def cell(backend: str, mode: str, model: str | None = None, **settings) -> Confi
         data=DataConfig(name="synthetic", args=whole.data.args | {"shape": (36,)}),
         # One weight above the 100,000 elements below which ZeRO 3 leaves a weight whole. The same model everywhere, so
         # that torch's cache serves every backend that compiles the same part of it.
-        model=ModelConfig(f"{__name__}:{model}") if model else ModelConfig(hidden=[2800]),
+        model=ModelConfig(f"{__name__}:{model}") if model else ModelConfig(hidden=[2800], activation="Tanh"),
         train=dataclasses.replace(whole.train, **changes),
         compile=CompileConfig(mode, **settings),
     )

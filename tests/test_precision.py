@@ -15,7 +15,7 @@ from dist_train.config import Config
 from dist_train.dist import World
 from dist_train.launcher import Launcher
 from dist_train.precision import LossScale, Precision
-from dist_train.tools.trajectory import difference
+from dist_train.tools.agreement import difference
 
 from parity_cells import BACKENDS, config, run_cells, run_single, this_world
 from ranks import run_ranks
