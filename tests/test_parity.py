@@ -5,6 +5,7 @@ import itertools
 from contextlib import nullcontext
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as torch_dist
@@ -14,8 +15,9 @@ from dist_train import dist, optim
 from dist_train.backends.ddp import DDP
 from dist_train.backends.fsdp2 import FSDP2
 from dist_train.backends.single import Single
-from dist_train.config import BackendConfig, Config
-from dist_train.tools.trajectory import Trajectory, difference
+from dist_train.config import BackendConfig, Config, ModelConfig, OptimConfig
+from dist_train.tools.agreement import FLOOR, Difference, Trajectory, beyond, difference, limit
+from dist_train.tools.trajectory import rounding
 
 from parity_cells import ALONE, BACKENDS, TOLERANCE, config, run_cells, run_single
 from ranks import run_ranks
@@ -155,8 +157,95 @@ def test_a_planted_fault_is_caught(fault: type):
     assert not found.worst < 10 * TOLERANCE["float32"], found
 
 
+class ScaledALittle(DDP):
+    def backward(self, loss):
+        super().backward(loss * (1 + 3e-5))
+
+
+class BiasNotExchanged(DDP):
+    """One bias of ten numbers keeps the gradient of its own rank."""
+
+    def prepare(self, model, optimizer_fn):
+        DDP.prepare(self, model, optimizer_fn)
+        self.bias = list(model.parameters())[-1]
+        return self.model, self.optimizer
+
+    def backward(self, loss):
+        own = torch.autograd.grad(loss, self.bias, retain_graph=True)[0] * self.world.size
+        super().backward(loss)
+        self.bias.grad.copy_(own)
+
+
+class DecayedTwice(DDP):
+    def step(self, max_norm, measure):
+        group = self.optimizer.param_groups[0]
+        with torch.no_grad():
+            for p in self.parameters:
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+        return super().step(max_norm, measure)
+
+
+SMALL_FAULTS = (ScaledALittle, BiasNotExchanged, DecayedTwice)
+
+
+def kinked(precision: str = "float32") -> Config:
+    """A model with ReLU, where the rule is what rounding does to one process."""
+    cell = config("single", "AdamW", precision=precision)
+    decays = OptimConfig(name="AdamW", lr=1e-3, weight_decay=0.01)
+    return dataclasses.replace(cell, model=ModelConfig(hidden=[50, 30], activation="ReLU"), optim=decays)
+
+
+@cache
+def kinked_reference(precision: str) -> tuple[Trajectory, Difference]:
+    run = run_single(kinked(precision))
+    return run, rounding(kinked(precision), ALONE, run)
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+@pytest.mark.parametrize("fault", SMALL_FAULTS)
+def test_a_small_fault_is_caught_also_where_there_are_kinks(fault: type, precision: str):
+    cell = kinked(precision)
+    reference, around = kinked_reference(precision)
+    cells = [dataclasses.replace(cell, backend=BackendConfig(name)) for name in (f"{__name__}:{fault.__name__}", "ddp")]
+    faulty, sound = run_ranks(run_cells, 2, cells)[0]
+    allowed = limit(precision, around)
+    assert not beyond(difference(sound, reference), allowed)
+    assert beyond(difference(faulty, reference), allowed)
+
+
+def test_rounding_is_measured_and_its_limit_has_a_floor_and_a_cap():
+    around = Difference(np.array([0.0, 1e-4, 1.0, np.nan]), np.array([1e-9, 2e-4, 3e-3]), 5.0)
+    allowed = limit("float32", around)
+    assert allowed.losses == pytest.approx([1e-5, 4e-4, 1e-2, 1e-2])
+    assert allowed.grad_norms == pytest.approx([1e-5, 8e-4, 1e-2]) and allowed.weights == 1e-2
+    assert limit("float64", around) == FLOOR["float64"] == 1e-9
+    found = Difference(np.array([9e-6, 3e-4, 0.0, 0.0]), np.array([0.0, 0.0, 0.0]), 9e-3)
+    assert not beyond(found, allowed)
+    found.grad_norms[1] = 9e-4
+    assert beyond(found, allowed) == "gradient norm of step 2 9.0e-04 off, expected at most 8.0e-04"
+    found.losses[0] = np.nan
+    assert beyond(found, allowed) == "loss of step 1 nan off, expected at most 1.0e-05"
+    reference, measured = kinked_reference("float32")
+    assert (np.diff(measured.grad_norms) >= 0).all() and measured.grad_norms[-1] > 0
+    assert 0 < measured.weights < 1e-2, "moved weights are taken back: what is left is what training made of it"
+
+
+def test_a_tensor_is_compared_on_the_scale_of_the_update():
+    """A frozen bias of zeros, and a weight whose gradient is rounding alone, are no fault; a small wrong one is."""
+    weights = {"w": np.full(1000, 3.0), "frozen": np.zeros(4), "key.bias": np.full(4, 1e-8), "bias": np.full(4, 0.1)}
+    run = Trajectory([1.0], [1.0], weights, {"eval/loss": 1.0}, 0.0, 1.0, {"count": np.zeros(()), "mean": np.ones(3)})
+    assert difference(run, run).worst == 0
+    other = dataclasses.replace(run, weights=weights | {"key.bias": np.full(4, -1e-8)})
+    assert 0 < difference(other, run).weights < 1e-6
+    found = difference(dataclasses.replace(run, weights=weights | {"bias": np.full(4, 0.1001)}), run)
+    assert found.weights == pytest.approx(2e-4) and found.worst_tensor == "bias"
+    assert difference(dataclasses.replace(run, buffers=run.buffers | {"mean": np.full(3, 1.1)}), run).weights > 0.09
+    still = dataclasses.replace(run, update=0.0)
+    assert difference(still, still).worst == 0 and difference(other, still).weights == np.inf
+
+
 def test_the_measure_refuses_unlike_runs():
-    run = Trajectory([1.0], [1.0], {"w": torch.ones(2).numpy()}, {"eval/loss": 1.0}, 0.0)
+    run = Trajectory([1.0], [1.0], {"w": torch.ones(2).numpy()}, {"eval/loss": 1.0}, 0.0, 1.0, {})
     with pytest.raises(ValueError, match="steps: got 1, expected 2"):
         difference(run, dataclasses.replace(run, losses=[1.0, 1.0]))
     with pytest.raises(ValueError, match="weights"):
