@@ -111,12 +111,12 @@ def _run(command: list[str], folder: Path, environment: dict[str, str], timeout_
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            size = os.fstat(said.fileno()).st_size  # without what the launcher says of being ended
             _end(process)
-        size = said.seek(0, os.SEEK_END)
         said.seek(0)
-        text = said.read(TAIL)
-        said.seek(max(said.tell(), size - TAIL))
-        return code, (text + said.read()).decode(errors="replace")
+        text = said.read(min(size, TAIL))
+        at = said.seek(max(said.tell(), size - TAIL))
+        return code, (text + said.read(max(0, size - at))).decode(errors="replace")
 
 
 def _end(process: subprocess.Popen) -> None:
