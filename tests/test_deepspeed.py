@@ -15,7 +15,7 @@ from dist_train.backends.fit import check_model
 from dist_train.backends.probe import Findings
 from dist_train.config import Config, ModelConfig, OptimConfig
 from dist_train.errors import ConfigError
-from dist_train.tools.trajectory import Trajectory, difference
+from dist_train.tools.agreement import Trajectory, difference
 
 from parity_cells import ALONE, TOLERANCE, config, run_cells, run_single, this_world
 from ranks import RankError, run_ranks
@@ -86,7 +86,8 @@ def test_goes_on_under_another_backend(chain: str, tmp_path: Path):
     for backend, ranks, cut in places:
         runs = [(saving(cell(name, backend, 20), tmp_path / name), cut) for name in names]
         outcomes = (run_ranks(run_series, ranks, runs, timeout_s=240) if ranks else [run_series(runs)])[0]
-    undisturbed = [run_single(cell(name, steps=20)).weights for name in names]
+    runs = [run_single(cell(name, steps=20)) for name in names]
+    undisturbed = [run.weights | run.buffers for run in runs]
     for name, outcome, weights in zip(names, outcomes, undisturbed, strict=True):
         assert outcome.weights.keys() == weights.keys()
         for key, expected in weights.items():
