@@ -20,8 +20,15 @@ WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
 
 
-def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
-    """A function from parameters to the optimizer. Backends call it after they have sharded the parameters."""
+def factory(
+    config: OptimConfig, sparse: bool = False
+) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """A function from parameters to the optimizer. Backends call it after they have sharded the parameters.
+
+    Args:
+        config: of the optimizer.
+        sparse: some gradients are sparse, which no fused kernel takes.
+    """
     given = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     settings = {k: v for k, v in given.items() if v is not None} | config.args
     kind = getattr(torch.optim, config.name)
@@ -30,7 +37,7 @@ def factory(config: OptimConfig) -> Callable[[Iterable[torch.nn.Parameter]], tor
 
     def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
         parameters = list(parameters)
-        fuses = not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
+        fuses = not sparse and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
         fused = {"fused": True} if fuses else {}
         try:
             return kind(parameters, lr=config.lr, **settings, **fused)

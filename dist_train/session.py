@@ -71,7 +71,7 @@ def _run(
     flops = profiling.flops_of_step(config, world, parts)
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
     backend = backends.create(config, world, parts.findings)
-    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
+    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
     control.phases.journal = backend.journal
     progress = None
     if found:

@@ -58,4 +58,5 @@ def create(config: "Config", world: "World", findings: "Findings | None" = None)
     name = chosen(config.backend.name, world.launcher)
     findings = findings or probe.NOTHING
     fit.check_model(name, findings)
+    fit.check_sparse(config, name, world.device, findings)
     return load(BACKENDS, name, "backend.name")(config, world, findings)

@@ -62,7 +62,7 @@ class Accelerate(Backend):
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.
         assert type(self.model) is DistributedDataParallel, f"accelerate: got {type(self.model)}, expected DDP"
         buckets.own_buffers(self.model)
-        buckets.settle_buckets(self.model)
+        buckets.settle_buckets(self.model, self.findings.sparse)
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
         optimizer = optimizer_fn(self.parameters)

@@ -115,7 +115,8 @@ def clip(
         return None
     norm = norm_of(parameters)
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        for several in _alike(parameters):
+            nn.utils.clip_grads_with_norm_(several, max_norm, norm)
     return norm
 
 
@@ -139,7 +140,8 @@ def update(
     """
     parameters, scale = backend.parameters, backend.scale
     if scale:
-        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], scale.factor / averaged_over)
+        for several in _alike(parameters):
+            torch._foreach_div_([p.grad for p in several], scale.factor / averaged_over)
     asks = backend.skips or scale is not None
     norm = clip(parameters, norm_of, max_norm, measure or asks)
     finite = not asks or bool(norm.isfinite())  # waits for the device: whether there is a step depends on it
@@ -151,6 +153,15 @@ def update(
     for parameter in parameters:  # optimizer.zero_grad() takes ten times as long to do the same
         parameter.grad = None
     return norm
+
+
+def _alike(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """Those with a gradient; shards and whole ones apart, as torch takes no list of both."""
+    found: dict[type, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            found.setdefault(type(parameter.grad), []).append(parameter)
+    return found.values()
 
 
 def model_state(model: nn.Module) -> dict[str, Shards]:
@@ -181,6 +192,10 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Sa
         value = torch.zeros_like(like) if same else torch.zeros(entry.size)
         state.setdefault(parameter, {})[key] = value.to(entry.properties.dtype)
     read({f"optim.{n}.{k}": shards_of(state[parameters[n]][k]) for n, k in keys})
+    like = {key for name, key in keys if () != parameters[name].shape == tuple(saved[f"optim.{name}.{key}"].size)}
+    for parameter in parameters.values():
+        if not parameter.numel():  # no file holds what has no elements
+            state.setdefault(parameter, {}).update({key: torch.zeros_like(parameter.detach()) for key in like})
     groups = optimizer.state_dict()["param_groups"]
     order = [p for group in optimizer.param_groups for p in group["params"]]
     numbered = {i: state[p] for i, p in enumerate(order) if p in state}

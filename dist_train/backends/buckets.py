@@ -1,9 +1,11 @@
 """What `ddp` and `accelerate` share of DistributedDataParallel."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -49,30 +51,39 @@ def explained(model: DistributedDataParallel) -> None:
     model.forward = forward
 
 
-def settle_buckets(model: DistributedDataParallel) -> None:
+def settle_buckets(model: DistributedDataParallel, sparse: Iterable[str]) -> None:
     """Brings DDP's buckets into their final order before the first step. Collective.
 
     DDP sorts gradients into other buckets after its first backward. Where a gradient lies decides in which order the
     ranks' values are summed (from 4 ranks on), so a resumed run's first step would round otherwise than the same step
     of a run that was not cut off. Here a backward without a model takes that first place, in the reverse order of the
     parameters, which is about that of a real one.
+
+    Args:
+        model: wrapped just now.
+        sparse: parameters whose gradient is sparse.
     """
     if model.find_unused_parameters:
         return  # which leaves the buckets as they are
-    if any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) and m.sparse for m in model.modules()):
-        return  # its gradient would be dense here, and DDP expects what it was told
     inner = model.module
-    model.module = _SumOfAll([p for p in inner.parameters() if p.requires_grad])  # not the model: it may have hooks
+    trained = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    model.module = _SumOfAll(trained, set(sparse))  # not the model: it may have hooks
     model(None).backward()  # on a device, DDP takes no call without an argument
     model.module = inner
     model.zero_grad()
 
 
 class _SumOfAll(nn.Module):
-    def __init__(self, parameters: list[nn.Parameter]):
+    """A number from all parameters, which gives each a gradient of the layout that the model gives it."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], sparse: set[str]):
         super().__init__()
-        self.of = parameters
+        self.of, self.sparse = parameters, sparse
 
     def forward(self, _: None) -> torch.Tensor:
-        real = [torch.view_as_real(p) if p.is_complex() else p for p in self.of]
-        return torch.stack([p.sum().float() for p in real]).sum()
+        return torch.stack([self._number(name, p).float() for name, p in self.of.items()]).sum()
+
+    def _number(self, name: str, p: torch.Tensor) -> torch.Tensor:
+        if name in self.sparse:
+            p = F.embedding(torch.zeros(1, dtype=torch.int64, device=p.device), p, sparse=True)
+        return (torch.view_as_real(p) if p.is_complex() else p).sum()

@@ -35,7 +35,7 @@ class DDP(Backend):
             model, device_ids=None if device.type == "cpu" else [device.index], **buckets.settings(self.findings)
         )
         buckets.own_buffers(self.model)
-        buckets.settle_buckets(self.model)
+        buckets.settle_buckets(self.model, self.findings.sparse)
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
         self.optimizer = optimizer_fn(self.parameters)

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 
 from dist_train.backends.probe import Findings
+from dist_train.config import Config
 from dist_train.errors import ConfigError
 
 NAMES_SHOWN = 4
+# By what torch's optimizers and the group of DDP take; see check_sparse for the rest.
+SPARSE_OPTIMIZERS = ("SGD", "Adagrad")
+SPARSE_BACKENDS = ("single", "ddp", "accelerate")
 
 
 def check_model(backend: str, findings: Findings, model: nn.Module | None = None, stage: int | None = None) -> None:
@@ -28,12 +32,12 @@ def check_model(backend: str, findings: Findings, model: nn.Module | None = None
             f"a forward that only reads weights; take that out, or train in one process, without torchrun"
         )
     if model is not None and backend == "deepspeed" and stage:
-        lines = list(_zero(model, findings, stage))
+        lines = list(_zero(model, stage))
         if lines:
             raise ConfigError(*lines)
 
 
-def _zero(model: nn.Module, findings: Findings, stage: int) -> Iterator[str]:
+def _zero(model: nn.Module, stage: int) -> Iterator[str]:
     """What ZeRO 1 to 3 cannot do, which move the weights into flat buffers of one type."""
     instead = "write --backend.zero_stage 0, or --backend.name ddp"
     asked = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -41,11 +45,6 @@ def _zero(model: nn.Module, findings: Findings, stage: int) -> Iterator[str]:
     if others:
         got = str(asked[others[0]].dtype).removeprefix("torch.")
         yield f"model: got weights in {got} ({some(others)}), expected float32 alone under ZeRO {stage}; {instead}"
-    if findings.sparse:
-        yield (
-            f"model: got sparse gradients ({some(findings.sparse)}), which ZeRO {stage} does not have; write "
-            f"sparse=False in the model, or --backend.name single"
-        )
     empty = tuple(name for name, p in model.named_parameters() if not p.numel())
     if stage == 3 and empty:
         yield (
@@ -73,6 +72,35 @@ def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
     for (device, _, past, one, own), (device_too, first, _, other, own_too) in itertools.pairwise(places):
         if device == device_too and first < past and (own or own_too):
             yield one, other
+
+
+def check_sparse(config: Config, backend: str, device: torch.device, findings: Findings) -> None:
+    """Raises ConfigError where gradients are sparse, and the optimizer or the backend takes dense ones alone.
+
+    Args:
+        config: of the run.
+        backend: its name, `auto` settled.
+        device: of this rank.
+        findings: what a first forward and backward of the model showed.
+    """
+    if not findings.sparse:
+        return
+    names = some(findings.sparse)
+    optim, dense = config.optim, "or give the embedding dense ones with sparse=False"
+    got = f"got {optim.name} for a model with sparse gradients ({names})"
+    if optim.name not in SPARSE_OPTIMIZERS:
+        raise ConfigError(f"optim.name: {got}, expected {' or '.join(SPARSE_OPTIMIZERS)}, which take them; {dense}")
+    settings = {"weight_decay": optim.weight_decay, "momentum": optim.momentum} | optim.args
+    for key, value in settings.items():
+        if value and key in ("weight_decay", "momentum", "fused", "differentiable"):
+            path = f"optim.{key}" if key in ("weight_decay", "momentum") else f"optim.args.{key}"
+            raise ConfigError(f"{path}: {got} and {key} {value}, which needs dense ones; leave it out, {dense}")
+    if backend not in SPARSE_BACKENDS or (backend != "single" and device.type != "cpu"):
+        where = "" if device.type == "cpu" else f" on {device.type}"
+        raise ConfigError(
+            f"model: got sparse gradients ({names}) under {backend}{where}, which exchanges dense ones alone; give the "
+            f"embedding dense ones with sparse=False, or train in one process, without torchrun"
+        )
 
 
 def some(names: tuple[str, ...]) -> str:

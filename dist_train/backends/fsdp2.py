@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 
 from dist_train import dist
 from dist_train.backends.base import (
@@ -22,6 +23,7 @@ from dist_train.backends.base import (
     update,
 )
 from dist_train.journal import Journal
+from dist_train.precision import Precision
 from dist_train.shards import Shards
 
 
@@ -30,6 +32,9 @@ class FSDP2(Backend):
 
     With backend.offload the shards of weights and gradients live on the CPU with the optimizer's state, and a layer's
     weights go to the device while it computes. Where the device is the CPU itself, nothing moves.
+
+    What fully_shard does not take stays whole on every rank, with gradients that are summed before the step: scalars,
+    complex weights, and those without elements.
     """
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -39,12 +44,18 @@ class FSDP2(Backend):
         offload = OffloadPolicy()
         if self.config.backend.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device
-        layers = list(blocks(model))
+        _make_contiguous(model)
+        self.whole = [p for p in model.parameters() if p.dim() == 0 or p.is_complex() or not p.numel()]
+        whole, unused = set(self.whole), set(self.findings.unused)
+        self.summed = [
+            p for name, p in model.named_parameters() if p in whole and p.requires_grad and name not in unused
+        ]
+        layers = [layer for layer in blocks(model) if not whole.issuperset(layer.parameters())]
         for part in layers or [model]:
             compile_(part, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
         for layer in layers:
-            fully_shard(layer, mesh=mesh, offload_policy=offload)
-        self.model = fully_shard(model, mesh=mesh, offload_policy=offload)
+            fully_shard(layer, mesh=mesh, offload_policy=offload, ignored_params=whole)
+        self.model = fully_shard(model, mesh=mesh, offload_policy=offload, ignored_params=whole)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)
@@ -54,6 +65,7 @@ class FSDP2(Backend):
         self.syncs = True
         self.parameters = list(self.model.parameters())
         self.optimizer = optimizer_fn(self.parameters)
+        self._group_by_kind()
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -69,6 +81,7 @@ class FSDP2(Backend):
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
+        self._sum_whole()
         return update(self, self._norm, max_norm, measure)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -86,10 +99,50 @@ class FSDP2(Backend):
         """See Backend."""
         load_optimizer(self.model, self.optimizer, saved, read)
 
+    def _group_by_kind(self) -> None:
+        """A group of the optimizer for the sharded weights and one for the whole: torch takes no list of both."""
+        whole = set(self.whole)
+        (group,) = self.optimizer.param_groups
+        sharded = [p for p in group["params"] if p not in whole]
+        if whole and sharded:
+            group["params"] = sharded
+            self.optimizer.add_param_group({**group, "params": self.whole})
+
+    def _sum_whole(self) -> None:
+        """Sums the gradients of whole weights over the ranks, in one message. Collective."""
+        if not self.summed:
+            return
+        for parameter in self.summed:
+            if parameter.grad is None:  # this rank took another way through the layers
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.summed]
+        numbers = [_real(g).reshape(-1) for g in gradients]
+        sums = dist.sum_(torch.cat(numbers)).split([len(n) for n in numbers])
+        for gradient, values in zip(gradients, sums, strict=True):
+            real = values.view(*gradient.shape, 2) if gradient.is_complex() else values.view(gradient.shape)
+            gradient.copy_(torch.view_as_complex(real) if gradient.is_complex() else real)
+
     def _norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         """The norm of gradients of which each rank holds a part, on the device. Collective."""
-        shards = [p.grad.to_local() for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
+        whole = [g for g in gradients if not isinstance(g, DTensor)]
         # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.
         squares = nn.utils.get_total_norm(shards).double().square()
         # Offloaded shards are on the CPU, where an accelerator's group does not sum.
-        return dist.sum_(squares.to(self.world.device)).sqrt().to(shards[0].dtype)
+        squares = dist.sum_(squares.to(self.world.device))
+        if whole:
+            squares += nn.utils.get_total_norm(whole).double().square()
+        return squares.sqrt().to(Precision(self.config.train.precision, self.world.device).dtype)
+
+
+def _make_contiguous(model: nn.Module) -> None:
+    """Lays weights out by rows, as fully_shard takes them. What they are multiplied with keeps its own order."""
+    for parameter in model.parameters():
+        if not parameter.is_contiguous():
+            parameter.data = parameter.data.contiguous()
+
+
+def _real(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of numbers; another as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

@@ -63,7 +63,7 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
         _move(parts.model, moved)
     start = _weights(parts.model)
     backend = backends.create(config, world, parts.findings)
-    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
+    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
     recorder = Recorder()
     result = train(
         config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None, Control()
