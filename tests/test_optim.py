@@ -155,3 +155,8 @@ def test_when_the_model_is_evaluated(settings: dict, expected: list[int]):
         if evaluation_due(cfg, done, total, 10)
     ]
     assert due == expected
+
+
+def test_sparse_gradients_are_not_for_the_fused_kernel():
+    assert factory(OptimConfig(name="SGD", lr=0.1))(one_weight()).param_groups[0]["fused"]
+    assert not factory(OptimConfig(name="SGD", lr=0.1), sparse=True)(one_weight()).param_groups[0]["fused"]
