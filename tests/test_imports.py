@@ -154,7 +154,8 @@ MAY_IMPORT = {
     "backends.buffers": {"backends.probe", "dist"},
     "backends.base": {"journal", "backends.buffers", "backends.probe", "config", "dist", "precision", "shards"},
     "backends.probe": {"data.randomness"},
-    "backends.fit": {"backends.probe", "errors"},
+    "backends.fit": {"backends.probe", "config", "errors"},
+    "backends.fsdp2": {"backends.base", "dist", "journal", "precision", "shards"},
     "backends.rules": {"backends", "config", "launcher"},
     "doctor": {
         *("assemble", "backends", "backends.base", "check", "checkpoint", "checkpoint.manifest", "checkpoint.save"),

@@ -19,7 +19,8 @@ from dist_train.checkpoint.resume import read_weights
 from dist_train.config import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.meter import Control, Meter
-from dist_train.tools.trajectory import Recorder, Trajectory, numbers
+from dist_train.tools.agreement import Trajectory
+from dist_train.tools.trajectory import Recorder, weights_of, wide
 from dist_train.train import train
 
 from parity_cells import this_world
@@ -113,6 +114,7 @@ def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, 
     middle, progress = place / "middle", None
     if resumed:
         read_weights(middle, parts.model.state_dict())
+    start = weights_of(parts.model)
     backend = backends.create(cell, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim, bool(parts.findings.sparse)))
     if resumed:
@@ -129,7 +131,11 @@ def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, 
         cell, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, after_step, Control(), progress
     )
     losses, norms = ([m[f"train/{of}"] for m in recorder.steps] for of in ("loss", "grad_norm"))
-    return Trajectory(losses, norms, numbers(backend.weights()), result.evaluation, 0.0), backend
+    end = _numbers(backend.weights())
+    weights = {name: value for name, value in end.items() if name in start}
+    update = float(np.linalg.norm([np.linalg.norm(value - start[name]) for name, value in weights.items()]))
+    buffers = {name: value for name, value in end.items() if name not in start}
+    return Trajectory(losses, norms, weights, result.evaluation, 0.0, update, buffers), backend
 
 
 def _write(folder: Path, backend: Backend) -> None:
@@ -144,7 +150,11 @@ def _is_written(backend: Backend, folder: Path) -> bool:
         return True
     got = {name: torch.empty_like(value) for name, value in expected.items()}
     read_weights(folder, got)
-    return _same(numbers(expected), numbers(got))
+    return _same(_numbers(expected), _numbers(got))
+
+
+def _numbers(state: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name: wide(value) for name, value in state.items()}
 
 
 def _held(backend: Backend) -> dict[str, np.ndarray]:

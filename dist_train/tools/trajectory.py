@@ -58,17 +58,17 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
     """
     assert config.track.every_steps == 1
     parts = assemble.build(config, world.device)
-    drawn = _weights(parts.model)
+    drawn = weights_of(parts.model)
     if moved is not None:
         _move(parts.model, moved)
-    start = _weights(parts.model)
+    start = weights_of(parts.model)
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
     recorder = Recorder()
     result = train(
         config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None, Control()
     )
-    end = {name: _wide(value) for name, value in backend.weights().items()}
+    end = {name: wide(value) for name, value in backend.weights().items()}
     weights = {name: value for name, value in end.items() if name in start}
     run = Trajectory(
         [m["train/loss"] for m in recorder.steps],
@@ -82,11 +82,12 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
     return run, result
 
 
-def _weights(model: nn.Module) -> dict[str, np.ndarray]:
-    return {name: _wide(p) for name, p in model.named_parameters(remove_duplicate=False)}
+def weights_of(model: nn.Module) -> dict[str, np.ndarray]:
+    """The parameters by all of their names, as `wide` gives them."""
+    return {name: wide(p) for name, p in model.named_parameters(remove_duplicate=False)}
 
 
-def _wide(value: torch.Tensor) -> np.ndarray:
+def wide(value: torch.Tensor) -> np.ndarray:
     """A copy in float64 or complex128."""
     return value.detach().cpu().to(torch.complex128 if value.is_complex() else torch.float64, copy=True).numpy()
 
