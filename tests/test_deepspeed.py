@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_train import assemble, backends, optim
 from dist_train.backends.deepspeed import engine_config
-from dist_train.backends.fit import check_model
+from dist_train.backends.fit import check_model, check_sparse
 from dist_train.backends.probe import Findings
 from dist_train.config import Config, ModelConfig, OptimConfig
 from dist_train.errors import ConfigError
@@ -251,8 +251,9 @@ def test_what_flat_buffers_cannot_hold_is_refused(model: type):
 
 
 def test_sparse_gradients_are_refused():
-    with pytest.raises(ConfigError, match=r"got sparse gradients \(weight\)"):
-        check_model("deepspeed", Findings(sparse=("weight",)), nn.Embedding(3, 2, sparse=True), 1)
+    config = Config(optim=OptimConfig("SGD"))
+    with pytest.raises(ConfigError, match=r"got sparse gradients \(weight\) under deepspeed"):
+        check_sparse(config, "deepspeed", torch.device("cpu"), Findings(sparse=("weight",)))
 
 
 def test_models_that_share_are_not_refused():

@@ -21,7 +21,7 @@ from ranks import run_ranks
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what is deprecated, and tested all the same
 
-SGD = OptimConfig(name="SGD", lr=1.0)  # updates that are large beside the rounding of weights, though clipped
+SGD = OptimConfig(name="SGD", lr=4.0)  # updates that are large beside the rounding of weights, though clipped
 MOMENTUM = OptimConfig(name="SGD", lr=0.1, momentum=0.9)
 ADAGRAD = OptimConfig(name="Adagrad", lr=0.02)
 DEEPSPEED = tuple(name for name in BACKENDS if name.startswith("deepspeed"))
