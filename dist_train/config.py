@@ -16,15 +16,19 @@ from typing import Any, Literal
 
 import yaml
 
-from dist_train import strict_yaml
+from dist_train import paths, strict_yaml
+from dist_train.data import PATHS
 from dist_train.errors import ConfigError
+
+# Marks a field that is a path: `~` and `$NAME` in it are replaced when a config is loaded.
+PATH = {"path": True}
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Where the run's files go."""
 
-    dir: str | None = None
+    dir: str | None = field(default=None, metadata=PATH)
     """Folder of the run; with run.name, the folder that holds it (null: runs)."""
     name: str | None = None
     """Name of the run, a folder within run.dir (null: run.dir itself, or DATA-MODEL-TIME within runs)."""
@@ -36,7 +40,7 @@ class DataConfig:
 
     name: str = "digits"
     """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, or your own function as module:function."""
-    root: str = "data"
+    root: str = field(default="data", metadata=PATH)
     """Folder with the data; downloads go there, in torchvision's layout."""
     download: bool = True
     """Download what is missing, where the data set can be had."""
@@ -64,7 +68,7 @@ class ModelConfig:
     """Probability of dropping a hidden unit (mlp: 0)."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that only this model has."""
-    init_from: str | None = None
+    init_from: str | None = field(default=None, metadata=PATH)
     """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
     by name and shape is loaded, and what does not is said."""
     init_strict: bool = False
@@ -153,7 +157,7 @@ class BackendConfig:
     3 and weights."""
     offload: bool = False
     """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
-    config: str | None = None
+    config: str | None = field(default=None, metadata=PATH)
     """deepspeed: JSON file with more of its own settings, for what has no place in this config."""
 
 
@@ -188,7 +192,7 @@ class CheckpointConfig:
     """How many of the best stay as well, of those that were saved at a step with an evaluation."""
     best_metric: Literal["eval/accuracy", "eval/loss"] = "eval/accuracy"
     """What the best is decided by."""
-    resume: str = "auto"
+    resume: str = field(default="auto", metadata=PATH)
     """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
     checkpoint or of a run."""
     allow: list[str] = field(default_factory=list)
@@ -280,6 +284,7 @@ def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
                 tree[section][key] = _fitting(path, _any_value(text), hint)
         except ConfigError as error:
             lines += error.lines
+    lines += _expand(tree)
     if lines:
         raise ConfigError(*lines)
     config = to_config(tree)
@@ -287,6 +292,29 @@ def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
         print(dump(config), end="")
         raise SystemExit(0)
     return config
+
+
+def _expand(tree: dict[str, dict[str, Any]]) -> list[str]:
+    """Replaces `~` and variables in the paths of a config; and a line for each that cannot be."""
+    lines = []
+    for values, key, path in _paths(tree):
+        try:
+            values[key] = paths.expanded(values[key], path)
+        except ConfigError as error:
+            lines += error.lines
+    return lines
+
+
+def _paths(tree: dict[str, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """The paths of a config that are set: where each stands, its key there, and its config path."""
+    for section in dataclasses.fields(Config):
+        for one in dataclasses.fields(section.type):
+            if one.metadata == PATH and tree[section.name][one.name] is not None:
+                yield tree[section.name], one.name, f"{section.name}.{one.name}"
+    args = tree["data"]["args"]
+    for key in PATHS.get(tree["data"]["name"], ()):
+        if isinstance(args.get(key), str):
+            yield args, key, f"data.args.{key}"
 
 
 def _help(prog: str) -> None:
@@ -320,7 +348,10 @@ def to_tree(config: Config) -> dict[str, dict[str, Any]]:
 
 def dump(config: Config) -> str:
     """The config as YAML that `--config` reads back to an equal config."""
-    return yaml.dump(dataclasses.asdict(config), Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
+    tree = dataclasses.asdict(config)
+    for values, key, _ in _paths(tree):
+        values[key] = paths.written(values[key])
+    return yaml.dump(tree, Dumper=strict_yaml.Dumper, sort_keys=False, allow_unicode=True)
 
 
 def fields_of(path: str) -> dict[str, Any] | None:
@@ -402,8 +433,9 @@ def _check_path(path: str) -> None:
 def _read(name: str) -> dict[str, dict[str, Any]]:
     """The keys of a YAML file, by section. A section, or a field with keys of its own such as `args`, with nothing
     below it is the same as none."""
+    file = Path(paths.expanded(name, "--config"))
     try:
-        tree = strict_yaml.parse(Path(name).read_text(encoding="utf-8"), _is_text_at)
+        tree = strict_yaml.parse(file.read_text(encoding="utf-8"), _is_text_at)
     except OSError as error:
         raise ConfigError(f"--config: got {name!r}, expected a YAML file that can be read: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:

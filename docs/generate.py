@@ -35,6 +35,10 @@ python -m dist_train --config configs/fashion_mnist.yaml --train.epochs 20 --pri
 | one of the arguments | `--optim.args.betas '[0.9, 0.95]'` | `args: {betas: [0.9, 0.95]}` |
 | all arguments | `--optim.args '{eps: 1e-6}'` | `args: {eps: 1e-6}` |
 
+In the paths of a config and of a command's options, `~` is the home folder and `$NAME` or `${NAME}` a variable of the
+environment; `$$` is a dollar sign. They are replaced when the config is read, so a run's `config.yaml` holds the paths
+themselves and can be used by another user. A relative path starts from the folder that the command is started in.
+
 A key that does not exist, a value of another type, and a key that the chosen optimizer, data set, model or backend does
 not have end the command with exit code 2 and a line that says what was expected, before torch is imported.
 """

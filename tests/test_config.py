@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -434,6 +435,59 @@ def test_what_a_command_line_means(argv: list[str], path: str, value: Any):
     assert got == value and type(got) is type(value)
 
 
+ENVIRONMENT = {"HOME": "/home/me", "SCRATCH": "/fast/me", "EMPTY": "", "HERE": "~/here"}
+
+
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [
+        ("~/", "/home/me/"),
+        ("~/runs/a", "/home/me/runs/a"),
+        ("~root/a", "/root/a"),
+        ("$SCRATCH/a", "/fast/me/a"),
+        ("${SCRATCH}a/$SCRATCH", "/fast/mea//fast/me"),
+        ("$HERE/a", "/home/me/here/a"),
+        ("a~/~", "a~/~"),
+        ("a$$SCRATCH/$5/$", "a$SCRATCH/$5/$"),
+        ("$~/a", "~/a"),
+        ("runs/größe", "runs/größe"),
+    ],
+)
+def test_home_and_variables_in_paths(written: str, path: str, place: Path, monkeypatch: pytest.MonkeyPatch):
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    keys = ["run.dir", "data.root", "model.init_from", "backend.config", "checkpoint.resume"]
+    keys += ["data.args.annotations", "data.args.test_annotations", "data.args.image_dir"]
+    Path("f.yaml").write_text("data:\n  name: csv_images\n", encoding="utf-8")
+    config = load(["--config", "f.yaml", *(word for key in keys for word in (f"--{key}", written))])
+    assert [value_at(config, ".".join(key.split(".")[:2])) for key in keys[:5]] == 5 * [path]
+    assert config.data.args == dict.fromkeys(("annotations", "test_annotations", "image_dir"), path)
+    for name in ("HOME", "SCRATCH", "HERE"):  # what is recorded means the same to another user
+        monkeypatch.setenv(name, "/elsewhere")
+    Path("f.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(["--config", "f.yaml"]) == config
+
+
+def test_a_variable_without_a_value_is_one_line(place: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("EMPTY", "")
+    Path("f.yaml").write_text("run: {dir: $NOT_SET/a}\ndata: {root: '${EMPTY}/b'}\n")
+    lines = refusal(["--config", "f.yaml", "--checkpoint.resume", "~nobody.here/a"])
+    assert [line.split(":")[0] for line in lines] == ["run.dir", "data.root", "checkpoint.resume"]
+    assert "got $NOT_SET/a, but the variable NOT_SET is not set" in lines[0] and "EMPTY is empty" in lines[1]
+    assert "there is no home folder of ~nobody.here" in lines[2]
+    load(["--config", "f.yaml", "--run.dir", "a", "--data.root", "b"])  # only what is used must have a value
+    assert refusal(["--config", "$NOT_SET/f.yaml"])[0].startswith("--config: got $NOT_SET/f.yaml")
+
+
+def test_a_path_that_is_no_text(place: Path):
+    path = os.fsdecode(b"runs/\xff")
+    config = load(["--run.dir", path])
+    Path("f.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(["--config", "f.yaml"]).run.dir == path
+    Path("f.yaml").write_text('run: {dir: "\\uD800"}')
+    assert refusal(["--config", "f.yaml"])[0].startswith("run.dir: got '\\ud800', which no file can be called")
+
+
 def test_the_command_line_wins_over_files_and_a_later_file_over_an_earlier(place: Path):
     Path("a.yaml").write_text(
         "train: {epochs: 5, seed: 1, max_steps: 7}\noptim: {args: {betas: [0.8, 0.9], eps: 1e-3}}\n"
@@ -473,7 +527,8 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
 VALUE = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3))
 OF_TYPE = {
-    str: TEXT | st.sampled_from(["off", "1e-3", "010", "null", "~", "12", "2024-01-02", "<<", "=", "- a", "a: b", ""]),
+    str: TEXT
+    | st.sampled_from(["off", "1e-3", "010", "null", "~", "12", "2024-01-02", "<<", "=", "- a", "a: b", "", "$HOME"]),
     int: st.integers(),
     float: st.floats(allow_nan=False),
     bool: st.booleans(),
@@ -518,6 +573,8 @@ HARD = [
     "=",
     "<<",
     "~",
+    "$HOME",
+    "$$",
     "No",
     "&a",
 ]

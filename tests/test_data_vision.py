@@ -24,6 +24,7 @@ import torch.distributed as torch_dist
 from filelock import FileLock
 from torchvision import datasets
 
+from dist_train.config import load
 from dist_train.data import vision
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
@@ -112,7 +113,7 @@ def test_unpacked_idx_files(tmp_path: Path, name: str, download: bool):
 def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write_raw(tmp_path / "data" / "MNIST" / "raw", 3, 2)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert len(vision.mnist("~/data", False).train) == 3
+    assert len(vision.mnist(load(["--data.root", "~/data"]).data.root, False).train) == 3
 
 
 def write_cifar10(folder: Path, n: int) -> torch.Tensor:

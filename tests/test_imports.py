@@ -23,6 +23,7 @@ MODULES = {
 LIGHT = {
     "errors",
     "config",
+    "paths",
     "strict_yaml",
     "check",
     "launcher",
@@ -41,7 +42,8 @@ LIGHT = {
 # Which of the package's own modules each may import. Only `__main__` and the tools see everything.
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors", "strict_yaml"},
+    "config": {"data", "errors", "paths", "strict_yaml"},
+    "paths": {"errors"},
     "strict_yaml": set(),
     "lookup": {"errors"},
     "launcher": {"errors"},
@@ -171,7 +173,7 @@ MAY_IMPORT = {
     "bench": {
         "report.png",
         *("assemble", "backends", "backends.base", "check", "checkpoint.resume", "config", "data.feed", "data.sets"),
-        *("dist", "ending", "errors", "launcher", "optim", "order", "phases", "session", "versions"),
+        *("dist", "ending", "errors", "launcher", "optim", "order", "paths", "phases", "session", "versions"),
         *("bench", "bench.bare", "bench.ranks", "bench.references", "bench.slices", "bench.table", "bench.turns"),
     },
     "bench.bare": set(),

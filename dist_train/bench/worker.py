@@ -15,11 +15,12 @@ from dist_train.checkpoint import resume
 from dist_train.config import load
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
+from dist_train.paths import written
 
 
 def main(folder: Path, name: str, launcher: Launcher) -> None:
     """Takes turns until the leader says that it is over."""
-    config = load(["--config", str(folder / CONFIG)])
+    config = load(["--config", written(str(folder / CONFIG))])
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device)

@@ -60,7 +60,7 @@ def csv_images(
     Raises:
         ConfigError: a CSV that cannot be read, or an image that cannot, named with its line.
     """
-    base = Path(root).expanduser()
+    base = Path(root)
     folder = base / image_dir
     if mode not in MODES:
         raise ConfigError(f"data.args.mode: got {mode!r}, expected one of {', '.join(MODES)}")

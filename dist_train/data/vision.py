@@ -81,7 +81,7 @@ def cifar10(root: str, download: bool) -> Data:
 
     What torchvision decodes is kept beside its files, 184 MB; in memory, once a rank, where that folder is read-only.
     """
-    home = Path(root).expanduser()
+    home = Path(root)
     try:
         splits, classes = decoded.read(home / CIFAR10_DECODED, CIFAR10_SOURCES)
     except NotThere:
@@ -91,7 +91,7 @@ def cifar10(root: str, download: bool) -> Data:
 
 def _from_idx(name: str, root: str, download: bool, classes: tuple[str, ...], stats: tuple) -> Data:
     try:
-        splits = _mapped(Path(root).expanduser() / KINDS[name] / "raw")
+        splits = _mapped(Path(root) / KINDS[name] / "raw")
     except NotThere:
         splits = _torchvision(name, root, download, _unpack)
     return _data(splits, classes, stats)
@@ -119,7 +119,7 @@ def archives_of(name: str, root: str) -> tuple[Path, Archives]:
         name: a key of KINDS.
         root: data.root.
     """
-    kind, home = _kind(name), Path(root).expanduser()
+    kind, home = _kind(name), Path(root)
     if name != "cifar10":
         return home / KINDS[name] / "raw", dict(kind.resources)
     return home, {kind.filename: kind.tgz_md5}
@@ -143,7 +143,7 @@ def _torchvision(name: str, root: str, download: bool, make: Callable) -> Any:
     kind, (folder, archives) = _kind(name), archives_of(name, root)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # progress bars
-            return make(kind, Path(root).expanduser(), folder, download, archives)
+            return make(kind, Path(root), folder, download, archives)
     except Exception as error:  # torchvision reads what is there, and raises what that leads to
         raise ConfigError(
             f"data.root: got {root}, expected {', '.join(archives)} in {folder} ({KINDS[name]}); "

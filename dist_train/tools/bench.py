@@ -44,7 +44,7 @@ OPTIONS = {
 
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints the tables. Returns 1 if a cell failed, else 0."""
-    options, rest = split(argv, OPTIONS, "bench")
+    options, rest = split(argv, OPTIONS, "bench", paths=("--json", "--plot"))
     batch_sizes, world_sizes = (_numbers(options, name) for name in ("--batch-sizes", "--world-sizes"))
     steps = None if options["--steps"] == AUTO_STEPS else number("--steps", options["--steps"])
     repeats = number("--repeats", options["--repeats"])

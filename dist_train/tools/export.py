@@ -62,7 +62,7 @@ Function = Callable[["torch.Tensor"], "torch.Tensor"]
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints a line of JSON about the file. Returns 1, and leaves no file, if what it gives is not what the model
     gives."""
-    options, rest = split(argv, OPTIONS, "export")
+    options, rest = split(argv, OPTIONS, "export", paths=("--output",))
     folder, config = finished(rest, "export")
     if launcher.name != "none":
         raise ConfigError(f"export: got {launcher.name}, expected to be started alone: python -m dist_train export")

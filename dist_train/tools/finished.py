@@ -6,6 +6,7 @@ from pathlib import Path
 from dist_train.check import run_folder
 from dist_train.config import Config, load
 from dist_train.errors import ConfigError
+from dist_train.paths import written
 
 
 def finished(argv: list[str], command: str) -> tuple[Path, Config]:
@@ -24,6 +25,6 @@ def finished(argv: list[str], command: str) -> tuple[Path, Config]:
         raise ConfigError(
             f"model.init_from: got {given.model.init_from}, but {command} takes the weights of the run; leave it out"
         )
-    config = load(["--config", str(folder / "config.yaml"), *argv])
+    config = load(["--config", written(str(folder / "config.yaml")), *argv])
     own = dataclasses.replace(config.model, init_from=None, init_strict=False)
     return folder, dataclasses.replace(config, model=own)

@@ -65,7 +65,7 @@ class Row:
 
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints the table. Returns 0 if a cell ran and none failed, else 1."""
-    options, rest = split(argv, OPTIONS, "parity")
+    options, rest = split(argv, OPTIONS, "parity", paths=("--json",))
     config = for_parity(load(rest, "python -m dist_train parity"), number("--steps", options["--steps"]))
     world_sizes = [number("--world-sizes", size) for size in options["--world-sizes"].split(",")]
     timeout_s = number("--timeout-s", options["--timeout-s"])

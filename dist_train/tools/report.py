@@ -9,6 +9,7 @@ from pathlib import Path
 from dist_train import ending
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
+from dist_train.paths import expanded
 from dist_train.report import html, read
 from dist_train.report.panels import panels
 from dist_train.tools.options import split
@@ -23,14 +24,14 @@ def run(argv: list[str], launcher: Launcher) -> int:
     if {"-h", "--help"} & set(argv):
         print(__doc__)
         return ending.OK
-    options, words = split(argv, OPTIONS, "report")
+    options, words = split(argv, OPTIONS, "report", paths=OPTIONS)
     wrong = [word for word in words if word.startswith("-")]
     if wrong or not words:
         raise ConfigError(
             f"command line: got {wrong[0] if wrong else 'no run'}, expected folders of runs; write report RUN [RUN "
             f"...] [-o FILE.html] [--png DIR]"
         )
-    folders = [Path(word) for word in words]
+    folders = [Path(expanded(word, "command line")) for word in words]
     output = options["-o"] or options["--output"]
     beside = folders[0] if len(folders) == 1 else Path()
     path = Path(output) if output else beside / "report.html"

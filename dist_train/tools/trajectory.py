@@ -18,6 +18,7 @@ from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
 from dist_train.meter import Control, Metrics, Result
+from dist_train.paths import written
 from dist_train.tools.agreement import Difference, Trajectory, beyond, difference, limit, spread
 from dist_train.train import train
 
@@ -137,11 +138,11 @@ def main(folder: Path, launcher: Launcher) -> None:
     says also what rounding does (rounding.npz), why there is no float64 (float64.txt), and how the result depends on
     each rank's share of a batch (share.txt).
     """
-    config = load(["--config", str(folder / "own.yaml")])
+    config = load(["--config", written(str(folder / "own.yaml"))])
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     exact = folder / "float64.yaml"
-    wide = load(["--config", str(exact)]) if exact.exists() else None
+    wide = load(["--config", written(str(exact))]) if exact.exists() else None
     with dist.joined(launcher, device) as world:
         run = trajectory(config, world)
         if launcher.name == "none":
