@@ -1,6 +1,7 @@
 """From a config to the parts of a run, before any process group: what is wrong with them is said by one line."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from dist_train.look import LOOKED_AT, look
 from dist_train.lookup import load
 from dist_train.models import MODELS
 from dist_train.order import global_indices, steps_per_epoch
+from dist_train.own_code import blamed
 from dist_train.precision import Precision, cast
 
 
@@ -94,7 +96,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
             f"write --compile.scope model"
         )
     model = model.to(device)
-    findings = look(config, model, feeds[0], precision, trains=trained is None)
+    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
+        findings = look(config, model, feeds[0], precision, trains=trained is None)
     if findings.written:  # which the first samples have done now, so again from the start
         model = build_model(config, data, dtype, trained, warm)[0].to(device)
     return Parts(data, model, *feeds, precision, loaded, findings)
@@ -102,7 +105,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    return _call(load(DATASETS, cfg.name, "data.name"), "data.args", root=cfg.root, download=download, **cfg.args)
+    return _call(DATASETS, cfg.name, "data", root=cfg.root, download=download, **cfg.args)
 
 
 def build_model(
@@ -125,13 +128,14 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     cfg = config.model
     fields = {"hidden": cfg.hidden, "activation": cfg.activation, "dropout": cfg.dropout}
     given = {k: v for k, v in fields.items() if v is not None} | cfg.args
-    kind = load(MODELS, cfg.name, "model.name")
 
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.train.seed)
-            model = _call(kind, "model.args", input_shape=data.input_shape, classes=len(data.classes), **given)
-            _settle_lazy(model, data)
+            model = _call(MODELS, cfg.name, "model", input_shape=data.input_shape, classes=len(data.classes), **given)
+            _check_model(model, cfg.name)
+            with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
+                _settle_lazy(model, data)
             _check_state(model)
             return model
 
@@ -159,8 +163,28 @@ def _check_state(model: nn.Module) -> None:
             )
 
 
-def _call(function, path: str, **arguments):
+def _check_model(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        got = "nothing" if model is None else f"something of type {type(model).__name__}"
+        raise ConfigError(
+            f"model.name: got {name}, which gives {got}, expected a torch.nn.Module: a class that is derived from it, "
+            f"or a function that returns one"
+        )
+
+
+def _call(registry: Mapping[str, str], name: str, section: str, **arguments: Any) -> Any:
+    """Calls what a section of the config names. Raises ConfigError: for arguments that it does not take, and for an
+    error in the user's own code, with its file and line."""
+    function, path = load(registry, name, f"{section}.name"), f"{section}.name"
+    refused = f"{section}.args: got {arguments}, which {name} refuses"
     try:
-        return function(**arguments)
+        inspect.signature(function).bind(**arguments)
     except TypeError as error:
-        raise ConfigError(f"{path}: got {arguments}, which {function.__name__} refuses: {error}") from error
+        raise ConfigError(f"{refused}: {error}") from None
+    except ValueError:
+        pass  # of a class in C, which cannot be asked before
+    try:
+        with blamed(path, name, "called", ours=name in registry):
+            return function(**arguments)
+    except TypeError as error:  # of ours, which take what they are given
+        raise ConfigError(f"{refused}: {error}") from error

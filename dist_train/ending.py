@@ -8,6 +8,7 @@ import traceback
 
 from dist_train.errors import ConfigError, LaunchError, OtherRankError
 from dist_train.launcher import Launcher
+from dist_train.own_code import frames
 from dist_train.speech import prefix
 
 # STOPPED: asked to end, saved, to be started again (EX_TEMPFAIL of sysexits.h).
@@ -58,7 +59,7 @@ def fail(error: BaseException, launcher: Launcher) -> int:
         return FAILED
     rank = prefix(launcher.rank, launcher.world_size)
     text = "".join(traceback.format_exception(error))
-    lines = text.splitlines() + ([MINIFIER] if _from_compiler(error) else [])
+    lines = text.splitlines() + _in_own_code(error) + ([MINIFIER] if _from_compiler(error) else [])
     sys.stderr.write("".join(f"{rank}{line}\n" for line in lines))
     sys.stderr.flush()
     if "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun shows it in its own report
@@ -68,6 +69,11 @@ def fail(error: BaseException, launcher: Launcher) -> int:
         handler.initialize()
         handler.record_exception(error)
     return FAILED
+
+
+def _in_own_code(error: BaseException) -> list[str]:
+    """The last line of the user's own code among the many of a traceback."""
+    return [f"in your code: {f.filename}, line {f.lineno}, in {f.name}: {f.line}" for f in frames(error)[-1:]]
 
 
 def _from_compiler(error: BaseException | None) -> bool:

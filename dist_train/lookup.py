@@ -8,12 +8,14 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dist_train.errors import ConfigError
+from dist_train.own_code import blamed
 
 
 def reference(registry: Mapping[str, str], name: str, path: str) -> tuple[str, str]:
@@ -30,26 +32,61 @@ def reference(registry: Mapping[str, str], name: str, path: str) -> tuple[str, s
 
 
 def load(registry: Mapping[str, str], name: str, path: str) -> Any:
-    """The function or class itself; imports its module."""
+    """The function or class itself; imports its module. Raises ConfigError, also where the user's own module fails."""
     module, attribute = reference(registry, name, path)
-    return getattr(importlib.import_module(module), attribute)
+    if name in registry:
+        return getattr(importlib.import_module(module), attribute)
+    with blamed(path, name, "imported"):
+        try:
+            home = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            raise ConfigError(_absent(path, name, f"no module {module!r}")) from None
+        if hasattr(home, attribute):
+            return getattr(home, attribute)
+    place = f"no {attribute!r} in {getattr(home, '__file__', None) or module}"
+    near = difflib.get_close_matches(attribute, vars(home), n=1)
+    raise ConfigError(_absent(path, name, place, *near))
+
+
+def _absent(path: str, name: str, what: str, near: str = "") -> str:
+    module, _, attribute = name.partition(":")
+    line = f"{path}: got {name!r}, but there is {what}; expected module:name of a function or class on the Python path"
+    if module == "__main__":
+        return f"{line}; one of a script or a notebook is known there alone: put it into a module of its own"
+    as_file = module.removesuffix(".py").replace("/", ".").strip(".")
+    hint = f"{module}:{near}" if near else f"{as_file}:{attribute}" if as_file != module else ""
+    return f"{line}; did you mean {hint}?" if hint else line
 
 
 def accepts(registry: Mapping[str, str], name: str, path: str) -> dict[str, bool]:
-    """The arguments of what `load` would give, each with whether it is required. Raises ConfigError if it is absent."""
+    """The arguments of what `load` would give, each with whether it is required. Raises ConfigError if it is absent.
+
+    What its module does not define in so many words, such as a name from another module, is imported to be asked.
+    """
     module, attribute = reference(registry, name, path)
     file = source_of(module)
     try:
         found = file and parameters(file, attribute)
     except (SyntaxError, ValueError) as error:  # ValueError: not UTF-8, or a NUL
         raise ConfigError(f"{path}: got {name!r}, but {file} is not valid Python: {error}; mend the file") from None
-    if found is None:
-        where = f"no {attribute!r} in {file}" if file else f"no module {module!r}"
+    return _signature(load(registry, name, path), name, path) if found is None else found
+
+
+def _signature(found: Any, name: str, path: str) -> dict[str, bool]:
+    if not callable(found):
         raise ConfigError(
-            f"{path}: got {name!r}, but there is {where}; expected module:name of a function or class "
-            f"that is defined in a .py file on the Python path"
+            f"{path}: got {name}, which is of type {type(found).__name__}, expected a function or a class"
         )
-    return found
+    try:
+        arguments = inspect.signature(found).parameters.values()
+    except (TypeError, ValueError):  # of a class in C
+        return {"**": False}
+    named = [a for a in arguments if a.kind is not a.VAR_POSITIONAL]
+    return {
+        "**" if a.kind is a.VAR_KEYWORD else a.name: a.default is a.empty and a.kind is not a.VAR_KEYWORD for a in named
+    }
 
 
 def source_of(module: str) -> Path | None:
@@ -67,7 +104,7 @@ def parameters(path: Path, name: str) -> dict[str, bool] | None:
 
     `**kwargs` appears as the name `**`. None if the file does not define `name` as a function or class.
     """
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     found: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | None = None
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name:

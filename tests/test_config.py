@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,7 +223,18 @@ BAD = [
     Bad("data.name", ("got 'mine:absent'", "no 'absent' in ", "mine.py"), "--data.name mine:absent"),
     Bad("data.name", ("that takes nothing, expected it to take root and download",), "--data.name mine:Plain"),
     Bad("data.name", ("got 'broken:f'", "broken.py is not valid Python", "mend the file"), "--data.name broken:f"),
-    Bad("data.name", ("got 'raises.inner:f'", "no module"), "--data.name raises.inner:f"),
+    Bad(
+        "data.name",
+        ("got 'mine.py:data'", "no module 'mine.py'", "did you mean mine:data?"),
+        "--data.name mine.py:data",
+    ),
+    Bad("data.name", ("got 'mine:date'", "no 'date' in ", "did you mean mine:data?"), "--data.name mine:date"),
+    Bad(
+        "data.name",
+        ("got mine:NUMBER, which is of type int, expected a function or a class",),
+        "--data.name mine:NUMBER",
+    ),
+    Bad("model.name", ("got '__main__:Net'", "known there alone", "a module of its own"), "--model.name __main__:Net"),
     Bad("data.name", ("got ['a'] in f.yaml, expected text",), file="data: {name: [a]}"),
     Bad("data.name", ("unknown name 'true'",), file="data: {name: true}"),
     Bad(
@@ -262,11 +275,12 @@ class Plain:
 class Linear:
     def __init__(self, input_shape, classes, bias=True): pass
 def data(root, download, n): pass
+NUMBER = 3
 """
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The working directory of a user, with what the bad configs name."""
     (tmp_path / "done").mkdir()
     (tmp_path / "done/summary.json").write_text('{"status": "finished"}')
@@ -277,7 +291,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "raises/__init__.py").write_text("raise RuntimeError('planted')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    for name in ("mine", "raises"):
+        sys.modules.pop(name, None)
 
 
 def words_of(bad: Bad) -> list[str]:
@@ -312,6 +328,33 @@ def test_a_bad_config_gives_one_line_with_the_path(bad: Bad, place: Path, capfd:
     assert [word for word in bad.words if word not in lines[0]] == [], lines[0]
     assert "\n" not in lines[0] and not lines[0].endswith((",", ":"))
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_package_that_fails_when_it_is_imported(place: Path):
+    """It was asked for, though not by its own name: it is no module that is not there."""
+    said = refusal(["--data.name", "raises.inner:f"])
+    assert (
+        said[0]
+        == "data.name: got raises.inner:f, and your own code raises an error when it is imported; mend it there:"
+    )
+    assert said[1:] == (
+        f'  File "{place}/raises/__init__.py", line 1, in <module>',
+        "    raise RuntimeError('planted')",
+        "RuntimeError: planted",
+    )
+
+
+def test_what_another_module_defines_is_found(place: Path):
+    (place / "mine.py").write_text(
+        "from functools import partial\nfrom other import Net\nhalf = partial(Net, width=2)\n"
+    )
+    (place / "other.py").write_text(
+        "class Net:\n    def __init__(self, input_shape, classes, width, *, depth=1): pass\n"
+    )
+    check(load(["--model.name", "mine:Net", "--model.args.width", "3"]), Launcher())
+    check(load(["--model.name", "mine:half"]), Launcher())
+    assert "mine:Net needs it" in refusal(["--model.name", "mine:Net"])[0]
+    assert "it takes width, depth" in refusal(["--model.name", "mine:half", "--model.args.heigth", "1"])[0]
 
 
 def test_the_table_is_large_and_has_no_row_twice():

@@ -28,6 +28,7 @@ LIGHT = {
     "check",
     "launcher",
     "lookup",
+    "own_code",
     "ending",
     "speech",
     "backends",
@@ -45,9 +46,10 @@ MAY_IMPORT = {
     "config": {"data", "errors", "paths", "strict_yaml"},
     "paths": {"errors"},
     "strict_yaml": set(),
-    "lookup": {"errors"},
+    "lookup": {"errors", "own_code"},
+    "own_code": {"errors"},
     "launcher": {"errors"},
-    "ending": {"errors", "launcher", "speech"},
+    "ending": {"errors", "launcher", "own_code", "speech"},
     "speech": {"launcher"},
     "check": {
         *("backends", "backends.rules", "checkpoint.allowed", "checkpoint.manifest", "config", "data", "errors"),
@@ -118,7 +120,7 @@ MAY_IMPORT = {
     },
     "assemble": {
         *("backends.probe", "config", "data", "data.feed", "data.sets", "errors"),
-        *("look", "lookup", "models", "optim", "order", "precision", "weights"),
+        *("look", "lookup", "models", "optim", "order", "own_code", "precision", "weights"),
     },
     "captured": {
         *("backends.base", "config", "data.feed", "errors", "losses", "meter", "optim", "order", "precision"),
