@@ -75,8 +75,8 @@ def _run(
     control.phases.journal = backend.journal
     progress = None
     if found:
-        progress = resume.load_state(found, backend, world, config.train.seed)
-        trackers.say(found.describe())
+        progress, beside = resume.load_state(found, backend, world, config.train.seed)
+        trackers.say("\n".join([found.describe(), *beside]))
     trackers.log(_begin(course, progress, trackers.backend, world), None)
     checkpoints = Checkpoints(config, world, path, facts, backend, damaged, trackers.wandb_id)
     of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, trackers

@@ -7,12 +7,17 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import pytest
+import torch
+from torch import nn
 
 from dist_train import assemble, session, watchdog
 from dist_train.checkpoint import resume
 from dist_train.checkpoint.save import Checkpoints
 from dist_train.config import CheckpointConfig, Config, RunConfig
 from dist_train.data.feed import Feed
+from dist_train.errors import ConfigError
+from dist_train.track import Trackers
 
 from parity_cells import this_world
 
@@ -29,11 +34,25 @@ class Outcome:
         weights: by name, of rank 0; empty if it was cut off.
         ledger: this rank's samples of each step that it began, in order.
         metrics: lines of metrics.jsonl, times left out.
+        state_lines: what was said of optimizer state that was not loaded.
     """
 
     weights: dict[str, np.ndarray]
     ledger: list[np.ndarray]
     metrics: list[dict]
+    state_lines: list[str]
+
+
+class Freezing(nn.Module):
+    """A model whose first layer may be frozen."""
+
+    def __init__(self, input_shape: tuple[int, ...], classes: int, frozen: bool):
+        super().__init__()
+        self.first, self.second = nn.Linear(36, 20), nn.Linear(20, classes)
+        self.first.requires_grad_(not frozen)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.flatten(1)).relu())
 
 
 def saving(cell: Config, folder: Path, every_steps: int = 5, **checkpoint) -> Config:
@@ -44,7 +63,7 @@ def saving(cell: Config, folder: Path, every_steps: int = 5, **checkpoint) -> Co
 
 def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     """In a worker: a run, from its checkpoint if it has one, cut off after a step."""
-    world, ledger = this_world(), []
+    world, ledger, said = this_world(), [], []
     after_step, from_memory = Checkpoints.after_step, Feed._from_memory
 
     def cut(self, meter):
@@ -52,6 +71,9 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
         if meter.result.steps == cut_after:
             self._wait()  # a thread does not outlive a killed process, and must not outlive this run
             raise CutOff
+
+    def heard(self, text):
+        said.extend(line for line in text.splitlines() if line.startswith("optimizer state"))
 
     def noted(self, batches):
         for batch in batches:
@@ -61,21 +83,26 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     parts = assemble.build(config, world.device)
     # The watchdog of a rank that is cut off a little later would take the others for dead.
     unwatched = mock.patch.object(watchdog, "watching", lambda *_: contextlib.nullcontext())
-    with mock.patch.object(Checkpoints, "after_step", cut), unwatched:
+    with mock.patch.object(Checkpoints, "after_step", cut), unwatched, mock.patch.object(Trackers, "say", heard):
         parts.feed._from_memory = noted.__get__(parts.feed)
         with contextlib.suppress(CutOff):
             session.run(config, world, parts, resume.facts_of(parts.model, parts.data))
     folder, weights = Path(config.run.dir), {}
     if cut_after is None:
-        import torch
-
         weights = {n: v.double().numpy() for n, v in torch.load(folder / "weights.pt", weights_only=True).items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("_s", "straggler/", "ranks/")
     metrics = [{k: v for k, v in line.items() if not (k.endswith(timed) or k.startswith(timed))} for line in lines]
     return Outcome(
-        weights, ledger, [line for line in metrics if line.keys() - {"step", "epoch"} and "event" not in line]
+        weights, ledger, [line for line in metrics if line.keys() - {"step", "epoch"} and "event" not in line], said
     )
+
+
+def refusal_of(config: Config) -> str:
+    """In a worker: the lines with which a run is refused."""
+    with pytest.raises(ConfigError) as caught:
+        run_once(config)
+    return "\n".join(caught.value.lines)
 
 
 def run_series(runs: list[tuple[Config, int | None]]) -> list[Outcome]:

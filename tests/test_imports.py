@@ -151,12 +151,15 @@ MAY_IMPORT = {
     },
     "backends.buckets": {"backends.fit", "backends.probe", "errors"},
     "backends.deepspeed": {
-        *("backends.base", "backends.fit", "backends.gradients", "backends.probe", "config", "dist", "errors"),
-        *("journal", "precision", "shards"),
+        *("backends.base", "backends.fit", "backends.gradients", "backends.initial", "backends.probe", "config", "dist"),
+        *("errors", "journal", "precision", "shards"),
     },
     "backends.gradients": {"errors"},
     "backends.buffers": {"backends.probe", "dist"},
-    "backends.base": {"journal", "backends.buffers", "backends.probe", "config", "dist", "precision", "shards"},
+    "backends.base": {
+        *("backends.buffers", "backends.initial", "backends.probe", "config", "dist", "journal", "precision", "shards"),
+    },
+    "backends.initial": {"backends.fit"},
     "backends.probe": {"data.randomness"},
     "backends.fit": {"backends.probe", "config", "errors"},
     "backends.fsdp2": {"backends.base", "dist", "journal", "precision", "shards"},

@@ -11,14 +11,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
 
-from dist_train import precision
-from dist_train.checkpoint import manifest
-from dist_train.config import CompileConfig, Config, ModelConfig
+from dist_train import assemble, precision
+from dist_train.backends.initial import Initial
+from dist_train.check import UNFIT_OPTIMIZERS
+from dist_train.checkpoint import manifest, storage
+from dist_train.config import CheckpointConfig, CompileConfig, Config, ModelConfig, OptimConfig, RunConfig
+from dist_train.lookup import torch_optimizers
+from dist_train.order import Plan
+from dist_train.shards import shards_of
 
-from parity_cells import TOLERANCE, config
+from parity_cells import ALONE, TOLERANCE, config
 from ranks import run_ranks
-from resume_cells import Outcome, run_series, saving
+from resume_cells import Outcome, refusal_of, run_series, saving
 
 # Backend and ranks; 0 is one process without a group.
 TOPOLOGIES = [
@@ -140,7 +146,7 @@ def test_another_backend_or_world_size_in_full(backend: str, ranks: int, saved: 
 def test_the_matrix_sees_lost_state(fault: str, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Planted: the moments are not loaded; the schedule starts anew. Both end far from the reference."""
     if fault == "optim":
-        monkeypatch.setattr("dist_train.backends.single.load_optimizer", lambda *args: None)
+        monkeypatch.setattr("dist_train.backends.single.load_optimizer", lambda *args: [])
     else:
         monkeypatch.setattr("dist_train.order.Plan.indices", _from_the_start(monkeypatch))
     with pytest.raises(AssertionError):
@@ -180,6 +186,150 @@ def steps_of(ledgers: list[list[np.ndarray]], ranks: int, piece: int | None, fir
             steps.append(set(drawn))
         at += count
     return steps
+
+
+# -- other arguments of the optimizer ----------------------------------------------------------------------------------
+
+PLAIN, AMSGRAD = (OptimConfig(name="AdamW", lr=1e-3, args=args) for args in ({}, {"amsgrad": True}))
+# Before and after the checkpoint; the state that begins then, and that which is left.
+CHANGES = {
+    "amsgrad": (PLAIN, {"args": {"amsgrad": True}}, ["max_exp_avg_sq"], []),
+    "no amsgrad": (AMSGRAD, {"args": {}}, [], ["max_exp_avg_sq"]),
+    "centered": (
+        OptimConfig(name="RMSprop", lr=1e-3),
+        {"momentum": 0.5, "args": {"centered": True}},
+        ["momentum_buffer", "grad_avg"],
+        [],
+    ),
+    "momentum": (OptimConfig(name="SGD", lr=3e-3), {"momentum": 0.9}, ["momentum_buffer"], []),
+}
+CHANGE = CheckpointConfig(every_steps=10, allow=["optim.args", "optim.momentum"])
+
+
+def with_other_arguments(change: str, backend: str, ranks: int, folder: Path) -> Outcome:
+    """A run whose optimizer gets other arguments at step 10, and what it says of the state."""
+    before, after, *_ = CHANGES[change]
+    runs = []
+    for optim in (before, dataclasses.replace(before, **after)):
+        cell = dataclasses.replace(cell_of(backend, "AdamW"), optim=optim, run=RunConfig(dir=str(folder)))
+        runs.append((dataclasses.replace(cell, checkpoint=CHANGE), CUT if optim is before else None))
+    outcome = go(ranks, runs)[0][-1]
+    begun = [
+        f"optimizer state {key} starts at its initial value: the checkpoint has none" for key in CHANGES[change][2]
+    ]
+    left = [f"optimizer state {key} of the checkpoint is not used" for key in CHANGES[change][3]]
+    assert outcome.state_lines == [*begun, *left]
+    return outcome
+
+
+def by_torch_alone(change: str, folder: Path) -> dict[str, torch.Tensor]:
+    """The same by a loop over torch's own optimizers: the second gets what both have of the first one's state, and for
+    the rest what it makes itself."""
+    before, after, *_ = CHANGES[change]
+    cell = cell_of("single", "AdamW")
+    parts = assemble.build(cell, torch.device("cpu"))
+    parameters = list(parts.model.parameters())
+    plan = Plan.of(len(parts.data.train), cell.train, ALONE)
+    first, second = (
+        getattr(torch.optim, optim.name)(
+            parameters, lr=optim.lr, **({"momentum": optim.momentum} if optim.momentum else {}), **optim.args
+        )
+        for optim in (before, dataclasses.replace(before, **after))
+    )
+    for step in range(24):
+        if step == 10:
+            for p in parameters:
+                p.grad = torch.zeros_like(p)
+            values = [p.detach().clone() for p in parameters]
+            if first.state[parameters[0]].get("step") is not None:
+                second.step()  # of zeros, so that all of its state is there
+                with torch.no_grad():
+                    for p, value in zip(parameters, values, strict=True):
+                        p.copy_(value)
+                        kept = second.state[p]
+                        second.state[p] = kept | {k: v for k, v in first.state[p].items() if k in kept}
+            first = second
+        epoch, at = divmod(step, plan.steps_per_epoch)
+        inputs, targets = next(parts.feed(plan.indices(epoch, at), epoch))
+        first.zero_grad()
+        F.cross_entropy(parts.model(inputs), targets).backward()
+        first.step()
+    return {name: value.detach() for name, value in parts.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_other_arguments_of_the_optimizer(change: str, tmp_path: Path):
+    outcome = with_other_arguments(change, "single", 0, tmp_path)
+    for name, value in by_torch_alone(change, tmp_path).items():
+        assert outcome.weights[name] == pytest.approx(value.double().numpy(), rel=1e-5, abs=1e-7), name
+
+
+@pytest.mark.parametrize(("backend", "ranks"), [t for t in [*TOPOLOGIES, ("deepspeed:0", 2)] if t[1] == 2])
+def test_other_arguments_under_every_backend(backend: str, ranks: int, tmp_path: Path):
+    for change in ("amsgrad", "no amsgrad", "momentum"):
+        alone = with_other_arguments(change, "single", 0, tmp_path / f"{change}-alone")
+        outcome = with_other_arguments(change, backend, ranks, tmp_path / change)
+        for name, value in alone.weights.items():
+            distance = np.linalg.norm(outcome.weights[name] - value) / np.linalg.norm(value)
+            assert distance < TOLERANCE["float32"], f"{change} under {backend}: {name} {distance:.1e}"
+
+
+@pytest.mark.parametrize("name", [n for n in torch_optimizers() if n not in UNFIT_OPTIMIZERS])
+@pytest.mark.parametrize("shape", [(3, 4), (5,), ()])
+def test_the_initial_state_is_the_optimizers_own(name: str, shape: tuple[int, ...]):
+    arguments = {"Adagrad": {"initial_accumulator_value": 0.25}, "SGD": {"momentum": 0.9}}.get(name, {})
+    arguments |= {"centered": True, "momentum": 0.5} if name == "RMSprop" else {}
+    parameter = torch.nn.Parameter(torch.ones(shape))
+    optimizer = getattr(torch.optim, name)([parameter], lr=0.5, **arguments)
+    initial = Initial(optimizer).of(parameter)
+    values = {key: value.flatten()[0].item() for key, value in initial.items() if value.dim() and key != "row_var"}
+    expected = {"Adagrad": {"sum": 0.25}, "Rprop": {"prev": 0.0, "step_size": 0.5}}
+    assert name not in expected or not shape or values == expected[name]
+    parameter.grad = torch.full(shape, 0.1)
+    optimizer.step()
+    made = optimizer.state[parameter]
+    assert made.keys() == initial.keys()
+    filled = {"step": made["step"]} if "step" in made else {}
+    Initial(optimizer).fill(parameter, filled)
+    if filled and name != "Adafactor":
+        assert {k: (v.shape, v.dtype) for k, v in filled.items()} == {k: (v.shape, v.dtype) for k, v in made.items()}
+
+
+def test_weights_that_were_frozen(tmp_path: Path):
+    """Their state begins when they are trained; of those that are frozen now it is kept."""
+    frozen, free = (
+        dataclasses.replace(
+            config("single", "AdamW"),
+            model=ModelConfig(name="resume_cells:Freezing", args={"frozen": frozen}),
+            run=RunConfig(dir=str(tmp_path)),
+            checkpoint=dataclasses.replace(CHANGE, allow=["model.args"]),
+        )
+        for frozen in (True, False)
+    )
+    _, outcome = run_series([(frozen, CUT), (free, None)])
+    assert outcome.state_lines == [
+        "optimizer state of first.weight, first.bias starts at its initial value: the checkpoint has none"
+    ]
+    assert "optim.first.weight.exp_avg" in storage.tensors(manifest.listed(tmp_path)[0][0][0])
+    state = {"optim.first.weight.step": torch.zeros(())}
+    storage.read(manifest.listed(tmp_path)[0][0][0], {name: shards_of(value) for name, value in state.items()})
+    assert state["optim.first.weight.step"] == 14  # of 24, frozen for 10
+
+
+def test_zero_counts_steps_once_for_all(tmp_path: Path):
+    """Refused by one line on all ranks: a weight whose count would begin anew."""
+    cells = [
+        dataclasses.replace(
+            config(backend, "AdamW"),
+            model=ModelConfig(name="resume_cells:Freezing", args={"frozen": backend == "single"}),
+            run=RunConfig(dir=str(tmp_path)),
+            checkpoint=dataclasses.replace(CHANGE, allow=["model.args"]),
+        )
+        for backend in ("single", "deepspeed:2")
+    ]
+    run_series([(cells[0], CUT)])
+    for line in run_ranks(refusal_of, 2, cells[1], timeout_s=300):
+        assert "without optimizer state of first.weight, whose count of steps would begin anew" in line
 
 
 # -- what is kept, and when --------------------------------------------------------------------------------------------

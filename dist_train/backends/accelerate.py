@@ -91,6 +91,6 @@ class Accelerate(Backend):
         """See Backend."""
         return model_state(self.bare) | optimizer_state(self.bare, self.optimizer.optimizer)
 
-    def load(self, saved: SavedTensors, read: Reader) -> None:
+    def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        load_optimizer(self.bare, self.optimizer.optimizer, saved, read)
+        return load_optimizer(self.bare, self.optimizer.optimizer, saved, read, self.findings.unused)

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dist_train.backends.buffers import Buffers
+from dist_train.backends.initial import Initial, differences
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import CompileConfig, Config
 from dist_train.dist import World
@@ -90,12 +91,15 @@ class Backend(ABC):
         model's own names and the optimizer's keys."""
 
     @abstractmethod
-    def load(self, saved: SavedTensors, read: Reader) -> None:
+    def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """Makes the optimizer's state that was saved, and has it filled. The weights were loaded before `prepare`.
 
         Args:
             saved: every tensor of the checkpoint, by name.
             read: fills the shards that it is given, by name.
+
+        Returns:
+            Lines for people about state that only the checkpoint or only the optimizer has.
         """
 
 
@@ -180,10 +184,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return found
 
 
-def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors, read: Reader) -> None:
-    """Backend.load, where the optimizer holds the model's own parameters."""
-    parameters = dict(model.named_parameters())
+def load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors, read: Reader, unused: Collection[str]
+) -> list[str]:
+    """Backend.load, where the optimizer holds the model's own parameters. Those that get no gradient are `unused`."""
+    parameters, initial = dict(model.named_parameters()), Initial(optimizer)
+    wanted = {name: initial.of(p) if p.requires_grad else {} for name, p in parameters.items()}
     keys = optimizer_keys(saved, parameters)
+    trained = [name for name, p in parameters.items() if p.requires_grad and p.numel() and name not in unused]
+    _, lines = differences(keys, wanted, trained)
+    keys = [(name, key) for name, key in keys if key in wanted[name]]
     state: dict[nn.Parameter, dict[str, torch.Tensor]] = {}
     for name, key in keys:
         entry, parameter = saved[f"optim.{name}.{key}"], parameters[name]
@@ -192,14 +202,18 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Sa
         value = torch.zeros_like(like) if same else torch.zeros(entry.size)
         state.setdefault(parameter, {})[key] = value.to(entry.properties.dtype)
     read({f"optim.{n}.{k}": shards_of(state[parameters[n]][k]) for n, k in keys})
-    like = {key for name, key in keys if () != parameters[name].shape == tuple(saved[f"optim.{name}.{key}"].size)}
-    for parameter in parameters.values():
+    for parameter, values in state.items():
+        initial.fill(parameter, values)
+    for name, parameter in parameters.items() if state else ():
         if not parameter.numel():  # no file holds what has no elements
-            state.setdefault(parameter, {}).update({key: torch.zeros_like(parameter.detach()) for key in like})
+            alike = {key: torch.zeros_like(parameter.detach()) for key, value in wanted[name].items() if value.dim()}
+            state.setdefault(parameter, {}).update(alike)
     groups = optimizer.state_dict()["param_groups"]
     order = [p for group in optimizer.param_groups for p in group["params"]]
+    state = dict(optimizer.state) | state  # Adagrad makes its state when it is built
     numbered = {i: state[p] for i, p in enumerate(order) if p in state}
     optimizer.load_state_dict({"state": numbered, "param_groups": groups})  # it knows what belongs on which device
+    return lines
 
 
 def optimizer_keys(saved: SavedTensors, parameters: Mapping[str, nn.Parameter]) -> list[tuple[str, str]]:

@@ -62,6 +62,6 @@ class DDP(Backend):
         """See Backend."""
         return model_state(self.bare) | optimizer_state(self.bare, self.optimizer)
 
-    def load(self, saved: SavedTensors, read: Reader) -> None:
+    def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        load_optimizer(self.bare, self.optimizer, saved, read)
+        return load_optimizer(self.bare, self.optimizer, saved, read, self.findings.unused)

@@ -33,6 +33,7 @@ from dist_train.backends.base import (
     whole_norm,
 )
 from dist_train.backends.gradients import Counted, Whole
+from dist_train.backends.initial import Initial, differences
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.config import Config
 from dist_train.dist import World
@@ -41,8 +42,6 @@ from dist_train.journal import Journal
 from dist_train.precision import Precision
 from dist_train.shards import Shards, shards_of, shards_of_range
 
-# What torch's optimizers keep once for a parameter, not for each element.
-COUNTS = ("step", "mu_product", "mu", "eta")
 # Weights of a model that is small: what is gathered or reduced of it at once takes no memory to speak of.
 SMALL = 1 << 21
 
@@ -156,24 +155,29 @@ class DeepSpeed(Backend):
                 found[f"optim.{name}.{key}"] = shards_of(value) if whole else fragment.of(value)
         return found
 
-    def load(self, saved: SavedTensors, read: Reader) -> None:
+    def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
         if self.stage == 0:
-            load_optimizer(self.bare, self.optimizer, saved, read)
-            return
+            return load_optimizer(self.bare, self.optimizer, saved, read, self.findings.unused)
         self.gradients.resumed()
-        fragments, shards = self._fragments(), {}
+        fragments, shards, initial = self._fragments(), {}, Initial(self.optimizer)
+        wanted = initial.of(torch.empty(1, device=self.world.device))  # as of every flat buffer
+        parameters = dict(self.bare.named_parameters())
+        keys = optimizer_keys(saved, parameters)
+        anew, lines = differences(keys, dict.fromkeys(parameters, wanted), self.trained)
+        if anew and any(not value.dim() for value in wanted.values()):
+            raise ConfigError(
+                f"checkpoint.resume: got a checkpoint without optimizer state of {anew[0]}, whose count of steps would "
+                f"begin anew, but ZeRO has one count for all; write --backend.name ddp or fsdp2, or "
+                f"--backend.zero_stage 0"
+            )
         counts: dict[tuple[torch.Tensor, str], list[torch.Tensor]] = {}  # what ZeRO keeps once for all its parameters
-        keys = optimizer_keys(saved, dict(self.bare.named_parameters()))
-        shapes = {name: saved[f"model.{name}"].size for name, _ in keys}
-        shapes = {name: shape for name, shape in shapes.items() if shape}  # a scalar's count has its shape, too
-        per_element = {key for name, key in keys if saved[f"optim.{name}.{key}"].size == shapes.get(name)}
         for name, key in keys:
             fragment, path = fragments.get(name), f"optim.{name}.{key}"
-            if fragment is None:
-                continue  # on another rank
+            if fragment is None or key not in wanted:
+                continue  # on another rank, or no longer used
             state = self.optimizer.state[fragment.flat]
-            if key in per_element or (not shapes and key not in COUNTS):
+            if wanted[key].dim():
                 if key not in state or state[key].shape != fragment.flat.shape:
                     state[key] = torch.zeros_like(fragment.flat)  # once for all parameters in the buffer
                 shards[path] = fragment.of(state[key])
@@ -193,6 +197,9 @@ class DeepSpeed(Backend):
                     f"once for all; write --backend.name ddp or fsdp2, or --backend.zero_stage 0"
                 )
             self.optimizer.state[flat][key] = values[0].to(flat.device) if on_device else values[0]
+        for flat in {fragment.flat for fragment in fragments.values()}:
+            initial.fill(flat, self.optimizer.state[flat])
+        return lines
 
     def _keep_one_copy(self) -> None:
         """Lets the optimizer update the model's own weights, and at stage 2 read the gradients where they were summed:

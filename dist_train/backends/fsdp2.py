@@ -95,9 +95,9 @@ class FSDP2(Backend):
         """See Backend."""
         return model_state(self.model) | optimizer_state(self.model, self.optimizer)
 
-    def load(self, saved: SavedTensors, read: Reader) -> None:
+    def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        load_optimizer(self.model, self.optimizer, saved, read)
+        return load_optimizer(self.model, self.optimizer, saved, read, self.findings.unused)
 
     def _group_by_kind(self) -> None:
         """A group of the optimizer for the sharded weights and one for the whole: torch takes no list of both."""

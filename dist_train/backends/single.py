@@ -52,6 +52,6 @@ class Single(Backend):
         """See Backend."""
         return model_state(self.model) | optimizer_state(self.model, self.optimizer)
 
-    def load(self, saved: SavedTensors, read: Reader) -> None:
+    def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        load_optimizer(self.model, self.optimizer, saved, read)
+        return load_optimizer(self.model, self.optimizer, saved, read, self.findings.unused)

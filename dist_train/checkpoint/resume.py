@@ -161,17 +161,17 @@ def read_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     storage.read(folder, {f"model.{name}": shards_of(value) for name, value in weights.items()})
 
 
-def load_state(found: Found, backend: Backend, world: World, seed: int) -> Mapping[str, float]:
+def load_state(found: Found, backend: Backend, world: World, seed: int) -> tuple[Mapping[str, float], list[str]]:
     """Fills the optimizer's state and the random generators. Collective.
 
     Returns:
-        What the meter goes on from.
+        What the meter goes on from, and lines about what of the optimizer's state was not loaded.
     """
     from dist_train.checkpoint import storage
 
     what, saved = found.manifest, storage.tensors(found.folder)
     read: Callable[..., None] = functools.partial(storage.read, found.folder)
-    backend.load(saved, read)
+    lines = backend.load(saved, read)
     if backend.scale and what.loss_scale:
         backend.scale.factor, backend.scale.finite_steps = what.loss_scale.factor, what.loss_scale.finite_steps
     prefix = f"random.{world.rank}."
@@ -185,4 +185,4 @@ def load_state(found: Found, backend: Backend, world: World, seed: int) -> Mappi
         randomness.restore({path.removeprefix(prefix): value for path, value in mine.items()}, world.device)
     else:
         dist.seed_draws(seed, world, what.step)
-    return what.progress
+    return what.progress, lines

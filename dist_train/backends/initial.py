@@ -1,0 +1,72 @@
+"""Optimizer state that a checkpoint and an optimizer do not both have: an argument was changed at the resume, or a
+weight is trained that was not."""
+
+import inspect
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import nn
+
+from dist_train.backends.fit import some
+
+
+class Initial:
+    """What an optimizer keeps of a parameter, as it is at the start.
+
+    It is asked from the optimizer itself, by a step of another one of its kind on a small parameter with a gradient of
+    zeros. That leaves every value as it was made, but for counts of steps. A tensor that the optimizer does not hold is
+    taken for one of its first group: ZeRO hands it some only for the time of a step.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.kind = type(optimizer)
+        self.groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        takes = inspect.signature(self.kind).parameters.keys() - {"params"}
+        self.settings = [{k: v for k, v in group.items() if k in takes} for group in optimizer.param_groups]
+        self.known: dict[tuple, dict[str, torch.Tensor]] = {}
+
+    def of(self, parameter: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """Its state by key; small tensors of one value each, or without dimensions where the state is a count."""
+        at = self.groups.get(parameter, 0), parameter.dim(), parameter.dtype, parameter.device
+        if at not in self.known:
+            _, dims, dtype, device = at
+            small = nn.Parameter(torch.zeros((2,) * dims, dtype=dtype, device=device))
+            small.grad = torch.zeros_like(small)
+            optimizer = self.kind([small], **self.settings[at[0]])
+            optimizer.step()
+            self.known[at] = {k: v for k, v in optimizer.state[small].items() if v is not None}
+        return self.known[at]
+
+    def fill(self, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        """Adds what a parameter's state lacks. Of one without any the optimizer makes it by itself."""
+        for key, value in self.of(parameter).items() if state else ():
+            if key not in state:
+                alike = value.dim() == parameter.dim() > 0
+                state[key] = torch.full_like(parameter.detach(), value.flatten()[0].item()) if alike else value.clone()
+
+
+def differences(
+    saved: Collection[tuple[str, str]], wanted: Mapping[str, Collection[str]], trained: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """What an optimizer and a checkpoint do not both have.
+
+    Args:
+        saved: parameter and key of every state in the checkpoint.
+        wanted: by parameter, the keys that the optimizer keeps.
+        trained: the parameters that get gradients.
+
+    Returns:
+        Parameters of which the checkpoint has no state, though it has that of others; and lines for people.
+    """
+    there = set(saved)
+    missing = {name: [key for key in wanted[name] if (name, key) not in there] for name in trained}
+    anew = [name for name, keys in missing.items() if keys and len(keys) == len(wanted[name])]
+    if len(anew) == len(trained):
+        anew = []
+    keys = dict.fromkeys(key for name in missing if name not in anew for key in missing[name])
+    unused = dict.fromkeys(key for name, key in saved if key not in wanted[name])
+    begins = "starts at its initial value: the checkpoint has none"
+    lines = [f"optimizer state {key} {begins}" for key in keys]
+    if anew:
+        lines.append(f"optimizer state of {some(tuple(anew))} {begins}")
+    return anew, [*lines, *(f"optimizer state {key} of the checkpoint is not used" for key in unused)]
