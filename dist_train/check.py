@@ -2,16 +2,13 @@
 nothing, and runs before torch is imported and before any process group starts."""
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
-import re
-import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dist_train.backends import rules
 from dist_train.checkpoint import manifest
@@ -20,11 +17,10 @@ from dist_train.config import Config, TrackConfig, unknown
 from dist_train.data import DATASETS
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
+from dist_train.lock import holder, how_to_end
 from dist_train.lookup import accepts, parameters, torch_optimizers
 from dist_train.models import MODELS
 
-# Locked by the process that writes in a run's folder, which says in it who it is.
-LOCK = ".lock"
 # The keys of track.profile, with what each is where another is given.
 PROFILE = {"start_step": 10, "steps": 5}
 NULL_IS_OFF = ("train.grad_clip", "train.max_time_s", "train.step_timeout_s", "checkpoint.every_s")
@@ -355,35 +351,6 @@ def _folder(config: Config, _: Launcher) -> Iterator[str]:
     if status_of(folder) == "finished":
         another = f"--{path} {folder.name if path == 'run.name' else folder}-2"
         yield f"{path}: got {folder}, which holds a finished run; expected a new folder, for example {another}"
-
-
-def holder(folder: Path) -> str | None:
-    """The process that writes in a run's folder; None if none does. Many ranks may ask at once."""
-    try:
-        with (folder / LOCK).open(encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return said_by_holder(file)
-    except OSError:
-        pass
-    return None
-
-
-def how_to_end(said: str) -> str:
-    """The rest of a line that refuses a folder: how its holder, as it has named itself, is ended."""
-    pid = said.split()[1] if re.fullmatch(r"process \d+ on \S+", said) else None
-    return f"; to end that run, which may have lost its launcher: kill {pid} on {said.split()[-1]}" if pid else ""
-
-
-def said_by_holder(file: IO[str]) -> str:
-    """What the process that has locked a file has written there of itself, a moment after it locked it."""
-    for _ in range(20):
-        file.seek(0)
-        if said := file.read().strip():
-            return said
-        time.sleep(0.05)
-    return "a process that has not said which"
 
 
 def status_of(folder: Path) -> str | None:

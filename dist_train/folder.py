@@ -1,18 +1,17 @@
 """The folder of a run: one run at a time writes in it, and all ranks see it."""
 
 import contextlib
-import fcntl
 import itertools
 import os
 import platform
 import secrets
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
-from dist_train import dist
-from dist_train.check import LOCK, how_to_end, run_folder, said_by_holder, status_of
+from dist_train import dist, ending, lock
+from dist_train.check import run_folder, status_of
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.save import clean
 from dist_train.config import Config, dump
@@ -30,18 +29,18 @@ SEEN_WITHIN_S = 10.0
 @contextlib.contextmanager
 def opened(config: Config, world: World) -> Iterator[Path]:
     """The run's folder, made and locked by rank 0, with the config in it. Collective. Raises ConfigError."""
-    locks: list[IO[str]] = []
-    folder = dist.on_main(lambda: _open(config, locks, prefix(world.rank, world.size)))
-    if world.size > 1:
-        check_shared(folder, world)
+    locks: list[Callable[[], None]] = []
     try:
+        folder = dist.on_main(lambda: _open(config, locks, prefix(world.rank, world.size)))
+        if world.size > 1:
+            check_shared(folder, world)
         yield folder
     finally:
-        for lock in locks:
-            lock.close()
+        for free in locks:
+            free()
 
 
-def _open(config: Config, locks: list[IO[str]], rank: str) -> Path:
+def _open(config: Config, locks: list[Callable[[], None]], rank: str) -> Path:
     folder = run_folder(config) or _before_restart()
     if folder is None:
         folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -73,9 +72,9 @@ def _mark() -> Path:
     return Path("runs") / f".torchrun-{os.environ.get('TORCHELASTIC_RUN_ID', '')}"
 
 
-def _take(folder: Path, locks: list[IO[str]], rank: str) -> None:
+def _take(folder: Path, locks: list[Callable[[], None]], rank: str) -> None:
     """Locks the folder and tidies it up. What it says starts with `rank`."""
-    locks.append(_lock(folder))
+    locks.append(_lock(folder, rank))
     if status_of(folder) == "finished":  # since its status was looked at before, while that run had the lock
         raise ConfigError(
             f"run.dir: got {folder}, which holds a finished run; expected a new folder, for example --run.dir "
@@ -87,26 +86,30 @@ def _take(folder: Path, locks: list[IO[str]], rank: str) -> None:
     (folder / "summary.json").unlink(missing_ok=True)  # of a run that was stopped
 
 
-def _lock(folder: Path) -> IO[str]:
-    """Held until the process ends, however it ends."""
-    file = (folder / LOCK).open("a+", encoding="utf-8")
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                said = said_by_holder(file)
-                raise ConfigError(
-                    f"run.dir: got {folder}, in which another run writes ({said}), expected a folder of its own; for "
-                    f"example --run.dir {folder}-2{how_to_end(said)}"
-                ) from None
-            time.sleep(0.1)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+def _lock(folder: Path, rank: str) -> Callable[[], None]:
+    """Held until what it returns is called, or the process ends, however it ends."""
+
+    def lost(other: str) -> None:
+        sys.stderr.write(
+            f"{rank}run.dir: another run ({other}) has taken this one for dead and writes in {folder} now, so this one "
+            f"ends\n"
+        )
+        ending.leave(ending.FAILED)
+
+    try:
+        free, without = lock.take(folder, LOCK_WAIT_S, lost)
+    except lock.BusyError as busy:
+        raise ConfigError(
+            f"run.dir: got {folder}, in which another run writes ({busy}), expected a folder of its own; for example "
+            f"--run.dir {folder}-2{lock.how_to_end(str(busy))}"
+        ) from None
+    if without is not None:
+        print(
+            f"{rank}{folder} is on a file system without locks ({without}); instead, its file {lock.WRITER} tells "
+            f"other runs that this one writes there",
+            flush=True,
+        )
+    return free
 
 
 def check_shared(folder: Path, world: World) -> None:

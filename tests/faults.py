@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import fcntl
 import glob
 import json
 import logging
@@ -204,10 +205,10 @@ def lock_after(checked: str, go: str) -> None:
     """Makes the file `checked` when the config was found good, and asks for the lock when the file `go` is there."""
     lock = folder._lock
 
-    def late(place: Path):
+    def late(place: Path, rank: str):
         Path(checked).touch()
         _await(go)
-        return lock(place)
+        return lock(place, rank)
 
     folder._lock = late
 
@@ -228,6 +229,18 @@ def race(root: str, ended: str) -> None:
     folder.LOCK_WAIT_S = 0.3
     wait_at(root, ("mkdir", ".writing-step-00000003", "", 0), f"{ended}.paused", ended)
     tell_end(ended)
+
+
+def without_locks(error: int, *then: Any) -> None:
+    """The file system has no locks, and says so by an error; and what else is planted, a function's name and
+    arguments."""
+
+    def flock(*_: Any) -> None:
+        raise OSError(error, os.strerror(error))
+
+    fcntl.flock = flock
+    if then:
+        globals()[then[0]](*then[1:])
 
 
 def _await(path: str) -> None:

@@ -1,20 +1,26 @@
 """Disks that are full, cannot be written, or are not the same on all ranks; two runs in one folder."""
 
+import errno
 import fcntl
 import os
+import platform
 import shutil
 import threading
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dist_train.check import LOCK, holder
+from dist_train import lock as locks
+from dist_train.lock import LOCK, WRITER, BusyError, holder
 
 from checkpoint_runs import (
     DDP,
     FSDP2,
     SAVE_9,
+    SAVE_12,
     SINGLE,
     Kind,
     copy,
@@ -140,6 +146,113 @@ def test_who_holds_a_folder_is_named_though_it_has_not_said_so_yet(tmp_path: Pat
         assert holder(tmp_path) == "process 7 on here"
         saying.join()
     assert holder(tmp_path) is None
+
+
+# -- file systems without locks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_run_on_a_file_system_without_locks(error: int, zygote: Zygote, references, tmp_path: Path):
+    kind = DDP if error == errno.ENOLCK else SINGLE
+    folder = tmp_path / "run"
+    (ended,) = zygote.run(kind.run(folder, plant=dict.fromkeys(range(kind.ranks), ("without_locks", error))))
+    said = f"{folder} is on a file system without locks ({os.strerror(error)}); instead, its file .writer tells"
+    assert ended.check().out[0].count(said) == 1 and said not in "".join(ended.out[1:])
+    assert same(weights(folder), references(kind).weights)
+    assert not (folder / WRITER).exists()
+
+
+def test_of_two_runs_one_is_refused_also_without_locks(zygote: Zygote, references, tmp_path: Path):
+    folder, ended = tmp_path / "run", str(tmp_path / "ended")
+    run = SINGLE.run(folder, plant={0: ("without_locks", errno.ENOLCK, "race", root(folder), ended)})
+    both = sorted(zygote.run(run, run), key=lambda ended: ended.codes)
+    assert "in which another run writes (process " in refused(both[1])
+    assert both[0].codes == [0] and same(weights(folder), references(SINGLE).weights)
+
+
+def test_a_killed_run_without_locks_is_gone_on_from(zygote: Zygote, references, tmp_path: Path):
+    """Its file is there still, and tells of a process that is gone."""
+    folder = tmp_path / "run"
+    without = ("without_locks", errno.ENOLCK)
+    kill = {0: (*without, "kill_at", root(folder), SAVE_12)}
+    zygote.run(SINGLE.run(folder, plant=kill, kill_all=True))
+    assert (folder / WRITER).read_text().startswith("process ")
+    (ended,) = zygote.run(SINGLE.run(folder, plant={0: without}))
+    assert resumed_from(ended.check()) == 9 and ended.seconds < locks.STALE_S
+    assert same(weights(folder), references(SINGLE).weights) and not (folder / WRITER).exists()
+
+
+ELSEWHERE = "process 7 on there\nanother-boot pid:[1] 7 100 abc\n"
+
+
+def without_locks(monkeypatch: pytest.MonkeyPatch, **settings: float) -> None:
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    for name, value in settings.items():
+        monkeypatch.setattr(locks, name, value)
+
+
+def test_a_writer_on_another_machine_counts_as_long_as_it_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    without_locks(monkeypatch, STALE_S=1.5)
+    writer = tmp_path / WRITER
+    (tmp_path / LOCK).touch()
+    writer.write_text(ELSEWHERE)
+    assert holder(tmp_path) == "process 7 on there"
+    ended = threading.Event()
+
+    def beats() -> None:
+        while not ended.wait(0.05):
+            os.utime(writer)
+
+    beating = threading.Thread(target=beats)
+    beating.start()
+    with pytest.raises(BusyError, match="process 7 on there"):
+        locks.take(tmp_path, 0.5, print)
+    ended.set()
+    beating.join()
+    assert writer.read_text() == ELSEWHERE
+    free, why = locks.take(tmp_path, 0.5, print)  # it has stopped
+    assert why == os.strerror(errno.ENOLCK) and holder(tmp_path) == f"process {os.getpid()} on {platform.node()}"
+    free()
+    assert not writer.exists() and holder(tmp_path) is None
+
+
+def test_a_writer_that_was_taken_for_dead_hears_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    without_locks(monkeypatch, BEAT_S=0.05)
+    heard, told = threading.Event(), []
+    free, _ = locks.take(tmp_path, 0.5, lambda other: (told.append(other), heard.set()))
+    before = (tmp_path / WRITER).stat().st_mtime_ns
+    assert _within(10, lambda: (tmp_path / WRITER).stat().st_mtime_ns > before)
+    (tmp_path / "other").write_text(ELSEWHERE)
+    (tmp_path / "other").replace(tmp_path / WRITER)
+    assert heard.wait(10) and told == ["process 7 on there"]
+    free()
+    assert (tmp_path / WRITER).read_text() == ELSEWHERE  # the other's is left
+
+
+def test_of_two_that_take_a_stale_file_one_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The other took it in the moment after."""
+    without_locks(monkeypatch, STALE_S=0.1)
+    (tmp_path / WRITER).write_text(ELSEWHERE)
+    sleep = time.sleep
+
+    def other_takes(seconds: float) -> None:
+        if seconds == locks.SETTLE_S:
+            (tmp_path / WRITER).write_text(ELSEWHERE)
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", other_takes)
+    with pytest.raises(BusyError, match="process 7 on there"):
+        locks.take(tmp_path, 0.1, print)
+
+
+def _within(seconds: float, true: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return true()
 
 
 def test_a_run_that_waited_for_another_to_end_does_not_overwrite_it(zygote: Zygote, references, tmp_path: Path):

@@ -15,7 +15,6 @@ from dist_train.checkpoint.manifest import Damaged, Manifest
 from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
-from dist_train.paths import expanded
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
@@ -27,7 +26,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
             f"command line: got {' '.join(argv) or 'nothing'}, expected the folder of a checkpoint or of a run; write "
             f"inspect DIR, or inspect DIR --json"
         )
-    place = Path(expanded(places[0], "command line"))
+    place = Path(places[0])
     found, damaged = manifest.listed(place)
     if not found and not damaged:
         raise ConfigError(f"command line: got {place}, expected the folder of a checkpoint, or of a run that has some")

@@ -9,7 +9,6 @@ from pathlib import Path
 from dist_train import ending
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
-from dist_train.paths import expanded
 from dist_train.report import html, read
 from dist_train.report.panels import panels
 from dist_train.tools.options import split
@@ -31,7 +30,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
             f"command line: got {wrong[0] if wrong else 'no run'}, expected folders of runs; write report RUN [RUN "
             f"...] [-o FILE.html] [--png DIR]"
         )
-    folders = [Path(expanded(word, "command line")) for word in words]
+    folders = [Path(word) for word in words]
     output = options["-o"] or options["--output"]
     beside = folders[0] if len(folders) == 1 else Path()
     path = Path(output) if output else beside / "report.html"

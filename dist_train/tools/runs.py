@@ -12,7 +12,6 @@ from dist_train import ending
 from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher
-from dist_train.paths import expanded
 from dist_train.report.files import runs_below
 from dist_train.report.glance import Glance, glance
 from dist_train.report.text import duration, number, percent
@@ -28,7 +27,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     places = [word for word in argv if word != "--json"]
     if len(places) > 1 or any(word.startswith("-") for word in places):
         raise ConfigError(f"command line: got {' '.join(argv)}, expected at most a folder; write runs [DIR] [--json]")
-    place = Path(*(expanded(word, "command line") for word in places or ["runs"]))
+    place = Path(*places or ["runs"])
     if not place.is_dir():
         raise ConfigError(
             f"command line: got {place}, which is no folder, expected one with runs in it; for example runs ."

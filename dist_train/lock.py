@@ -1,0 +1,204 @@
+"""One run at a time writes in a folder.
+
+The file system's own lock says so, which ends with the process however it ends. Some file systems have none (NFS
+without its lock daemon, some FUSE and Lustre mounts). There a file says who writes, and is touched by a thread as long
+as the process lives. It no longer counts once the process is gone or, of a process on another machine, once it was not
+touched for a while.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import platform
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+# Locked by the process that writes in a run's folder, which says in it who it is.
+LOCK = ".lock"
+# The file where there are no locks. Its second line tells processes apart: boot, namespace, process, start, chance.
+WRITER = ".writer"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
+BEAT_S = 2.0
+STALE_S = 30.0
+# Of two that take the same stale file at the same moment, the first has seen the other's after this long.
+SETTLE_S = 0.5
+
+
+class BusyError(Exception):
+    """Another process writes there; the message says which."""
+
+
+def take(folder: Path, wait_s: float, lost: Callable[[str], None]) -> tuple[Callable[[], None], str | None]:
+    """Makes this process the one that writes in a folder.
+
+    Args:
+        folder: that is there.
+        wait_s: how long to wait for one that is about to end.
+        lost: called in a thread, with who writes now, where a file system has no locks and another process has taken
+            this one for dead.
+
+    Returns:
+        A function that gives the folder free, and why there are no locks; None where there are.
+
+    Raises:
+        BusyError: another process writes there.
+        OSError: nothing can be written there.
+    """
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BusyError(said_by_holder(file)) from None
+            time.sleep(0.1)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            file.close()
+            return _Beating(folder / WRITER, wait_s, lost).close, os.strerror(error.errno)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file.close, None
+
+
+def holder(folder: Path) -> str | None:
+    """The process that writes in a run's folder; None if none does. Many ranks may ask at once."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return said_by_holder(file)
+            except OSError as error:
+                return _beats(folder / WRITER) if error.errno in NO_LOCKS else None
+    except (OSError, ValueError):  # no such folder, or a name that none can have
+        pass
+    return None
+
+
+def how_to_end(said: str) -> str:
+    """The rest of a line that refuses a folder: how its holder, as it has named itself, is ended."""
+    pid = said.split()[1] if re.fullmatch(r"process \d+ on \S+", said) else None
+    return f"; to end that run, which may have lost its launcher: kill {pid} on {said.split()[-1]}" if pid else ""
+
+
+def said_by_holder(file: IO[str]) -> str:
+    """What the process that has locked a file has written there of itself, a moment after it locked it."""
+    for _ in range(20):
+        file.seek(0)
+        if said := file.read().strip():
+            return said
+        time.sleep(0.05)
+    return "a process that has not said which"
+
+
+# -- without locks -----------------------------------------------------------------------------------------------------
+
+
+class _Beating:
+    """A file that tells who writes, touched until it is closed; see `take`."""
+
+    def __init__(self, path: Path, wait_s: float, lost: Callable[[str], None]):
+        self.path, self.lost = path, lost
+        self.own = f"process {os.getpid()} on {platform.node()}\n{_identity(os.getpid())} {secrets.token_hex(8)}\n"
+        try:
+            with path.open("x", encoding="utf-8") as file:  # one of several makes it
+                file.write(self.own)
+        except FileExistsError:
+            _wait_until_dead(path, wait_s)
+            beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+            beside.write_text(self.own, encoding="utf-8")
+            beside.replace(path)
+            time.sleep(SETTLE_S)
+            if (now := _read(path)[0]) != self.own:
+                raise BusyError(_who(now)) from None
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._beat, daemon=True, name="writer")
+        self.thread.start()
+
+    def _beat(self) -> None:
+        while not self.ended.wait(BEAT_S):
+            with contextlib.suppress(OSError):  # a moment without a server is no reason to end
+                if (now := _read(self.path)[0]) != self.own:
+                    self.lost(_who(now))
+                    return
+                os.utime(self.path)
+
+    def close(self) -> None:
+        """Gives the folder free."""
+        self.ended.set()
+        self.thread.join()
+        with contextlib.suppress(OSError):
+            if _read(self.path)[0] == self.own:
+                self.path.unlink()
+
+
+def _wait_until_dead(path: Path, wait_s: float) -> None:
+    """Returns when the process that a file tells of is gone. Raises BusyError when it is seen to live."""
+    first = seen = _read(path)
+    start = since = time.monotonic()
+    while True:
+        alive = _lives(seen[0])
+        if alive is False or time.monotonic() - since > STALE_S:
+            return
+        if time.monotonic() - start > wait_s and (alive or seen != first):
+            raise BusyError(_who(seen[0]))
+        time.sleep(0.1)
+        if (now := _read(path)) != seen:
+            seen, since = now, time.monotonic()
+
+
+def _beats(path: Path) -> str | None:
+    """Who is told of by a file that counts; None if none is."""
+    text, at_ns = _read(path)
+    alive = _lives(text) if text else False
+    if alive is None:
+        alive = abs(time.time() - at_ns / 1e9) < STALE_S
+    return _who(text) if alive else None
+
+
+def _read(path: Path) -> tuple[str, int]:
+    """The text of a file, and when it was touched, in nanoseconds; of none, nothing."""
+    try:
+        with path.open(encoding="utf-8", errors="replace") as file:  # opened, NFS asks its server how the file is now
+            return file.read(), os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return "", 0
+
+
+def _who(text: str) -> str:
+    return text.partition("\n")[0] or "a process that has not said which"
+
+
+def _lives(text: str) -> bool | None:
+    """Whether the process that a file tells of lives; None where that cannot be seen from here."""
+    if not text:
+        return None  # not written yet, or removed
+    told = text.partition("\n")[2].split()
+    here = _identity(os.getpid()).split()
+    if len(told) != len(here) + 1 or told[:2] != here[:2] or "?" in told:
+        return None
+    return told[2].isdecimal() and _identity(int(told[2])).split() == told[:-1]
+
+
+def _identity(process: int) -> str:
+    """Boot of the machine, namespace of processes, process and when it started."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        state, *facts = text.rpartition(")")[2].split()
+        if state not in ("Z", "X"):  # killed, and waiting for its parent
+            return f"{boot} {os.readlink('/proc/self/ns/pid')} {process} {facts[18]}"
+    except OSError:  # gone, or no Linux
+        pass
+    return f"? ? {process} ?"
