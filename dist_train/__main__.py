@@ -12,13 +12,14 @@ from dist_train.check import check, resumes, run_folder
 from dist_train.config import Config, load, unknown
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, clean_argv, detect
-from dist_train.speech import mark_warnings
+from dist_train.speech import escape_unprintable, mark_warnings
 
 TOOLS = ("bench", "doctor", "eval", "explain", "export", "inspect", "parity", "report", "runs")
 
 
 def main() -> None:
     """The console script. Ends the process with a code of `ending`."""
+    escape_unprintable()
     launcher = Launcher()
     try:
         launcher = _launcher(sys.argv[1:])

@@ -20,6 +20,7 @@ from dist_train.launcher import Launcher
 from dist_train.lock import holder, how_to_end
 from dist_train.lookup import accepts, parameters, torch_optimizers
 from dist_train.models import MODELS
+from dist_train.paths import typed
 
 # The keys of track.profile, with what each is where another is given.
 PROFILE = {"start_step": 10, "steps": 5}
@@ -323,7 +324,7 @@ def resumes(config: Config) -> bool:
 
 def _folder(config: Config, _: Launcher) -> Iterator[str]:
     name = config.run.name
-    if name is not None and (name in ("", ".", "..") or "/" in name or not name.isprintable()):
+    if name is not None and (name in ("", ".", "..") or "/" in name or not typed(name).isprintable()):
         yield f"run.name: got {name!r}, expected a plain folder name; give the way to it as --run.dir"
         return
     if config.run.dir is not None and (not config.run.dir or "\0" in config.run.dir):

@@ -30,7 +30,7 @@ class RunConfig:
 
     dir: str | None = field(default=None, metadata=PATH)
     """Folder of the run; with run.name, the folder that holds it (null: runs)."""
-    name: str | None = None
+    name: str | None = field(default=None, metadata=PATH)
     """Name of the run, a folder within run.dir (null: run.dir itself, or DATA-MODEL-TIME within runs)."""
 
 
@@ -263,7 +263,7 @@ def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
             twice the later. `--optim.args.eps 1e-6` sets one of the arguments, `--optim.args '{eps: 1e-6}'` all.
         prog: the name that the help gives to the program.
     """
-    files, options, asked = _split(argv)
+    files, options, asked = _split([paths.typed(word) for word in argv])
     if asked == "help":
         _help(prog)
         raise SystemExit(0)

@@ -46,6 +46,12 @@ def written(path: str) -> str:
     return "$" + text if text.startswith("~") else text
 
 
+def typed(word: str) -> str:
+    """A word of the command line as text, also where the locale is not the terminal's: there Python gives bytes for what
+    it has no characters for."""
+    return os.fsencode(word).decode("utf-8", "surrogateescape")
+
+
 def _nameable(path: str, name: str) -> str:
     """A path whose characters the locale does not have, in the form in which Python gives file names to it: as their
     bytes in UTF-8."""

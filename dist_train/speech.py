@@ -1,5 +1,7 @@
-"""Which rank a line is of, where there are several: the others than rank 0 are silent unless they fail."""
+"""How lines are written: which rank each is of, where there are several (the others than rank 0 are silent unless they
+fail), and what a terminal cannot show."""
 
+import io
 import logging
 import sys
 import warnings
@@ -15,6 +17,14 @@ def prefix(rank: int, world_size: int) -> str:
 def marked(text: str, rank: int, world_size: int) -> str:
     """Lines with the rank before each."""
     return "\n".join(prefix(rank, world_size) + line for line in text.split("\n"))
+
+
+def escape_unprintable() -> None:
+    """What the terminal's encoding does not have, such as a name in another script, is written as an escape, where it
+    would be an error in the middle of a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def mark_warnings(launcher: Launcher) -> None:

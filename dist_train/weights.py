@@ -94,9 +94,9 @@ def _read_checkpoint(place: Path, option: str) -> State:
 
 
 def _read_safetensors(path: Path) -> State:
-    from safetensors.torch import load_file
+    from safetensors.torch import load, load_file
 
-    return load_file(path)
+    return load_file(path) if _is_text(path) else load(path.read_bytes())
 
 
 def _read_torch(path: Path) -> Any:
@@ -108,7 +108,18 @@ def _read_torch(path: Path) -> Any:
             raise ValueError(f"{damaged} does not have its checksum")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an archive of TorchScript is refused, and warned of as well
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if _is_text(path):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _is_text(path: Path) -> bool:
+    """Whether the path can be given to a library that is not in Python: a file's name may be any bytes."""
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _refuse(option: str, path: Path, error: Exception) -> NoReturn:

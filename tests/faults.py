@@ -231,6 +231,12 @@ def race(root: str, ended: str) -> None:
     tell_end(ended)
 
 
+def ascii_terminal() -> None:
+    """As PYTHONIOENCODING=ascii."""
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
+    sys.stderr.reconfigure(encoding="ascii", errors="strict")
+
+
 def without_locks(error: int, *then: Any) -> None:
     """The file system has no locks, and says so by an error; and what else is planted, a function's name and
     arguments."""

@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "speech": {"launcher"},
     "check": {
         *("backends", "backends.rules", "checkpoint.allowed", "checkpoint.manifest", "config", "data", "errors"),
-        *("launcher", "lock", "lookup", "models"),
+        *("launcher", "lock", "lookup", "models", "paths"),
     },
     "whole": {"errors"},
     "columns": set(),

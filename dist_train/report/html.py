@@ -63,7 +63,7 @@ def page(runs: list[Run], panels: list[Panel]) -> bytes:
 </body>
 </html>
 """
-    return text.encode()
+    return text.encode(errors="backslashreplace")  # a folder's name may be no text
 
 
 def _plotly() -> str:
