@@ -47,8 +47,8 @@ def written(path: str) -> str:
 
 
 def typed(word: str) -> str:
-    """A word of the command line as text, also where the locale is not the terminal's: there Python gives bytes for what
-    it has no characters for."""
+    """A word of the command line as text, also where the locale is not the terminal's: there Python gives bytes for
+    what it has no characters for."""
     return os.fsencode(word).decode("utf-8", "surrogateescape")
 
 

@@ -142,7 +142,7 @@ def evaluate(
     """Mean loss and accuracy over a split, each sample counted once at any world size. Collective.
 
     Args:
-        model: from inputs [batch, ...] to outputs [batch, classes]. Left in training mode if it was.
+        model: from inputs [batch, ...] to outputs [batch, classes]. Each of its modules is left in the mode it was in.
         loss_of: the sum of the loss over a batch.
         feed: the split.
         batch_size: samples at once on a rank.
@@ -154,7 +154,7 @@ def evaluate(
     Returns:
         `eval/loss` and `eval/accuracy`, the same on every rank.
     """
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     n = len(feed.split)
     part = share(n, world.rank, world.size)
@@ -172,6 +172,7 @@ def evaluate(
         if watch:
             watch(outputs, targets)
         sums += torch.stack([loss_of(outputs, targets, 1), (outputs.argmax(1) == labels).sum()]).to(wide)
-    model.train(training)
+    for module, training in modes:
+        module.training = training
     loss, correct = (dist.sum_(sums) / n).tolist()
     return {"eval/loss": loss, "eval/accuracy": correct}

@@ -19,6 +19,7 @@ from dist_train.check import UNFIT_OPTIMIZERS
 from dist_train.checkpoint import manifest, storage
 from dist_train.config import CheckpointConfig, CompileConfig, Config, ModelConfig, OptimConfig, RunConfig
 from dist_train.lookup import torch_optimizers
+from dist_train.optim import lr_at
 from dist_train.order import Plan
 from dist_train.shards import shards_of
 
@@ -71,6 +72,40 @@ def test_the_same_bits_with_dropout_and_compiled(backend: str, ranks: int, tmp_p
     cell = dataclasses.replace(with_dropout(config(backend, "AdamW")), compile=CompileConfig(mode="default"))
     alone, _, resumed = go(ranks, cut_and_resumed(cell, tmp_path))[0]
     assert same_bits(alone, resumed)
+
+
+SCHEDULES = {
+    "constant": {},
+    "linear": {"lr_final": 1e-4},
+    "cosine": {"lr_final": 1e-4},
+    "step": {"step_size": 5, "gamma": 0.5},
+}
+
+
+def rates_of_a_resumed_run(schedule: str, folder: Path) -> tuple[list[float], list[float]]:
+    """The learning rates that were recorded, and those of a run that was not cut off."""
+    optim = OptimConfig(name="SGD", lr=3e-3, schedule=schedule, warmup_steps=12, **SCHEDULES[schedule])
+    cell = dataclasses.replace(config(), optim=optim)
+    resumed = run_series(cut_and_resumed(cell, folder)[1:])[1]
+    recorded = [line["train/lr"] for line in resumed.metrics if "train/lr" in line]
+    return recorded, [lr_at(optim, step, 24) for step in range(24)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_learning_rate_goes_on_where_it_was(schedule: str, tmp_path: Path):
+    recorded, expected = rates_of_a_resumed_run(schedule, tmp_path)
+    assert recorded == expected
+
+
+def test_a_learning_rate_that_counts_from_the_resume_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first: dict[int, int] = {}
+
+    def from_the_start(optim: OptimConfig, step: int, total: int) -> float:
+        return lr_at(optim, step - first.setdefault(id(optim), step), total)
+
+    monkeypatch.setattr("dist_train.train.lr_at", from_the_start)
+    recorded, expected = rates_of_a_resumed_run("linear", tmp_path)
+    assert recorded[:10] == expected[:10] and recorded[10:] != expected[10:]
 
 
 def test_a_lost_random_state_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -347,6 +382,20 @@ def test_what_is_kept(tmp_path: Path):
         if "eval/loss" in m
     }
     assert steps[:2] == [24, 20] and set(steps) == {24, 20, min(losses, key=losses.get)}
+
+
+@pytest.mark.parametrize(("metric", "best"), [("eval/accuracy", [8, 16]), ("eval/loss", [8, 12])])
+def test_the_best_stay_though_later_ones_are_worse(
+    metric: str, best: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The two metrics do not agree, and neither the first nor the last checkpoint is the best."""
+    metrics = iter([(0.5, 0.7), (0.9, 0.1), (0.6, 0.2), (0.8, 0.6), (0.4, 0.8), (0.3, 0.9)])
+    told = lambda *_, **__: dict(zip(("eval/accuracy", "eval/loss"), next(metrics), strict=True))  # noqa: E731
+    monkeypatch.setattr("dist_train.train.evaluate", told)
+    cell = dataclasses.replace(config(), train=dataclasses.replace(config().train, eval_every_steps=4))
+    run_series([(saving(cell, tmp_path, every_steps=4, keep_last=1, keep_best=2, best_metric=metric), None)])
+    assert sorted(m.step for _, m in manifest.listed(tmp_path)[0]) == [*best, 24]
+    assert manifest.best(manifest.listed(tmp_path)[0], metric)[1].step == 8
 
 
 def test_saving_by_epochs_and_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from dist_train.tools.trajectory import trajectory
 from dist_train.train import evaluate
 
 from data_files import fashion_mnist_root
-from parity_cells import TOLERANCE, config, run_cells, run_single, this_world
+from parity_cells import ALONE, TOLERANCE, config, run_cells, run_single, this_world
 from ranks import run_ranks
 
 
@@ -96,6 +96,26 @@ def test_evaluation_counts_each_sample_once(n_test: int):
 @pytest.fixture(scope="session")
 def fashion_root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(fashion_mnist_root(tmp_path_factory))
+
+
+def test_evaluation_leaves_every_module_in_its_mode():
+    """A user's frozen norm stays in evaluation mode, the rest in training."""
+    cell = config()
+    parts = assemble.build(cell, ALONE.device)
+    model = nn.Sequential(parts.model, nn.BatchNorm1d(10), nn.Dropout(0.5))
+    model[1].eval()
+    modes = [module.training for module in model.modules()]
+    evaluate(model, loss_fn("cross_entropy"), parts.test_feed, 64, ALONE, parts.precision)
+    assert [module.training for module in model.modules()] == modes and len(set(modes)) == 2
+
+
+@pytest.mark.parametrize("scope", ["model", "step"])
+def test_an_evaluation_changes_nothing_of_the_training(scope: str):
+    """With dropout, which a model that is left in evaluation mode does not have."""
+    cell = replaced(replaced(config(), "model", dropout=0.5), "compile", scope=scope)
+    often, never = (run_single(replaced(cell, "train", eval_every_steps=every)) for every in (2, None))
+    assert often.losses == never.losses
+    assert all((often.weights[name] == never.weights[name]).all() for name in never.weights)
 
 
 def test_evaluation_is_a_hand_written_loop_exactly(fashion_root: str):
