@@ -155,8 +155,8 @@ MAY_IMPORT = {
     },
     "backends.buckets": {"backends.fit", "backends.probe", "errors"},
     "backends.deepspeed": {
-        *("backends.base", "backends.fit", "backends.gradients", "backends.initial", "backends.probe", "config", "dist"),
-        *("errors", "journal", "precision", "shards"),
+        *("backends.base", "backends.fit", "backends.gradients", "backends.initial", "backends.probe", "config"),
+        *("dist", "errors", "journal", "precision", "shards"),
     },
     "backends.gradients": {"errors"},
     "backends.buffers": {"backends.probe", "dist"},

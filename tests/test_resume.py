@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 
-from dist_train import assemble, precision
+from dist_train import assemble, meter, precision
 from dist_train.backends.initial import Initial
 from dist_train.check import UNFIT_OPTIMIZERS
 from dist_train.checkpoint import manifest, storage
@@ -98,12 +98,13 @@ def test_the_learning_rate_goes_on_where_it_was(schedule: str, tmp_path: Path):
 
 
 def test_a_learning_rate_that_counts_from_the_resume_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    first: dict[int, int] = {}
+    class Meter(meter.Meter):
+        def __init__(self, *of):
+            super().__init__(*of)
+            Meter.first = self.result.steps
 
-    def from_the_start(optim: OptimConfig, step: int, total: int) -> float:
-        return lr_at(optim, step - first.setdefault(id(optim), step), total)
-
-    monkeypatch.setattr("dist_train.train.lr_at", from_the_start)
+    monkeypatch.setattr("dist_train.train.Meter", Meter)
+    monkeypatch.setattr("dist_train.train.lr_at", lambda optim, step, total: lr_at(optim, step - Meter.first, total))
     recorded, expected = rates_of_a_resumed_run("linear", tmp_path)
     assert recorded[:10] == expected[:10] and recorded[10:] != expected[10:]
 
