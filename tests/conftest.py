@@ -17,7 +17,7 @@ torch.set_num_threads(1)  # as the workers: the number of threads decides the la
 
 
 @pytest.fixture(scope="session", autouse=True)
-def workers():
+def no_leftovers():
     """Ends the worker processes after the last test, and looks for leftovers."""
     yield
     for pool in WORKERS.values():

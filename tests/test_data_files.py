@@ -273,11 +273,83 @@ def test_own_test_annotations(images: Path):
 def test_labels_that_are_names(images: Path):
     files = sorted((images / "images").iterdir())
     rewrite(images, *(f"images/{path.name},{['pear', 'apple', '7'][i % 3]}" for i, path in enumerate(files)))
-    data = csv_images(str(images), False)
+    data = csv_images(str(images), False, labels="names")
     assert data.classes == ("7", "apple", "pear")
     rows = data.train.dataset.rows
     _, targets = next(feed_of(data)([np.arange(len(rows))]))
     assert targets.tolist() == [data.classes.index(row.label) for row in rows]
+
+
+def labelled(root: Path, *labels: str, **arguments) -> tuple[tuple[str, ...], list[int]]:
+    """The classes of images with these labels, and the class number of each image."""
+    files = sorted((root / "images").iterdir())
+    rewrite(root, *(f"images/{path.name},{label}" for path, label in zip(files, labels, strict=False)))
+    data = csv_images(str(root), False, test_annotations="annotations.csv", **arguments)
+    return data.classes, [data.train.dataset[i][1] for i in range(len(labels))]
+
+
+TEN, TWELVE = tuple(map(str, range(11))), ("02", "03", "11")
+
+
+@pytest.mark.filterwarnings("ignore:.* makes .* classes")
+@pytest.mark.parametrize(
+    ("labels", "classes", "numbers"),
+    [
+        (("10", "2", "1"), TEN, [10, 2, 1]),
+        (("10.0", "2", "2.", " +2 ", "2e0"), TEN, [10, 2, 2, 2, 2]),
+        (("1e1", "0", "-0"), TEN, [10, 0, 0]),
+        (("11", "02", "03"), TWELVE, [2, 0, 1]),  # with zeros: names, whose order is that of the numbers
+        (("00501", "99999"), ("00501", "99999"), [0, 1]),
+        (("b", "a", "c 1"), ("a", "b", "c 1"), [1, 0, 2]),
+        (("1_0", "0x1"), ("0x1", "1_0"), [1, 0]),
+    ],
+)
+def test_what_labels_are(images: Path, labels: tuple, classes: tuple, numbers: list[int]):
+    assert labelled(images, *labels) == (classes, numbers)
+
+
+@pytest.mark.filterwarnings("ignore:.* makes .* classes")
+def test_labels_are_what_one_says(images: Path):
+    assert labelled(images, "2", "10", "nan", labels="names") == (("10", "2", "nan"), [1, 0, 2])
+    assert labelled(images, "007", "7", labels="numbers") == (TEN[:8], [7, 7])
+
+
+@pytest.mark.filterwarnings("ignore:.* makes .* classes")
+@pytest.mark.parametrize(
+    ("labels", "line", "says"),
+    [
+        (("0", "1", "-1", "2"), 4, "got label -1, expected a class number from 0 to 99999"),
+        (("0", "nan", "1"), 3, "got label nan, expected a class number"),
+        (("0", "1", "NaN"), 4, "got label NaN, expected a class number"),
+        (("0", "1", "inf"), 4, "got label inf, expected a class number"),
+        (("0", "1", "1.5"), 4, "got label 1.5, expected a class number"),
+        (("0", "1", "1e400"), 4, "got label 1e400, expected a class number"),
+        (("0", "1", "100000"), 4, "got label 100000, expected a class number"),
+        (("0", "1", "9" * 5000), 4, f"got label '{'9' * 60}...', expected a class number"),
+        (("0", "1", "NA", "1"), 4, "got label 'NA', a name, expected a number as other labels are"),
+        (("0", "1", "1 2"), 4, "got label '1 2', a name"),
+        (("0", "1", "007"), 4, "got label 007, a name, for the zeros before it, expected a number"),
+        (("cat", "dog", "nan"), 4, "got label nan, a number, expected a name as other labels are"),
+    ],
+)
+def test_a_label_that_is_a_stranger_is_refused_with_its_row(images: Path, labels: tuple, line: int, says: str):
+    with pytest.raises(ConfigError) as error:
+        labelled(images, *labels)
+    assert f"annotations.csv line {line}: {says}" in str(error.value) and "--data.args.labels" in str(error.value)
+    assert len(str(error.value).replace(str(images), "")) < 300
+
+
+def test_a_class_that_is_tested_and_not_trained_on(images: Path):
+    first, second, third = (f"images/{path.name}" for path in sorted((images / "images").iterdir())[:3])
+    rewrite(images, f"{first},cat", f"{second},dog")
+    rewrite(images, f"{second},dog", f"{third},Dog", f"{third},cow", name="test.csv")
+    with pytest.warns(UserWarning, match=r"test.csv line 3: no training image has label 'Dog' \(nor 1 others\)"):
+        assert csv_images(str(images), False, test_annotations="test.csv").classes == ("Dog", "cat", "cow", "dog")
+
+
+def test_most_class_numbers_without_images(images: Path):
+    with pytest.warns(UserWarning, match="annotations.csv line 4: label 33 makes 34 classes, of which 3 have images"):
+        labelled(images, "0", "1", "33")
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -342,6 +414,8 @@ def test_targets_that_are_probabilities(images: Path, name: str, workers: int):
         ({"transform": "user_data:NOT_CALLABLE"}, "which is no callable"),
         ({"transform": "user_data:to_array"}, "data.args.transform: got ndarray from it, expected a tensor"),
         ({"mode": "GREY"}, "data.args.mode: got 'GREY', expected one of UNCHANGED, GRAY"),
+        ({"labels": "text"}, "data.args.labels: got 'text', expected one of auto, numbers, names"),
+        ({"upright": "yes"}, "data.args.upright: got 'yes', expected one of True, False"),
         ({"test_fraction": 0.0}, "data.args.test_fraction: got 0.0 of 40 images"),
         ({"test_fraction": 1.0}, "data.args.test_fraction: got 1.0"),
         ({"annotations": "none.csv"}, "data.args.annotations: got "),
@@ -373,6 +447,10 @@ def test_arguments_that_are_refused(images: Path, arguments: dict, says: str):
         (b"a.png,1\nb.png,1\n", "annotations.csv line 1: got the image a.png, expected a header line"),
         (b"\xef\xbb\xbfa.png,1\nb.png,1\n", "annotations.csv line 1: got the image a.png, expected a header line"),
         (b"file,target\na.png,1\nb.png,2024001\n", "annotations.csv line 3: got label 2024001"),
+        (b"x" * 300 + b",target\na.png\n", "annotations.csv line 2: got 'a.png', expected an image path"),
+        (b"x" * 300 + b",target\na.png,1\nb.png,-1\n", "annotations.csv line 3: got label -1"),
+        (b"x" * 300 + b"\na.png,1\n", f"annotations.csv line 1: got '{'x' * 60}...', expected an image path"),
+        (b"x" * 200_000 + b",target\na.png,1\n", "field larger than field limit"),
     ],
 )
 def test_an_annotations_file_that_is_refused(tmp_path: Path, content: bytes, says: str):
@@ -438,11 +516,79 @@ def test_a_bad_first_image_is_said_at_once(images: Path):
     assert str(images / first) in refused(images)
 
 
-def test_sixteen_bits(tmp_path: Path):
-    for name in ("a.png", "b.png"):
-        Image.fromarray(np.full((2, 2), 60_000, np.uint16)).save(tmp_path / name)
-    rewrite(tmp_path, "a.png,0", "b.png,0")
-    assert "sample 0: got torch.uint16 [1, 2, 2], expected a tensor torch.uint8 or torch.float32" in refused(tmp_path)
+RAMP = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)  # whose upper 8 bits are 0 to 255
+
+
+def sixteen_bits(root: Path, name: str) -> Path:
+    """The ramp in a file of a format with 16 bits."""
+    if name.endswith("pgm"):
+        (root / name).write_bytes(b"P5 16 16 65535\n" + RAMP.astype(">u2").tobytes())
+    elif name == "big.tif":
+        Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes()).save(root / name)
+    else:
+        Image.fromarray(RAMP).save(root / name)
+    return root / name
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "big.tif", "a.pgm"])
+def test_of_sixteen_bits_the_upper_eight_are_taken(tmp_path: Path, name: str):
+    path = sixteen_bits(tmp_path, name)
+    for mode, channels in (("GRAY", 1), ("RGB", 3), ("GRAY_ALPHA", 2)):
+        pixels = read_image(path, mode)
+        assert pixels.dtype == torch.uint8 and pixels.shape == (channels, 16, 16)
+        assert pixels[0].flatten().tolist() == list(range(256))
+    unchanged = read_image(path, "UNCHANGED")
+    assert unchanged.dtype == torch.uint16 and unchanged[0].numpy().tolist() == RAMP.tolist()
+
+
+def test_sixteen_bits_unchanged(tmp_path: Path):
+    """They are refused, or made floats of."""
+    sixteen_bits(tmp_path, "a.png")
+    rewrite(tmp_path, "a.png,0", "./a.png,1")
+    (tmp_path / "test.csv").write_text((tmp_path / "annotations.csv").read_text())
+    says = refused(tmp_path, test_annotations="test.csv")
+    assert says.startswith(f"{tmp_path / 'annotations.csv'} line 2: got {tmp_path / 'a.png'} with 16 bits a pixel")
+    assert "--data.args.mode GRAY" in says
+    data = csv_images(str(tmp_path), False, test_annotations="test.csv", transform="user_data:sixteen_to_float")
+    inputs, _ = next(feed_of(data)([np.array([0])]))
+    assert torch.equal(inputs[0, 0], torch.from_numpy(RAMP.astype(np.float32)) / 65535)
+
+
+@pytest.mark.parametrize(("kind", "says"), [(np.int32, "integers of 32 bits"), (np.float32, "floats of 32 bits")])
+def test_thirty_two_bits(tmp_path: Path, kind: type, says: str):
+    Image.fromarray(RAMP.astype(kind)).save(tmp_path / "a.tif")
+    rewrite(tmp_path, "a.tif,0")
+    rewrite(tmp_path, "a.tif,0", name="test.csv")
+    assert says in refused(tmp_path, mode="GRAY", test_annotations="test.csv")
+    assert torch.equal(read_image(tmp_path / "a.tif", "UNCHANGED")[0], torch.from_numpy(RAMP.astype(kind)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_photographs_are_turned_as_in_a_viewer(tmp_path: Path, orientation: int, name: str):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = np.zeros((16, 8, 3), np.uint8)
+    shown[:8, :4], shown[8:, :4], shown[:8, 4:] = 250, 120, 50
+    stored = {
+        1: shown, 2: shown[:, ::-1], 3: shown[::-1, ::-1], 4: shown[::-1], 5: shown.transpose(1, 0, 2),
+        6: np.rot90(shown), 7: np.rot90(shown, 2).transpose(1, 0, 2), 8: np.rot90(shown, -1),
+    }[orientation]  # fmt: skip
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / name, exif=exif, quality=100)
+    for mode in ("UNCHANGED", "GRAY"):
+        turned = read_image(tmp_path / name, mode).permute(1, 2, 0).numpy().astype(int)
+        assert turned.shape[:2] == (16, 8) and np.abs(turned - shown).max() <= 8
+    if not name.endswith("tif"):  # those Pillow turns itself
+        left = read_image(tmp_path / name, "UNCHANGED", upright=False).permute(1, 2, 0).numpy().astype(int)
+        assert left.shape == stored.shape and np.abs(left - stored).max() <= 8
+
+
+@pytest.mark.filterwarnings("ignore:.*orrupt EXIF")
+def test_exif_data_that_cannot_be_read_turn_nothing(tmp_path: Path):
+    image = Image.fromarray(np.full((16, 8, 3), 90, np.uint8))
+    for i, exif in enumerate((b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0")):
+        image.save(tmp_path / f"{i}.jpg", exif=exif)
+        assert read_image(tmp_path / f"{i}.jpg", "UNCHANGED").shape == (3, 16, 8)
 
 
 def test_no_damaged_byte_of_a_png_goes_unseen(tmp_path: Path):

@@ -25,6 +25,11 @@ def to_array(image: torch.Tensor) -> np.ndarray:
     return image.numpy()
 
 
+def sixteen_to_float(image: torch.Tensor) -> torch.Tensor:
+    """uint16 pixels in [0, 1]."""
+    return image.to(torch.float32) / 65535
+
+
 def parity(number: int) -> int:
     return number % 2
 

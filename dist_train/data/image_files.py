@@ -14,6 +14,19 @@ from dist_train.errors import ConfigError
 # Pillow's name of each way to decode. Not torchvision.io.decode_image, which has the same names: a damaged PNG makes it
 # end the process by a segmentation fault, and torchvision 0.29 says that it will be removed.
 MODES = {"UNCHANGED": None, "GRAY": "L", "GRAY_ALPHA": "LA", "RGB": "RGB", "RGB_ALPHA": "RGBA"}
+# Pillow gives 32-bit integers for some files of 16-bit pixels (PNG before Pillow 11, PGM).
+SIXTEEN_BIT_AS_I = ("PNG", "PPM")
+ORIENTATION = 0x0112  # EXIF's tag
+# How a viewer turns what is stored, by the tag's value.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 # Pillow's usual formats, now: the workers of every epoch are forked from a process that has this module, and would each
 # import them at their first image.
@@ -64,7 +77,8 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
         rows: the samples.
         folder: where the rows' paths start.
         mode: how images are decoded, a key of MODES.
-        transform: of the decoded image, uint8 [channels, height, width]; None leaves it as it is.
+        upright: turn images as their EXIF orientation says.
+        transform: of the decoded image, as `read_image` gives it; None leaves it as it is.
         target_transform: of the class number; None leaves it as it is.
         number: class number by label.
         shape: what every image must have after its transform; None for any.
@@ -75,13 +89,14 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
         rows: list[Row],
         folder: Path,
         mode: str,
+        upright: bool,
         transform: Callable | None,
         target_transform: Callable | None,
         number: dict[str, int],
         shape: tuple[int, ...] | None,
     ):
         self.rows, self.folder, self.mode, self.number, self.shape = Rows(rows), folder, mode, number, shape
-        self.transform, self.target_transform = transform, target_transform
+        self.upright, self.transform, self.target_transform = upright, transform, target_transform
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -90,7 +105,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
         row = self.rows[index]
         path = self.folder / row.path
         try:
-            image = read_image(path, self.mode)
+            image = read_image(path, self.mode, self.upright)
         except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
             raise ConfigError(
                 f"{row.source}: got {path}, expected an image that can be decoded: {_reason(error)}; "
@@ -103,6 +118,13 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
                     f"data.args.transform: got {type(image).__name__} from it, expected a tensor; "
                     f"give an object that takes an image, not its class"
                 )
+        elif image.dtype not in (torch.uint8, torch.float32):
+            deep = image.dtype == torch.uint16
+            mend = "write --data.args.mode GRAY for the upper 8 of them, or " if deep else ""
+            raise ConfigError(
+                f"{row.source}: got {path} with {16 if deep else 32} bits a pixel, expected 8; {mend}give a "
+                f"data.args.transform that makes floats in [0, 1] of them"
+            )
         if self.shape is not None and tuple(image.shape) != self.shape:
             raise ConfigError(
                 f"{row.source}: got {path} of shape {tuple(image.shape)}, expected {self.shape} as "
@@ -112,20 +134,55 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
         return image, self.target_transform(target) if self.target_transform else target
 
 
-def read_image(path: Path, mode: str) -> torch.Tensor:
-    """The image, uint8 [channels, height, width], or another integer type if the file has more than 8 bits.
+def read_image(path: Path, mode: str, upright: bool = True) -> torch.Tensor:
+    """The image, uint8 [channels, height, width].
+
+    With UNCHANGED, images of more than 8 bits are uint16, int32 or float32, with the values that the file has. The
+    other modes give the upper 8 bits of 16, as Pillow itself does for 16-bit colours.
 
     Args:
         path: of a file in any format that Pillow reads.
         mode: a key of MODES. UNCHANGED leaves the channels as they are, and gives a palette's colours.
+        upright: turn it as its EXIF orientation says.
 
     Raises:
         Exception: the file cannot be read or decoded; Pillow has no class for it.
     """
     with Image.open(path) as image:
         wanted = MODES[mode] or {"1": "L", "P": "RGBA" if "transparency" in image.info else "RGB"}.get(image.mode)
-        pixels = torch.from_numpy(np.array(image.convert(wanted) if wanted else image))
+        turn = _turn(image) if upright else None
+        if wanted:
+            image = _eight_bits(image).convert(wanted)
+        array = np.array(image if turn is None else image.transpose(turn))
+        if _sixteen_bits(image):
+            array = array.astype(np.uint16)  # also of the other byte order
+    pixels = torch.from_numpy(array)
     return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    image.load()  # which turns a TIFF, and takes the tag away
+    try:
+        return TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # EXIF data that cannot be read say nothing: a viewer shows the image all the same
+        return None
+
+
+def _sixteen_bits(image: Image.Image) -> bool:
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in SIXTEEN_BIT_AS_I)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The same, or the upper 8 bits of its 16; Pillow's `convert` would make white of all that is above 255."""
+    if _sixteen_bits(image):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "integers"
+        raise ValueError(
+            f"it has {kind} of 32 bits, of which nothing says what is white; write --data.args.mode UNCHANGED with a "
+            f"data.args.transform that makes floats in [0, 1] of them"
+        )
+    return image
 
 
 def _reason(error: Exception) -> str:
