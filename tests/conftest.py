@@ -1,6 +1,7 @@
 """What every test gets: workers that end with the session, an environment that is put back, nothing left running."""
 
 import functools
+import multiprocessing
 import os
 import subprocess
 from pathlib import Path
@@ -22,7 +23,10 @@ def no_leftovers():
     yield
     for pool in WORKERS.values():
         pool.close()
-    left = [child for child in _children() if "resource_tracker" not in child]
+    # What Python keeps as long as this process lives: they end with it.
+    kept = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
+    left = [child for child in _children() if not any(name in child for name in kept)]
+    left += [str(worker) for worker in multiprocessing.active_children()]
     assert not left, f"processes left behind: {left}"
 
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -680,6 +681,24 @@ def weigh(backend: str, path: str) -> None:
 def _bytes(tensors: list[Any]) -> int:
     """Of what this rank holds."""
     return sum(part.nbytes for t in tensors if isinstance(t, torch.Tensor) for _, part in shards_of(t).boxes)
+
+
+def temporary_folder(path: str) -> None:
+    """TMPDIR."""
+    os.environ["TMPDIR"] = path
+    tempfile.tempdir = None  # what it was when the process was made
+
+
+def small_shared_memory(size: str) -> None:
+    """This process and its children alone see so small a /dev/shm."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, private_and_below = 0x20000, 0x40000 | 0x4000
+    for done in (
+        libc.unshare(new_namespace),
+        libc.mount(b"none", b"/", None, private_and_below, None),
+        libc.mount(b"none", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()),
+    ):
+        assert done == 0, os.strerror(ctypes.get_errno())
 
 
 # -- what a run says ---------------------------------------------------------------------------------------------------

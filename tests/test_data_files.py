@@ -4,7 +4,6 @@ import io
 import multiprocessing
 import random
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -26,15 +25,6 @@ from parity_cells import run_single
 from user_data import Squares, squares
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def worker_server():
-    """Ends the process that workers are forked from, which the standard library keeps as long as this one lives."""
-    yield
-    for left in multiprocessing.active_children():  # of a test that failed: the server would wait for them
-        left.kill()
-    forkserver._forkserver._stop()  # what Python's own tests call
 
 
 @pytest.fixture

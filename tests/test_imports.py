@@ -188,7 +188,10 @@ MAY_IMPORT = {
     },
     "bench.bare": set(),
     "bench.slices": set(),
-    "data": {"errors", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets", "whole"},
+    "data": {
+        *("errors", "whole", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets"),
+        "data.workers",
+    },
     "models": {"errors"},
 }
 HEAVY = {"torch", "numpy", "sklearn", "torchvision"}

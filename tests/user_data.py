@@ -1,6 +1,7 @@
 """What a user brings: transforms and a data set of their own, in a module of their own."""
 
 import random
+import time
 
 import numpy as np
 import torch
@@ -59,3 +60,22 @@ class Squares(Dataset):
 
 def squares(root: str, download: bool, n: int = 20) -> Data:
     return Data(FromFiles(Squares(n)), FromFiles(Squares(6)), input_shape=(3, 4, 4), classes=tuple("abcd"))
+
+
+class Slow(Squares):
+    """An item that never comes, or an error, or an end of the process that reads it, at sample `at`."""
+
+    def __init__(self, n: int, at: int = -1, what: str = "raise"):
+        super().__init__(n)
+        self.at, self.what = at, what
+
+    def __getitem__(self, i: int):
+        if i == self.at and self.what == "raise":
+            raise RuntimeError("of the data set")
+        if i == self.at and self.what == "hang":
+            time.sleep(600)
+        return super().__getitem__(i)
+
+
+def slow(root: str, download: bool, at: int = -1, what: str = "raise") -> Data:
+    return Data(FromFiles(Slow(4000, at, what)), FromFiles(Squares(6)), input_shape=(3, 4, 4), classes=tuple("abcd"))

@@ -1,13 +1,10 @@
 """From sample numbers to batches on the device. Two ways under one order: data in memory, and data in files."""
 
-import multiprocessing
 import pickle
-import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import numpy as np
@@ -16,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from dist_train.data.randomness import kept_apart, seed_for
 from dist_train.data.sets import Data, FromFiles, InMemory
+from dist_train.data.workers import begin, context, ended, not_handed_over, not_started
 from dist_train.errors import ConfigError
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # inputs [batch, *input_shape], targets [batch] or [batch, classes]
@@ -125,6 +123,22 @@ class Feed:
                 yield batch.detach(), targets  # a model may change its input, which is no part of the others then
 
     def _from_files(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
+        with ended() if self.workers else nullcontext():
+            items = self._items(batches, epoch)
+            try:
+                for item in items:
+                    if isinstance(item, str):
+                        raise ConfigError(item)
+                    yield self._finish(*item)
+            except RuntimeError as error:
+                refusal = not_handed_over(error, self.workers)
+                if refusal is None:
+                    raise
+                raise refusal from error
+            finally:
+                del items  # which ends the workers; the traceback of an error would hold it, and so them
+
+    def _items(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Any]:
         loader = DataLoader(
             replace(self.reader, epoch=epoch),
             sampler=batches,  # type: ignore[arg-type]  (an item of the data set is a whole batch)
@@ -132,24 +146,20 @@ class Feed:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # it draws a number for each epoch: not from the training's generator
-            multiprocessing_context=_context(self.reader.dataset) if self.workers else None,
+            multiprocessing_context=context(self.reader.dataset, self.workers) if self.workers else None,
+            worker_init_fn=begin,
         )
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Got pickle error")  # the line below says it
-                items = iter(loader)
+                return iter(loader)
+        except OSError as error:
+            raise not_started(error, self.workers) from error
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise ConfigError(
                 f"data.workers: got {self.workers}, but the data set cannot be sent to worker processes: {error}; "
                 f"define what it uses at the top of a module, or --data.workers 0"
             ) from error
-        try:
-            for item in items:
-                if isinstance(item, str):
-                    raise ConfigError(item)
-                yield self._finish(*item)
-        finally:
-            del items  # which ends the workers; the traceback of an error would hold it, and so them
 
     def _finish(self, images: torch.Tensor, labels: torch.Tensor) -> Batch:
         images = images.to(self.device, non_blocking=True)
@@ -250,21 +260,6 @@ class _Reader(Dataset[Any]):
                 f"{self.classes - 1} in all samples, or a vector of {self.classes} floats in all"
             )
         return int(out) if number else out
-
-
-def _context(dataset: Dataset[Any]) -> BaseContext:
-    """How workers start: forked from a small server process that has torch imported and nothing running.
-
-    Forking from this process could hang them: gloo's and a device's threads hold locks that no one in the fork gives
-    back. Spawning imports torch again for every worker of every epoch, which takes seconds. The server takes those
-    seconds once, then an epoch's workers start as fast as by fork (0.1 s for 2), so none are kept between epochs: they
-    end with their epoch, however it ends, and know no state but their own epoch's.
-    """
-    context = multiprocessing.get_context("forkserver")
-    imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
-    # What every worker imports anyway, the script that was started among it.
-    context.set_forkserver_preload(["__main__", __name__, type(dataset).__module__, *imported])
-    return context
 
 
 def _at_once(batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
