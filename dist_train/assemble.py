@@ -87,7 +87,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     model, loaded = build_model(config, data, dtype, trained, warm)
     optim.factory(config.optim)([nn.Parameter(torch.zeros(2, 2))])  # its arguments are right, or that is said now
     feeds = [
-        Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed)
+        Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, config.train.loss)
         for split in (data.train, data.test)
     ]
     if config.compile.scope == "step" and trained is None and not feeds[0].resident:
@@ -106,7 +106,13 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    return _call(DATASETS, cfg.name, "data", root=cfg.root, download=download, **cfg.args)
+    data = _call(DATASETS, cfg.name, "data", root=cfg.root, download=download, **cfg.args)
+    if not isinstance(data, Data):
+        raise ConfigError(
+            f"data.name: got {type(data).__name__} from {cfg.name}, expected a dist_train.data.sets.Data; end it with "
+            f"return Data(train, test, input_shape, classes)"
+        )
+    return data
 
 
 def build_model(

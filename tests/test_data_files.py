@@ -1,5 +1,6 @@
 """Data in files: batches through DataLoader workers, and images listed in a CSV."""
 
+import functools
 import io
 import multiprocessing
 import random
@@ -10,19 +11,22 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Dataset, IterableDataset
 
 from dist_train import assemble
 from dist_train.config import load
 from dist_train.data.csv_images import csv_images
 from dist_train.data.feed import Feed
 from dist_train.data.image_files import read_image
-from dist_train.data.sets import Data, FromFiles
+from dist_train.data.sets import Data, FromFiles, InMemory
 from dist_train.errors import ConfigError
 from dist_train.order import Plan
 
+import user_data
 from data_files import made_images, mnist_png_root, real_data, write_images
 from parity_cells import run_single
 from user_data import Squares, squares
+from zygote import Run, Zygote
 
 CPU = torch.device("cpu")
 
@@ -199,6 +203,169 @@ def test_a_sample_that_does_not_fit(sample: dict, says: str, workers: int):
     with pytest.raises(ConfigError) as error:
         list(feed([np.array([0]), np.array([0, 1])]))
     assert str(error.value).startswith(f"data.name: {says}")
+
+
+@pytest.mark.parametrize(
+    ("sample", "says"),
+    [
+        ({"image": torch.zeros(3, 4, 4), "label": 1}, "sample 1: got a dict with ['image', 'label'], expected a pair"),
+        ((torch.zeros(3, 4, 4), 1, "a.png"), "sample 1: got a tuple of 3, expected a pair (tensor, target)"),
+        (torch.zeros(3, 4, 4), "sample 1: got Tensor, expected a pair"),
+        (None, "sample 1: got NoneType, expected a pair"),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_sample_that_is_no_pair(sample, says: str, first: bool):
+    split = FromFiles(user_data.Item(sample, 0 if first else 1))
+    with pytest.raises(ConfigError) as error:
+        list(feed_of(Data(split, split, (3, 4, 4), tuple("abcd")))([np.array([0, 1])]))
+    assert str(error.value).startswith(f"data.name: {says.replace('sample 1', 'sample 0') if first else says}")
+
+
+@pytest.mark.parametrize(
+    ("target", "loss", "says"),
+    [
+        (
+            [1.0, 0.0, 1.0, 0.0],
+            "cross_entropy",
+            "from 0 to 1 with the sum 2, expected the probabilities",
+        ),
+        ([0.0, 0.0, 0.0, 0.0], "cross_entropy", "with the sum 0"),
+        ([1.5, -0.5, 0.0, 0.0], "cross_entropy", "from -0.5 to 1.5 with the sum 1"),
+        ([float("nan"), 0.0, 0.0, 0.0], "cross_entropy", "with the sum nan"),
+        (
+            [0.0, 1.0, 0.0, 0.0],
+            "nll",
+            "train.loss: got nll, but the target of sample 0 is a vector, expected",
+        ),
+        ([0.0, 1.0, 0.0, 0.0], "cross_entropy", None),
+        ([0.05, 0.05, 0.85, 0.05], "cross_entropy", None),
+        (torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float16), "cross_entropy", None),
+        ([1.0, 0.0, 1.0, 0.0], "mse", None),
+    ],
+)
+def test_targets_that_are_vectors(target, loss: str, says: str | None):
+    split = FromFiles(user_data.Item((torch.zeros(3, 4, 4), target), 0))
+    data = Data(split, split, (3, 4, 4), tuple("abcd"))
+    feed = functools.partial(Feed, split, data, CPU, torch.float32, False, False, loss=loss)
+    if says is None:
+        assert next(feed()([np.array([0, 1])]))[1].shape == (2, 4)
+        return
+    with pytest.raises(ConfigError) as error:
+        feed()
+    assert says in str(error.value) and "sample 0" in str(error.value)
+
+
+def test_multi_hot_targets_are_refused_before_the_run():
+    argv = ["--data.name", "user_data:multi_hot", "--train.device", "cpu"]
+    with pytest.raises(ConfigError, match="^data.name: sample 0: .* add up to 1, for train.loss cross_entropy"):
+        assemble.build(load(argv), CPU)
+    assemble.build(load([*argv, "--train.loss", "mse", "--data.one_hot", "true"]), CPU)
+
+
+def test_a_data_set_without_an_order():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            yield torch.zeros(3), 0
+
+    class Nameless(Dataset):
+        def __len__(self) -> int:
+            return 3
+
+    class Endless(Dataset):
+        def __getitem__(self, index: int):
+            return torch.zeros(3), 0
+
+    for kind, what in ((Stream, "an IterableDataset"), (Nameless, "without __getitem__"), (Endless, "without __len__")):
+        with pytest.raises(ConfigError) as error:
+            FromFiles(kind())
+        assert str(error.value) == (
+            f"data.name: got {kind.__name__}, {what}, which has no order that a run can resume in; expected a "
+            f"map-style Dataset with __len__ and __getitem__"
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"train": [1, 2]},
+            "got list as the train split, expected dist_train.data.sets.InMemory(images, labels) or",
+        ),
+        ({"test": None}, "got NoneType as the test split"),
+        ({"classes": 10}, "got classes 10, expected their names in order, such as"),
+        ({"classes": "abcd"}, "got classes 'abcd', expected their names in order"),
+        ({"classes": {"a"}}, "got classes {'a'}, expected their names in order"),
+        ({"classes": ()}, "got no classes"),
+        ({"input_shape": 48}, "got input_shape 48, expected the sizes of a sample"),
+        ({"input_shape": (3, 4.0)}, "got input_shape (3, 4.0), expected whole numbers above 0"),
+        ({"mean": 0.5}, "got mean 0.5, expected a number per channel, or one for all"),
+        ({"mean": ("a",)}, "got mean ('a',), expected finite numbers"),
+        ({"std": (float("inf"),)}, "got std (inf,), expected finite numbers"),
+        ({"train": InMemory(np.zeros((4, 3)), torch.zeros(4))}, "got train images of type ndarray, expected a tensor"),
+        ({"train": InMemory(torch.zeros(4, 3), [0, 1])}, "got train labels of type list, expected a tensor"),
+        ({"train": InMemory(torch.zeros(4, 3), torch.tensor(3))}, "got train labels without a dimension"),
+    ],
+)
+def test_what_a_data_function_returns(change: dict, says: str):
+    given = {"train": FromFiles(Squares(4)), "test": FromFiles(Squares(4)), "input_shape": (3, 4, 4), "classes": ("a",)}
+    with pytest.raises(ConfigError) as error:
+        Data(**(given | change))
+    assert str(error.value).startswith(f"data.name: {says}")
+
+
+def test_a_data_function_that_returns_something_else():
+    with pytest.raises(ConfigError) as error:
+        assemble.read_data(load(["--data.name", "user_data:pair"]).data, False)
+    assert str(error.value) == (
+        "data.name: got tuple from user_data:pair, expected a dist_train.data.sets.Data; end it with "
+        "return Data(train, test, input_shape, classes)"
+    )
+
+
+SCRIPT = """
+import sys
+import torch
+from dist_train.__main__ import main
+from dist_train.data.sets import Data, FromFiles
+from user_data import Squares
+
+class Net(torch.nn.Linear):
+    def __init__(self, input_shape, classes, *, bias=True):
+        super().__init__(48, classes, bias)
+
+    def forward(self, x):
+        return super().forward(x.flatten(1))
+
+def make(root, download, n=8):
+    return Data(FromFiles(Squares(n)), FromFiles(Squares(n)), (3, 4, 4), tuple("abcd"))
+
+number = 3
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], None),
+        (["--model.args.bias", "false", "--data.args.n", "6"], None),
+        (["--model.args.width", "3"], "model.args.width: got 3, but __main__:Net does not have it; it takes bias"),
+        (
+            ["--model.name", "__main__:Other"],
+            "model.name: got '__main__:Other', but there is no 'Other' in what",
+        ),
+        (["--model.name", "__main__:number"], "model.name: got '__main__:number', but 'number' is of type int"),
+    ],
+)
+def test_what_the_started_script_defines(zygote: Zygote, tmp_path: Path, argv: list[str], says: str | None):
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    names = ["--model.name", "__main__:Net", "--data.name", "__main__:make"]
+    run = Run([*names, "--train.epochs", "1", "--run.dir", "run", *argv], cwd=str(tmp_path), script="mine.py")
+    (ended,) = zygote.run(run)
+    assert ended.codes == [2 if says else 0], ended
+    assert not says or ended.err[0].startswith(f"dist_train: {says}")
 
 
 def test_a_class_name_is_missing():

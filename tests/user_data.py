@@ -1,11 +1,12 @@
 """What a user brings: transforms and a data set of their own, in a module of their own."""
 
+import os
 import random
 import time
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
 from dist_train.data.sets import Data, FromFiles
@@ -79,3 +80,71 @@ class Slow(Squares):
 
 def slow(root: str, download: bool, at: int = -1, what: str = "raise") -> Data:
     return Data(FromFiles(Slow(4000, at, what)), FromFiles(Squares(6)), input_shape=(3, 4, 4), classes=tuple("abcd"))
+
+
+class Hidden:
+    """A generator that nobody finds."""
+
+    def random(self) -> float:
+        return int.from_bytes(os.urandom(4), "little") / 2**32
+
+
+class Module(torch.nn.Module):
+    """A transform with a generator of its own."""
+
+    def __init__(self, generator):
+        super().__init__()
+        self.generator = generator
+
+
+class Noise(Dataset):
+    """Item i is the sums of what the first half and the second half of some generators draw."""
+
+    def __init__(self, generators: list, extra=None):
+        self.generators, self.extra = generators, extra
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int):
+        draws = [self.draw(generator) for generator in self.generators]
+        half = (len(draws) + 1) // 2
+        DRAWN.append(sum(draws))
+        return torch.tensor([sum(draws[:half]), sum(draws[half:])], dtype=torch.float64), 0
+
+    @staticmethod
+    def draw(generator) -> float:
+        if isinstance(generator, float):
+            return generator
+        return float(
+            torch.rand((), generator=generator) if isinstance(generator, torch.Generator) else generator.random()
+        )
+
+
+DRAWN: list[float] = []
+TESTED = 6
+
+
+def noise(root: str, download: bool) -> Data:
+    train, test = Noise([np.random.default_rng(0)]), Subset(Noise([np.random.default_rng(1)]), range(TESTED))
+    return Data(FromFiles(train), FromFiles(test), input_shape=(2,), classes=("a", "b"))
+
+
+class Item(Squares):
+    """The same sample at `at` and, where that is 0, at all numbers."""
+
+    def __init__(self, sample, at: int):
+        super().__init__(4)
+        self.sample, self.at = sample, at
+
+    def __getitem__(self, i: int):
+        return self.sample if self.at in (0, i) else super().__getitem__(i)
+
+
+def multi_hot(root: str, download: bool) -> Data:
+    split = FromFiles(Item((torch.zeros(3, 4, 4), torch.tensor([1.0, 1, 0, 0])), 0))
+    return Data(split, split, input_shape=(3, 4, 4), classes=tuple("abcd"))
+
+
+def pair(root: str, download: bool):
+    return FromFiles(Squares(4)), FromFiles(Squares(4))

@@ -4,14 +4,15 @@ import pickle
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader
 
-from dist_train.data.randomness import kept_apart, seed_for
+from dist_train.data.generators import sendable
+from dist_train.data.reader import Reader
 from dist_train.data.sets import Data, FromFiles, InMemory
 from dist_train.data.workers import begin, context, ended, not_handed_over, not_started
 from dist_train.errors import ConfigError
@@ -39,6 +40,7 @@ class Feed:
         one_hot: targets as vectors.
         workers: DataLoader processes, for a split from files. They end with the iterator that a call gives.
         seed: decides random transforms, together with epoch and sample.
+        loss: train.loss, which decides what targets that are vectors may be.
 
     Raises:
         ConfigError: the first sample of a split from files is bad.
@@ -54,6 +56,7 @@ class Feed:
         one_hot: bool,
         workers: int = 0,
         seed: int = 0,
+        loss: str = "mse",
     ):
         self.split, self.device, self.dtype, self.one_hot = split, device, dtype, one_hot
         self.classes, self.workers = len(data.classes), workers
@@ -63,7 +66,7 @@ class Feed:
             self.images, self.labels = split.images.to(home), split.labels.to(home)
             pixels = torch.uint8
         else:
-            self.reader = _Reader.of(split, seed, tuple(data.input_shape), self.classes)
+            self.reader = Reader.of(split, seed, tuple(data.input_shape), self.classes, loss)
             pixels = self.reader.empty[0].dtype
         self.affine = self._affine(data, normalize, WHITE if pixels == torch.uint8 else 1.0)
 
@@ -96,10 +99,7 @@ class Feed:
         """
         if isinstance(self.split, InMemory):
             return self.gather(torch.from_numpy(samples).to(self.images.device))
-        item = self.reader[samples]
-        if isinstance(item, str):
-            raise ConfigError(item)
-        return self._finish(*item)
+        return self._finish(*self.reader.read(samples))
 
     def pixels(self, samples: np.ndarray) -> torch.Tensor:
         """These samples as the data set has them, on the CPU: uint8 or float [samples, *input_shape].
@@ -109,10 +109,7 @@ class Feed:
         """
         if isinstance(self.split, InMemory):
             return self.split.images[torch.from_numpy(samples)]
-        item = self.reader[samples]
-        if isinstance(item, str):
-            raise ConfigError(item)
-        return item[0]
+        return self.reader.read(samples)[0]
 
     def _from_memory(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
         for several in _at_once(batches):
@@ -139,6 +136,7 @@ class Feed:
                 del items  # which ends the workers; the traceback of an error would hold it, and so them
 
     def _items(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Any]:
+        sendable()
         loader = DataLoader(
             replace(self.reader, epoch=epoch),
             sampler=batches,  # type: ignore[arg-type]  (an item of the data set is a whole batch)
@@ -182,84 +180,6 @@ class Feed:
         shape = [-1] + [1] * (len(data.input_shape) - 1)  # a number per channel
         shift, scale = (torch.tensor(v, dtype=torch.float64).mul(white).view(shape) for v in (data.mean, data.std))
         return shift.to(self.device, self.dtype), scale.reciprocal().to(self.device, self.dtype)
-
-
-@dataclass(frozen=True)
-class _Reader(Dataset[Any]):
-    """An item is a whole batch: collated in the worker, empty if the rank's share is, a message if a sample is bad."""
-
-    dataset: Dataset[Any]
-    draws: bool
-    seed: int
-    epoch: int
-    input_shape: tuple[int, ...]
-    classes: int
-    empty: tuple[torch.Tensor, torch.Tensor] | None
-
-    @classmethod
-    def of(cls, split: FromFiles, seed: int, input_shape: tuple[int, ...], classes: int) -> "_Reader":
-        """Reads the first sample: what it is, all are. Raises ConfigError."""
-        reader = cls(split.dataset, split.draws, seed, 0, input_shape, classes, empty=None)
-        first = reader[np.zeros(1, np.int64)]
-        if isinstance(first, str):
-            raise ConfigError(first)
-        return replace(reader, empty=(first[0][:0].clone(), first[1][:0].clone()))
-
-    def __getitem__(self, batch: np.ndarray) -> tuple[torch.Tensor, torch.Tensor] | str:
-        if len(batch) == 0:
-            assert self.empty is not None
-            return self.empty
-        try:
-            with kept_apart() if self.draws else nullcontext():
-                images, labels = default_collate(self._samples(batch.tolist()))
-        except ConfigError as error:  # a string, because an exception would come with the worker's traceback
-            return str(error)
-        return images, labels
-
-    def _samples(self, batch: list[int]) -> list[tuple[torch.Tensor, torch.Tensor | int]]:
-        item = self._seeded if self.draws else self.dataset.__getitem__
-        samples = [item(index) for index in batch]
-        if self.empty is not None and self.empty[1].dim() == 1:  # what most are, in a rush
-            shape, kind, classes = self.input_shape, self.empty[0].dtype, self.classes
-            if all(
-                type(image) is torch.Tensor and image.dtype is kind and image.shape == shape
-                and type(target) is int and 0 <= target < classes
-                for image, target in samples
-            ):  # fmt: skip
-                return samples
-        return [self._checked(index, *sample) for index, sample in zip(batch, samples, strict=True)]
-
-    def _seeded(self, index: int) -> tuple[torch.Tensor, Any]:
-        seed_for(self.seed, self.epoch, index)
-        return self.dataset[index]
-
-    def _checked(self, index: int, image: torch.Tensor, target: Any) -> tuple[torch.Tensor, torch.Tensor | int]:
-        fits = isinstance(image, torch.Tensor) and image.shape == self.input_shape
-        if not fits or image.dtype not in self._kinds():
-            got = f"{image.dtype} {list(image.shape)}" if isinstance(image, torch.Tensor) else type(image).__name__
-            raise ConfigError(
-                f"data.name: sample {index}: got {got}, expected a tensor {' or '.join(map(str, self._kinds()))} "
-                f"{list(self.input_shape)}"
-            )
-        return image, self._target(index, target)
-
-    def _kinds(self) -> tuple[torch.dtype, ...]:
-        return (torch.uint8, torch.float32, torch.float64) if self.empty is None else (self.empty[0].dtype,)
-
-    def _target(self, index: int, target: Any) -> torch.Tensor | int:
-        """A number, or a float vector [classes], as that of the first sample."""
-        try:
-            out = torch.as_tensor(target)
-        except (TypeError, ValueError, RuntimeError):
-            out = torch.empty(0, 0)  # neither of the two
-        number = out.dim() == 0 and not out.is_floating_point() and 0 <= int(out) < self.classes
-        vector = out.dim() == 1 and out.is_floating_point() and len(out) == self.classes
-        if not (number or vector) or (self.empty is not None and out.dim() + 1 != self.empty[1].dim()):
-            raise ConfigError(
-                f"data.name: sample {index}: got target {target!r}, expected a class number from 0 to "
-                f"{self.classes - 1} in all samples, or a vector of {self.classes} floats in all"
-            )
-        return int(out) if number else out
 
 
 def _at_once(batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:

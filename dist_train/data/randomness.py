@@ -2,11 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
+
+from dist_train.data.generators import Seeder
 
 
 @contextmanager
@@ -21,11 +23,17 @@ def kept_apart() -> Iterator[None]:
         torch.set_rng_state(kept[2])
 
 
-def seed_for(seed: int, epoch: int, index: int) -> None:
-    """Seeds the three generators for one sample: a function of these three numbers, not of rank, world or worker."""
-    # A digest, because NumPy's SeedSequence costs as much as decoding a small image.
-    digest = hashlib.blake2b(f"{seed} {epoch} {index}".encode(), digest_size=8).digest()
-    key = int.from_bytes(digest, "little")
+def seed_for(seed: int, epoch: int, index: int, own: Sequence[Seeder] = ()) -> None:
+    """Seeds the three generators for one sample, and those of the data set's own: a function of these three numbers,
+    not of rank, world or worker; another number for each of its own, so that no two draw alike."""
+    key = _key(f"{seed} {epoch} {index}")
     random.seed(key)
     np.random.seed(key % 2**32)
     torch.default_generator.manual_seed(key)  # not torch.manual_seed: that resets the device's as well
+    for number, seeder in enumerate(own):
+        seeder(_key(f"{seed} {epoch} {index} {number}"))
+
+
+def _key(text: str) -> int:
+    # A digest, because NumPy's SeedSequence costs as much as decoding a small image.
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

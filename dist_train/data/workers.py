@@ -51,7 +51,7 @@ def context(dataset: object, count: int) -> BaseContext:
         raise not_started(error, count) from error
     imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
     # What every worker imports anyway, the script that was started among it.
-    reads = "__main__", "dist_train.data.feed", type(dataset).__module__
+    reads = "__main__", "dist_train.data.reader", type(dataset).__module__
     found.set_forkserver_preload(["dist_train.data.server", *reads, *imported])
     return found
 
