@@ -11,6 +11,7 @@ from dist_train.checkpoint.manifest import Damaged
 from dist_train.checkpoint.resume import Found
 from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
 from dist_train.config import Config
+from dist_train.data.agree import agree
 from dist_train.dist import World
 from dist_train.losses import loss_fn
 from dist_train.meter import Control, Metrics, Progress
@@ -37,8 +38,9 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
         The exit code.
 
     Raises:
-        ConfigError: what only the run's folder can show.
+        ConfigError: what only the run's folder can show, or the ranks' data sets together.
     """
+    agree(parts.data, (parts.feed, parts.test_feed), world)  # before anything whose size depends on it
     cfg = config.train
     phases = phases or profiling.phases(config)
     requests = Requests(cfg.max_time_s, phases.clock)

@@ -192,6 +192,7 @@ MAY_IMPORT = {
         *("errors", "whole", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets"),
         *("data.generators", "data.reader", "data.workers"),
     },
+    "data.agree": {"data.feed", "data.sets", "dist", "errors"},
     "models": {"errors"},
 }
 HEAVY = {"torch", "numpy", "sklearn", "torchvision"}

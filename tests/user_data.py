@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
-from dist_train.data.sets import Data, FromFiles
+from dist_train.data.sets import Data, FromFiles, InMemory
+from dist_train.errors import ConfigError
 
 TO_FLOAT = v2.Compose([v2.Resize((14, 14)), v2.ToDtype(torch.float32, scale=True)])
 FLIP = v2.RandomHorizontalFlip(p=0.5)
@@ -148,3 +149,58 @@ def multi_hot(root: str, download: bool) -> Data:
 
 def pair(root: str, download: bool):
     return FromFiles(Squares(4)), FromFiles(Squares(4))
+
+
+class Rows(Dataset):
+    """Rows of a tensor, of class 0 and up in turn; it counts what is read."""
+
+    def __init__(self, images: torch.Tensor, shift: int = 0, bad: int = -1):
+        self.images, self.shift, self.bad, self.reads = images, shift, bad, 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int):
+        self.reads += 1
+        if i == self.bad:
+            raise ConfigError("it is gone")
+        return self.images[i], (i + self.shift) % 4
+
+
+class Unrepeated(Rows):
+    def __getitem__(self, i: int):
+        return super().__getitem__(i)[0] + Hidden().random(), i % 4
+
+
+class Any(torch.nn.Module):
+    """A model for any shape and number of classes."""
+
+    def __init__(self, input_shape, classes):
+        super().__init__()
+        self.layer = torch.nn.Linear(int(np.prod(input_shape)), classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.flatten(1))
+
+
+def by_rank(root: str, download: bool, what: str = "none", rank: int | None = None) -> Data:
+    """Data that are other ones on rank 1, if `what` says so."""
+    other = what if (int(os.environ.get("RANK", 0)) if rank is None else rank) == 1 else "none"
+    n, n_test = 1400 if other == "count" else 1438, 5 if other == "test" else 6
+    width = 9 if other == "shape" else 8
+    images = torch.randint(250, (n, 1, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images += other == "pixels"
+    labels = (torch.arange(n) + (other == "labels")) % 4
+    if what == "split":
+        labels = labels[torch.from_numpy(np.random.default_rng().permutation(n))]  # without a seed
+    names = {"classes": "abcde", "names": "dcba"}.get(other, "abcd")
+    train: InMemory | FromFiles = InMemory(images, labels)
+    if what in ("identity", "items", "targets", "unreadable", "none in files", "not repeated") or other == "kind":
+        kind = Unrepeated if what == "not repeated" else Rows
+        floats = images / 255 + (0.1 if other == "items" else 0.0)
+        rows = kind(floats, shift=other == "targets", bad=n - 1 if other == "unreadable" else -1)
+        train = FromFiles(rows, identity=other)
+        if what != "identity":
+            train = FromFiles(rows)
+    test = InMemory(torch.zeros(n_test, 1, width, dtype=torch.uint8), torch.arange(n_test) % 4)
+    return Data(train, test, (1, width), tuple(names), mean=(0.5 if other == "mean" else 0.0,))

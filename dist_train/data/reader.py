@@ -32,6 +32,7 @@ class Reader(Dataset[Any]):
     classes: int
     loss: str
     empty: tuple[torch.Tensor, torch.Tensor] | None
+    repeats: bool = True  # a sample that is read again is the same
 
     @classmethod
     def of(cls, split: FromFiles, seed: int, input_shape: tuple[int, ...], classes: int, loss: str) -> "Reader":
@@ -44,6 +45,7 @@ class Reader(Dataset[Any]):
         fixed = [type(generator).__name__ for generator in own if seeder(generator) is None]
         if fixed or not all(map(_same, (images, labels), reader.read(first))):
             warnings.warn(_not_seeded(split, fixed), stacklevel=2)
+            return replace(reader, repeats=False)
         return reader
 
     def read(self, samples: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     check(config, launcher, writes=False)
 
     from dist_train import assemble, backends, dist, optim
+    from dist_train.data.agree import agree
     from dist_train.losses import loss_fn
     from dist_train.order import evaluated_at_once
     from dist_train.train import evaluate
@@ -24,6 +25,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, trained=folder)
     with dist.joined(launcher, device) as world:
+        agree(parts.data, (parts.feed, parts.test_feed), world)
         backend = backends.create(config, world, parts.findings)
         model, _ = backend.prepare(parts.model, optim.factory(config.optim))
         at_once = evaluated_at_once(config.train, world.size, parts.findings.sample_bytes)

@@ -14,6 +14,7 @@ from torch import nn
 
 from dist_train import assemble, backends, dist, ending, optim
 from dist_train.config import Config, load
+from dist_train.data.agree import agree
 from dist_train.dist import World
 from dist_train.errors import ConfigError
 from dist_train.launcher import Launcher, detect
@@ -59,6 +60,7 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
     """
     assert config.track.every_steps == 1
     parts = assemble.build(config, world.device)
+    agree(parts.data, (parts.feed, parts.test_feed), world)
     drawn = weights_of(parts.model)
     if moved is not None:
         _move(parts.model, moved)

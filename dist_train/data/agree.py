@@ -1,0 +1,173 @@
+"""Whether every rank has made the same data set: compared once they have joined, before anything depends on it.
+
+What is compared costs little to make: of data in memory the labels and a few rows, of data in files what `FromFiles`
+says and a few samples.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from dist_train import dist
+from dist_train.data.feed import Feed
+from dist_train.data.sets import Data, InMemory
+from dist_train.dist import World
+from dist_train.errors import ConfigError
+
+ROWS = 32  # of data in memory
+SAMPLES = {"training": 3, "test": 2}  # of data in files, each of which is a file to read
+VALUES = 64  # of a sample from files
+# Processors of other kinds decode and resize with other rounding: of uint8 pixels, and as a share of a float sample's
+# largest value.
+PIXELS_APART, FLOATS_APART = 2, 1e-3
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A split of one rank, as the others are told of it.
+
+    Args:
+        kind: how its samples are held.
+        count: of its samples.
+        whole: a hash over what is compared of all samples: labels, or FromFiles.identity.
+        some: samples by number.
+    """
+
+    kind: str
+    count: int
+    whole: bytes
+    some: dict[int, "Sample"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample.
+
+    Args:
+        exact: what must be the same: a hash over the pixels of data in memory; type, shape and class number.
+        values: some of its values, which may be apart.
+        apart: how far.
+        error: why it cannot be read.
+    """
+
+    exact: Any
+    values: tuple[float, ...] = ()
+    apart: float = 0.0
+    error: str | None = None
+
+    def is_like(self, other: "Sample") -> bool:
+        """Whether both are the same sample."""
+        both = self.error is None and other.error is None and self.exact == other.exact
+        return both and np.allclose(self.values, other.values, rtol=0, atol=other.apart, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a rank tells the others of its data set."""
+
+    shape: tuple[int, ...]
+    classes: tuple[str, ...]
+    stats: tuple[tuple[float, ...], tuple[float, ...]]
+    splits: dict[str, Sketch]
+
+
+def agree(data: Data, feeds: Sequence[Feed], world: World) -> None:
+    """Raises the same ConfigError on every rank where they have made different data sets. Collective.
+
+    Args:
+        data: of this rank.
+        feeds: of its training and its test split.
+        world: this rank's place.
+    """
+    if world.size == 1:
+        return
+    splits = {name: sketch(feed, count) for (name, count), feed in zip(SAMPLES.items(), feeds, strict=True)}
+    stats = tuple(map(float, data.mean)), tuple(map(float, data.std))
+    line = difference(dist.gather(Told(tuple(data.input_shape), tuple(map(str, data.classes)), stats, splits)))
+    if line is not None:
+        raise ConfigError(line)
+
+
+def difference(told: list[Told]) -> str | None:
+    """What differs on which rank, in one line; None where nothing does. Of every rank what it tells."""
+    for rank, other in enumerate(told):
+        what = _has(other, told[0])
+        if what is not None:
+            return (
+                f"data.name: rank {rank} has {what}; expected the same data set on every rank; seed what it draws, "
+                f"such as a random split, sort what has no order, such as a set or a folder's files, and give all "
+                f"nodes the same files"
+            )
+    return None
+
+
+def _has(mine: Told, first: Told) -> str | None:
+    """What a rank has in place of what rank 0 has."""
+    pairs = [(name, mine.splits[name], first.splits[name]) for name in SAMPLES]
+    for name, split, other in pairs:
+        if split.kind != other.kind:
+            return f"its {name} samples as {split.kind}, rank 0 as {other.kind}"
+        if split.count != other.count:
+            return f"{split.count:,} {name} samples, rank 0 {other.count:,}"
+    if mine.shape != first.shape:
+        return f"samples of shape {mine.shape}, rank 0 of {first.shape}"
+    if len(mine.classes) != len(first.classes):
+        return f"{len(mine.classes):,} classes, rank 0 {len(first.classes):,}"
+    for number, (name, other) in enumerate(zip(mine.classes, first.classes, strict=True)):
+        if name != other:
+            return f"{name!r} as class {number}, rank 0 {other!r}"
+    if mine.stats != first.stats:
+        return f"mean and std {mine.stats}, rank 0 {first.stats}"
+    for name, split, other in pairs:
+        if split.whole != other.whole:
+            what = "labels" if split.kind == "InMemory" else "files or labels (another FromFiles.identity)"
+            return f"other {name} {what} than rank 0, or the same in another order"
+        for number in sorted(split.some.keys() & other.some.keys()):
+            sample = split.some[number]
+            if sample.error is not None:
+                return f"a {name} sample {number} that cannot be read: {sample.error}"
+            if other.some[number].error is None and not sample.is_like(other.some[number]):
+                return f"another {name} sample {number} than rank 0"
+    return None
+
+
+def sketch(feed: Feed, count: int) -> Sketch:
+    """A split, as the other ranks are told of it.
+
+    Args:
+        feed: of the split.
+        count: of the samples that are read, if they are in files.
+    """
+    split = feed.split
+    if isinstance(split, InMemory):
+        rows = {i: Sample(_digest(split.images[i])) for i in _spread(len(split), ROWS)}
+        return Sketch("InMemory", len(split), _digest(split.labels), rows)
+    # One whose samples cannot be had again is warned of, and differs on every rank.
+    numbers = _spread(len(split), count) if feed.reader.repeats else []
+    identity = hashlib.sha256(split.identity.encode()).digest()
+    return Sketch("FromFiles", len(split), identity, {i: _sample(feed, i) for i in numbers})
+
+
+def _sample(feed: Feed, number: int) -> Sample:
+    try:
+        pixels, targets = feed.reader.read(np.array([number]))
+    except ConfigError as error:
+        return Sample(None, error=str(error))
+    values, kind = pixels.flatten(), (str(pixels.dtype), tuple(pixels.shape))
+    few = values[_spread(values.numel(), VALUES)].double()
+    apart = PIXELS_APART if pixels.dtype == torch.uint8 else FLOATS_APART * float(few.abs().nan_to_num().max())
+    target = targets.tolist() if targets.dim() == 1 else [round(value, 3) for value in targets[0].tolist()[:VALUES]]
+    return Sample((*kind, target), tuple(few.tolist()), apart)
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().numpy()).digest()
+
+
+def _spread(n: int, count: int) -> list[int]:
+    """At most so many numbers of 0 to n - 1, as far apart as they go."""
+    return sorted({i * (n - 1) // max(1, count - 1) for i in range(count)})
