@@ -33,6 +33,7 @@ from dist_train.backends import BACKENDS, rules
 from dist_train.checkpoint import save, storage
 from dist_train.data import vision
 from dist_train.data.feed import Feed
+from dist_train.data.sets import Data
 from dist_train.doctor import link, machine, meeting
 from dist_train.lookup import load
 from dist_train.models.mlp import MLP
@@ -699,6 +700,23 @@ def small_shared_memory(size: str) -> None:
         libc.mount(b"none", b"/dev/shm", b"tmpfs", 0, f"size={size}".encode()),
     ):
         assert done == 0, os.strerror(ctypes.get_errno())
+
+
+def fingerprint_during(step: int | None) -> None:
+    """The hash over the data is there once a step has been made; or may not be asked for."""
+    made, fingerprint, goes_on = threading.Event(), Data.fingerprint, Phases.progressed
+
+    def progressed(self: Phases, *steps: int) -> None:
+        goes_on(self, *steps)
+        if step is not None and self.step >= step:
+            made.set()
+
+    def late(self: Data) -> str:
+        assert step is not None, "the hash is rank 0's to make"
+        assert made.wait(15), "training waits for the hash"
+        return fingerprint(self)
+
+    Phases.progressed, Data.fingerprint = progressed, late
 
 
 # -- what a run says ---------------------------------------------------------------------------------------------------

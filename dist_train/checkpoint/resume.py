@@ -13,7 +13,7 @@ from dist_train import dist
 from dist_train.backends.base import Backend
 from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.allowed import BY_NAME, LENGTH
-from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Tensor
+from dist_train.checkpoint.manifest import Damaged, Manifest, Tensor
 from dist_train.checkpoint.save import Facts
 from dist_train.config import Config, to_tree
 from dist_train.data.sets import Data
@@ -43,7 +43,7 @@ def facts_of(model: nn.Module, data: Data) -> Facts:
         name: Tensor(list(value.shape), str(value.dtype).removeprefix("torch."))
         for name, value in model.state_dict().items()
     }
-    return Facts(tensors, lambda: DataFacts(len(data.train), len(data.test), data.fingerprint()))
+    return Facts(tensors, len(data.train), len(data.test), data.fingerprint)
 
 
 def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
@@ -116,7 +116,7 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
             got, expected = (shapes.get(name, "nothing") for shapes in (mine, saved))
             yield f"model: got {name} {got}, expected {expected} as in {there}; {new} {there}"
     for path, got, expected in (
-        ("data: training samples", facts.data.train, m.data.train),
+        ("data: training samples", facts.train, m.data.train),
         ("train.global_batch_size", config.train.global_batch_size, m.global_batch_size),
         ("train.drop_last", config.train.drop_last, m.config["train"]["drop_last"]),
         ("optim.name", config.optim.name, m.config["optim"]["name"]),
@@ -124,7 +124,7 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
         if got != expected:
             yield f"{path}: got {got}, expected {expected} as in {there}; {new} {there}"
     cfg = config.train
-    total = cfg.epochs * steps_per_epoch(facts.data.train, cfg.global_batch_size, cfg.drop_last)
+    total = cfg.epochs * steps_per_epoch(facts.train, cfg.global_batch_size, cfg.drop_last)
     path, got = "train.epochs", cfg.epochs
     if cfg.max_steps is not None and cfg.max_steps < total:
         path, got, total = "train.max_steps", cfg.max_steps, cfg.max_steps

@@ -45,17 +45,32 @@ class Facts:
 
     Args:
         model: shapes of the model's tensors.
-        data_of: gives the facts about the data. It goes through all of the data, which a run that neither saves nor
-            resumes can do without.
+        train: samples of the training split.
+        test: samples of the test split.
+        fingerprint_of: gives the hash over the data. It goes through all that is in memory, seconds for each GB.
     """
 
     model: dict[str, Tensor]
-    data_of: Callable[[], DataFacts]
+    train: int
+    test: int
+    fingerprint_of: Callable[[], str]
+
+    def begin(self) -> None:
+        """Goes through the data in the background, for the first checkpoint to find it done."""
+        assert self._fingerprint is not None
+
+    @property
+    def data(self) -> DataFacts:
+        """The facts about the data. Waits until they are there."""
+        return DataFacts(self.train, self.test, self._fingerprint.result())
 
     @functools.cached_property
-    def data(self) -> DataFacts:
-        """The facts about the data."""
-        return self.data_of()
+    def _fingerprint(self) -> Future[str]:
+        thread = ThreadPoolExecutor(1, "fingerprint")
+        try:
+            return thread.submit(self.fingerprint_of)
+        finally:
+            thread.shutdown(wait=False)
 
 
 class Checkpoints:
@@ -101,7 +116,8 @@ class Checkpoints:
         if saves(cfg):
             from dist_train.checkpoint import storage  # noqa: F401  (it takes half a second: not in the first save)
 
-            assert facts.data  # nor is the data gone through then
+            if world.is_main:  # who writes it down
+                facts.begin()
         # A rank of a killed run may still write when the next run has begun: not into the same folder.
         self.start = dist.on_main(lambda: secrets.token_hex(4))
 
@@ -178,7 +194,7 @@ class Checkpoints:
             epoch=epoch,
             step_in_epoch=within,
             seed=self.config.train.seed,
-            data=self.facts.data,
+            data=DataFacts(self.facts.train, self.facts.test, fingerprint=""),
             global_batch_size=self.config.train.global_batch_size,
             backend=f"{backend}:{stage or 0}" if backend == "deepspeed" else backend,
             world_size=self.world.size,
@@ -227,7 +243,7 @@ class Checkpoints:
     def _commit(self, beside: Path, name: str, what: Manifest) -> None:
         """Gives the checkpoint its name, then removes those that the config does not keep. On rank 0."""
         older, _ = manifest.listed(self.folder.parent)
-        what = replace(what, sequence=1 + max((m.sequence for _, m in older), default=0))
+        what = replace(what, sequence=1 + max((m.sequence for _, m in older), default=0), data=self.facts.data)
         with (beside / manifest.NAME).open("x", encoding="utf-8") as file:
             file.write(manifest.dumps(what))
             file.flush()
