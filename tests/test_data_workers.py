@@ -1,5 +1,6 @@
 """Worker processes end with the run that they work for, however it ends; and what keeps them from starting is said."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,8 @@ from zygote import Run, Zygote
 ENDS_WITHIN_S = 20.0
 
 
-def start(folder: Path, *argv: str, **environment: str) -> subprocess.Popen:
+@contextlib.contextmanager
+def started(folder: Path, *argv: str, **environment: str) -> Iterator[subprocess.Popen]:
     """A long run with two workers, in a process group of its own, whose words go to `out`."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment
@@ -42,9 +44,14 @@ def start(folder: Path, *argv: str, **environment: str) -> subprocess.Popen:
         *argv,
     ]
     with (folder / "out").open("w") as out:
-        return subprocess.Popen(
+        run = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
+    with run:
+        try:
+            yield run
+        finally:
+            run.kill()
 
 
 def descendants(folder: Path) -> list[int]:
@@ -76,21 +83,22 @@ def tmpdir():
 
 @pytest.mark.parametrize("how", ["error", "killed", "interrupted twice", "all are asked to stop"])
 def test_no_process_is_left(tmp_path: Path, tmpdir: Path, how: str):
-    first = str(global_indices(4000, 0, 0, 0, 64)[0])
+    first = str(global_indices(4000, 0, 0, 0, 64)[60])  # of the first step, and not of what is looked at before it
     at = {"error": ["2000"], "interrupted twice": [first, "--data.args.what", "hang"]}.get(how, ["-1"])
-    run = start(tmp_path, "--data.args.at", *at, "--checkpoint.every_epochs", "100000", TMPDIR=str(tmpdir))
-    if how != "error":
-        # The run, two workers, their server, and what watches their semaphores.
-        wait_for(lambda: len(descendants(tmp_path)) == 5, run)
-    if how == "killed":
-        run.kill()
-    elif how == "interrupted twice":  # in a terminal, which sends it to all
-        while run.poll() is None:
-            os.killpg(run.pid, signal.SIGINT)
-            time.sleep(0.7)
-    elif how == "all are asked to stop":  # as Slurm does
-        os.killpg(run.pid, signal.SIGTERM)
-    code = run.wait(60)
+    argv = ["--data.args.at", *at, "--checkpoint.every_epochs", "100000"]
+    with started(tmp_path, *argv, TMPDIR=str(tmpdir)) as run:
+        if how != "error":
+            # The run, two workers, their server, and what watches their semaphores.
+            wait_for(lambda: len(descendants(tmp_path)) == 5, run)
+        if how == "killed":
+            run.kill()
+        elif how == "interrupted twice":  # in a terminal, which sends it to all
+            while run.poll() is None:
+                os.killpg(run.pid, signal.SIGINT)
+                time.sleep(0.7)
+        elif how == "all are asked to stop":  # as Slurm does
+            os.killpg(run.pid, signal.SIGTERM)
+        code = run.wait(60)
     wait_for(lambda: not descendants(tmp_path))
     said = (tmp_path / "out").read_text()
     assert code == {"error": 1, "killed": -signal.SIGKILL, "interrupted twice": 130}.get(how, 75), said
