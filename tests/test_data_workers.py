@@ -109,6 +109,12 @@ def test_no_process_is_left(tmp_path: Path, tmpdir: Path, how: str):
         assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
 
 
+def test_no_process_is_left_by_a_run_that_is_killed_while_its_server_imports(tmp_path: Path, tmpdir: Path):
+    with started(tmp_path, TMPDIR=str(tmpdir), SLOW_IMPORT="") as run:
+        wait_for(lambda: len(descendants(tmp_path)) == 3, run)
+    wait_for(lambda: not descendants(tmp_path))
+
+
 def test_a_worker_that_hangs_ends_with_its_epoch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.1)
     data = user_data.slow("", False, at=2, what="hang")

@@ -190,7 +190,7 @@ MAY_IMPORT = {
     "bench.slices": set(),
     "data": {
         *("errors", "whole", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets"),
-        *("data.generators", "data.reader", "data.workers"),
+        *("data.generators", "data.reader", "data.server", "data.workers"),
     },
     "data.agree": {"data.feed", "data.sets", "dist", "errors"},
     "models": {"errors"},

@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 import time
 
 import numpy as np
@@ -11,6 +12,9 @@ from torchvision.transforms import v2
 
 from dist_train.data.sets import Data, FromFiles, InMemory
 from dist_train.errors import ConfigError
+
+if "SLOW_IMPORT" in os.environ and "dist_train.data.server" in sys.modules:
+    time.sleep(120)
 
 TO_FLOAT = v2.Compose([v2.Resize((14, 14)), v2.ToDtype(torch.float32, scale=True)])
 FLIP = v2.RandomHorizontalFlip(p=0.5)

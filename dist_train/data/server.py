@@ -1,10 +1,25 @@
-"""Imported by the process that workers are forked from, and there alone: how it lives and ends."""
+"""Imported by the process that workers are forked from, first of all and there alone: how it lives and ends."""
 
 import atexit
+import os
 import signal
+import threading
 
 from dist_train.data.workers import REQUESTS, remove_sockets
+
+LOOKS_EVERY_S = 0.25
+parent, imported = os.getppid(), threading.Event()
+
+
+def watch() -> None:
+    """Ends this process with the run while it imports, which takes seconds in which it listens to nobody."""
+    while not imported.wait(LOOKS_EVERY_S):
+        if os.getppid() != parent:
+            os._exit(1)
+
 
 # Until a worker ignores them: torch has it end by SIGTERM before it can say so.
 signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
 atexit.register(remove_sockets)
+thread = threading.Thread(target=watch, daemon=True)
+thread.start()

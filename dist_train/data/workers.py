@@ -52,7 +52,7 @@ def context(dataset: object, count: int) -> BaseContext:
     imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
     # What every worker imports anyway, the script that was started among it.
     reads = "__main__", "dist_train.data.reader", type(dataset).__module__
-    found.set_forkserver_preload(["dist_train.data.server", *reads, *imported])
+    found.set_forkserver_preload(["dist_train.data.server", *reads, *imported, "dist_train.data.served"])
     return found
 
 
