@@ -16,3 +16,7 @@ class ConfigError(ValueError):
         # a value that is quoted in a line may itself hold a line's end
         self.lines = tuple(" ".join(line.split("\n")) for line in lines)
         super().__init__("\n".join(self.lines))
+
+
+class OwnCodeError(ConfigError):
+    """The user's own code raises: a line that says where it was called, and lines as Python shows the error."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from traceback import FrameSummary, TracebackException
 
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, OwnCodeError
 
 PACKAGE = str(Path(__file__).parent)
 LIBRARIES = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
@@ -18,7 +18,7 @@ FRAMES_SHOWN = 8
 
 @contextlib.contextmanager
 def blamed(path: str, name: str, done: str, ours: bool = False) -> Iterator[None]:
-    """What is raised within is of the user's own code, and is refused with its file and line. Raises ConfigError.
+    """What is raised within is of the user's own code, and is refused with its file and line. Raises OwnCodeError.
 
     Args:
         path: the config path that led to that code.
@@ -34,7 +34,7 @@ def blamed(path: str, name: str, done: str, ours: bool = False) -> Iterator[None
         if ours and not frames(error):
             raise
         head = f"{path}: got {name}, and your own code raises an error when it is {done}; mend it there:"
-        raise ConfigError(head, *_shown(error, _home(name))) from error
+        raise OwnCodeError(head, *_shown(error, _home(name))) from error
 
 
 def frames(error: BaseException) -> list[FrameSummary]:

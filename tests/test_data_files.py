@@ -354,9 +354,12 @@ if __name__ == "__main__":
         (["--model.args.width", "3"], "model.args.width: got 3, but __main__:Net does not have it; it takes bias"),
         (
             ["--model.name", "__main__:Other"],
-            "model.name: got '__main__:Other', but there is no 'Other' in what",
+            "model.name: got '__main__:Other', but there is no 'Other' in mine.py; expected module:name",
         ),
-        (["--model.name", "__main__:number"], "model.name: got '__main__:number', but 'number' is of type int"),
+        (
+            ["--model.name", "__main__:number"],
+            "model.name: got __main__:number, which is of type int, expected a function or a class",
+        ),
     ],
 )
 def test_what_the_started_script_defines(zygote: Zygote, tmp_path: Path, argv: list[str], says: str | None):

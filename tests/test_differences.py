@@ -71,7 +71,7 @@ def test_another_run_is_refused_whatever_is_allowed(changes: dict, said: list[st
         ({"train__seed": 1}, "train.seed"),
         ({"optim__lr": 0.1}, "optim.lr"),
         ({"optim__schedule": "linear"}, "optim.schedule"),
-        ({"model__activation": "Tanh"}, "model.activation"),
+        ({"model__activation": "ReLU"}, "model.activation"),
         ({"train__precision": "float64"}, "train.precision"),
     ],
 )

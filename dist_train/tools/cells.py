@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # A launcher that is told to end takes its ranks with it, which may take it this long.
 END_S = 40
 # How a traceback ends, and how torchrun tells of the first rank that ended badly.
-ERROR = re.compile(r"(?:\[rank \d+\] )?((?:\w+\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)")
+ERROR = re.compile(r"(?:\[rank \d+\] |dist_train: )?((?:\w+\.)*[A-Za-z_]\w*(?:Error|Exception|Interrupt|Exit)\b.*)")
 TOLD = re.compile(r"Root Cause.*?rank\s*:\s*(\d+).*?exitcode\s*:\s*-(\d+)", re.DOTALL)
 TAIL = 1 << 20  # bytes of what a cell says that are looked at, from either end
 
@@ -138,7 +138,8 @@ def first_error(said: str, code: int) -> str:
         who, number = (f"rank {told[1]}", int(told[2])) if told else ("it", -code)
         return f"{who} was ended by {signal.Signals(number).name}"
     lines = said.splitlines()
-    start = next((i for i, line in enumerate(lines) if "Traceback (most recent call last)" in line), 0)
+    begins = ("Traceback (most recent call last)", "dist_train: ")  # as Python shows an error, and as we do
+    start = next((i for i, line in enumerate(lines) if any(begin in line for begin in begins)), 0)
     found = next((match[1] for line in lines[start:] if (match := ERROR.fullmatch(line.rstrip()))), "")
     return found or f"exit code {code}{_last(said)}"
 

@@ -16,7 +16,7 @@ from dist_train import assemble, backends, dist, ending, optim
 from dist_train.config import Config, load
 from dist_train.data.agree import agree
 from dist_train.dist import World
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, OwnCodeError
 from dist_train.launcher import Launcher, detect
 from dist_train.meter import Control, Metrics, Result
 from dist_train.paths import written
@@ -205,7 +205,8 @@ if __name__ == "__main__":
         launcher = detect()
         main(Path(sys.argv[1]), launcher)
     except ConfigError as error:
-        Path(sys.argv[1], "refused.txt").write_text(error.lines[0], encoding="utf-8")
+        if not isinstance(error, OwnCodeError):  # which is no reason not to run, but a failure
+            Path(sys.argv[1], "refused.txt").write_text(error.lines[0], encoding="utf-8")
         code = ending.refuse(error, launcher)
     except BaseException as error:
         code = ending.fail(error, launcher)
