@@ -5,16 +5,16 @@ import os
 import signal
 import threading
 
-from dist_train.data.workers import REQUESTS, remove_sockets
+from dist_train.data.workers import REQUESTS, RUN, remove_sockets
 
 LOOKS_EVERY_S = 0.25
-parent, imported = os.getppid(), threading.Event()
+imported = threading.Event()
 
 
 def watch() -> None:
     """Ends this process with the run while it imports, which takes seconds in which it listens to nobody."""
     while not imported.wait(LOOKS_EVERY_S):
-        if os.getppid() != parent:
+        if os.getppid() != int(os.environ[RUN]):
             os._exit(1)
 
 

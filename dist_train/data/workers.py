@@ -16,6 +16,7 @@ from multiprocessing.context import BaseContext
 from dist_train.errors import ConfigError
 
 SHM = "/dev/shm"
+RUN = "DIST_TRAIN_WORKERS_OF"  # the process that the server works for
 PREFIX = "pymp-"  # of the folders that multiprocessing makes for its sockets
 # They ask a run to stop, or to save.
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -42,17 +43,18 @@ def context(dataset: object, count: int) -> BaseContext:
         ConfigError: they cannot be started here.
     """
     _sockets()
-    with _tracker_quiet():
-        resource_tracker.ensure_running()
     found = multiprocessing.get_context("forkserver")
-    try:
-        [found.Queue() for _ in range(count + 4)]  # as many semaphores as a loader makes, which fails less cleanly
-    except OSError as error:
-        raise not_started(error, count) from error
     imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
     # What every worker imports anyway, the script that was started among it.
     reads = "__main__", "dist_train.data.reader", type(dataset).__module__
     found.set_forkserver_preload(["dist_train.data.server", *reads, *imported, "dist_train.data.served"])
+    try:
+        with _environment():
+            resource_tracker.ensure_running()
+            [found.Queue() for _ in range(count + 4)]  # as many semaphores as a loader makes, which fails less cleanly
+            forkserver.ensure_running()
+    except OSError as error:
+        raise not_started(error, count) from error
     return found
 
 
@@ -152,15 +154,18 @@ def _sockets() -> None:
 
 
 @contextlib.contextmanager
-def _tracker_quiet() -> Iterator[None]:
-    """The process that removes what a killed one leaves does not tell of it: a run always ends without such cleaning,
-    and its last line is to be its own."""
-    before = os.environ.get("PYTHONWARNINGS")
-    os.environ["PYTHONWARNINGS"] = ",".join(filter(None, (before, "ignore:resource_tracker")))
+def _environment() -> Iterator[None]:
+    """Of the two processes that the standard library keeps for workers. The one that removes what a killed run leaves
+    does not tell of it: a run always ends without such cleaning, and its last line is to be its own."""
+    quiet = ",".join(filter(None, (os.environ.get("PYTHONWARNINGS"), "ignore:resource_tracker")))
+    changed = {"PYTHONWARNINGS": quiet, RUN: str(os.getpid())}
+    before = {name: os.environ.get(name) for name in changed}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ["PYTHONWARNINGS"]
-        else:
-            os.environ["PYTHONWARNINGS"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
