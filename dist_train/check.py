@@ -32,6 +32,8 @@ MODEL_FIELDS = ("hidden", "activation", "dropout")
 OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
 WEIGHTS = "weights.pt"  # in a finished run's folder
 WEIGHT_FILES = (".pt", ".pth", ".safetensors")
+# What save_pretrained leaves in a folder, in one file or, of a large model, in several with an index.
+PRETRAINED, SHARDED = "model.safetensors", "model.safetensors.index.json"
 UNFIT_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step",
     "SparseAdam": "it takes sparse gradients only",
@@ -172,6 +174,16 @@ def _init_from(config: Config, _: Launcher) -> Iterator[str]:
         return  # from a checkpoint, which has all the weights; the file may be gone
     if not os.path.exists(name):  # False as well for a name that no file can have
         yield f"model.init_from: got {name!r}, which is not there; expected {sources}"
+    elif path.name == SHARDED or (path / SHARDED).is_file():
+        yield (
+            f"model.init_from: got {name}, whose tensors are in several files ({SHARDED}), expected one file; read each "
+            f"with safetensors.torch.load_file, and write all of their tensors with save_file"
+        )
+    elif (path / PRETRAINED).is_file() and not (path / WEIGHTS).is_file():
+        yield (
+            f"model.init_from: got {name}, a folder as save_pretrained leaves it, expected the file of its weights; "
+            f"write --model.init_from {path / PRETRAINED}"
+        )
     elif path.is_dir() and not (path / WEIGHTS).is_file() and not manifest.listed(path)[0]:
         yield f"model.init_from: got {name}, a folder without {WEIGHTS} and without checkpoints; expected {sources}"
     elif path.is_file() and path.suffix not in WEIGHT_FILES:

@@ -413,3 +413,22 @@ def test_loading_takes_the_memory_of_one_model(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     ours, naive = map(float, done.stdout.split())
     assert 0.95 < ours < 1.2 and naive > 1.9, done.stdout
+
+
+# -- what other programs leave -----------------------------------------------------------------------------------------
+
+
+def test_folders_of_save_pretrained_are_told_apart(tmp_path: Path):
+
+    save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+
+    def line(name: Path) -> str:
+        with pytest.raises(ConfigError) as refused:
+            check(load([f"--model.init_from={name}"]), Launcher())
+        return str(refused.value)
+
+    assert line(tmp_path).endswith(f"write --model.init_from {tmp_path / 'model.safetensors'}")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    for name in (tmp_path, index):
+        assert "whose tensors are in several files" in line(name) and "save_file" in line(name)
