@@ -176,8 +176,8 @@ def _init_from(config: Config, _: Launcher) -> Iterator[str]:
         yield f"model.init_from: got {name!r}, which is not there; expected {sources}"
     elif path.name == SHARDED or (path / SHARDED).is_file():
         yield (
-            f"model.init_from: got {name}, whose tensors are in several files ({SHARDED}), expected one file; read each "
-            f"with safetensors.torch.load_file, and write all of their tensors with save_file"
+            f"model.init_from: got {name}, whose tensors are in several files ({SHARDED}), expected one file; read "
+            f"each with safetensors.torch.load_file, and write all of their tensors with save_file"
         )
     elif (path / PRETRAINED).is_file() and not (path / WEIGHTS).is_file():
         yield (
