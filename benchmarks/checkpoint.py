@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from dist_train import backends, dist, ending, launcher
-from dist_train.checkpoint.manifest import DataFacts
 from dist_train.checkpoint.save import Checkpoints, Facts
 from dist_train.config import CheckpointConfig, Config, RunConfig
 from dist_train.meter import Control, Meter
@@ -56,7 +55,7 @@ def main() -> None:
         for asynchronous in (False, True):
             saving = Config(checkpoint=CheckpointConfig(every_steps=1, keep_last=1, asynchronous=asynchronous))
             place = folder / str(asynchronous)
-            savers[asynchronous] = Checkpoints(saving, world, place, Facts({}, lambda: DataFacts(1, 1, "")), backend)
+            savers[asynchronous] = Checkpoints(saving, world, place, Facts({}, 1, 1, lambda: ""), backend)
         plan = Plan.of(10**6, config.train, world)
         meter, host = Meter(Silent(), 10**6, plan, 10**6, device, Control()), HostCopy()
         times: dict[str, list[float]] = {row: [] for row in ROWS}

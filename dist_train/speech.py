@@ -1,6 +1,7 @@
 """How lines are written: which rank each is of, where there are several (the others than rank 0 are silent unless they
 fail), and what a terminal cannot show."""
 
+import contextlib
 import io
 import logging
 import sys
@@ -24,7 +25,8 @@ def escape_unprintable() -> None:
     would be an error in the middle of a run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # a descriptor that was made another kind of file meanwhile
+                stream.reconfigure(errors="backslashreplace")
 
 
 def mark_warnings(launcher: Launcher) -> None:

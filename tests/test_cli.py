@@ -169,11 +169,11 @@ def test_an_impatient_interrupt_ends_at_once(tmp_path: Path):
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_an_error_of_ours_or_of_the_users_code_keeps_its_traceback(tmp_path: Path):
+def test_an_error_of_the_users_code_is_shown_in_the_lines_of_that_code(tmp_path: Path):
     (tmp_path / "mine.py").write_text("def data(root, download):\n    raise RuntimeError('planted')\n")
     done = start(tmp_path, "--data.name", "mine:data", "--run.dir", "run")
-    assert done.returncode == ending.FAILED == 1 and done.stdout == ""
-    assert done.stderr.startswith("Traceback") and "mine.py" in done.stderr
+    assert done.returncode == ending.BAD_CONFIG == 2 and done.stdout == ""
+    assert done.stderr.startswith("dist_train: data.name: got mine:data") and 'mine.py", line 2' in done.stderr
     assert done.stderr.endswith("RuntimeError: planted\n") and "[rank" not in done.stderr
 
 
