@@ -104,7 +104,7 @@ class Held(Phases):
         """See Phases."""
         super().progressed(step)
         if step is not None:
-            self.ends.append(self.moved)
+            self.ends.append(time.perf_counter())
             if step >= self.until:
                 self._hold(step)
 
