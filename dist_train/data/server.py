@@ -1,11 +1,10 @@
-"""Imported by the process that workers are forked from, first of all and there alone: how it lives and ends."""
+"""Imported by the process that workers are forked from, first of all and there alone."""
 
-import atexit
 import os
 import signal
 import threading
 
-from dist_train.data.workers import REQUESTS, RUN, remove_sockets
+from dist_train.data.workers import REQUESTS, RUN
 
 LOOKS_EVERY_S = 0.25
 imported = threading.Event()
@@ -20,6 +19,5 @@ def watch() -> None:
 
 # Until a worker ignores them: torch has it end by SIGTERM before it can say so.
 signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
-atexit.register(remove_sockets)
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
