@@ -102,7 +102,8 @@ def test_no_process_is_left(tmp_path: Path, tmpdir: Path, how: str):
     wait_for(lambda: not descendants(tmp_path))
     said = (tmp_path / "out").read_text()
     assert code == {"error": 1, "killed": -signal.SIGKILL, "interrupted twice": 130}.get(how, 75), said
-    assert ("of the data set" in said) == ("Traceback" in said) == (how == "error"), said
+    assert ("of the data set" in said) == (how == "error"), said
+    assert how in ("error", "killed") or "Traceback" not in said  # a worker may be handing over a sample at that moment
     assert "leaked" not in said and "ignored" not in said
     assert not list(tmpdir.glob("pymp-*"))
     if how == "all are asked to stop":  # the workers went on until it was saved
