@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import backends, dist, ending, launcher
+from dist_train import backends
+from dist_train.backends.shards import HostCopy
 from dist_train.checkpoint.save import Checkpoints, Facts
-from dist_train.config import CheckpointConfig, Config, RunConfig
-from dist_train.meter import Control, Meter
-from dist_train.order import Plan
-from dist_train.shards import HostCopy
+from dist_train.config.tree import CheckpointConfig, Config, RunConfig
+from dist_train.data.order import Plan
+from dist_train.loop.meter import Control, Meter
+from dist_train.ranks import dist, ending, launcher
 
 LAYERS = 20
 ROWS = ("plain torch.save + sync", "synchronous save", "asynchronous save, stall", "copy to host memory")

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 
 from dist_train.data.csv_images import csv_images
 from dist_train.data.feed import Feed
+from dist_train.data.order import Plan
 from dist_train.data.sets import Data
-from dist_train.order import Plan
 
 SEED = 0
 

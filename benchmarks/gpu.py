@@ -20,18 +20,22 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from dist_train import assemble, backends, dist, optim
-from dist_train.assemble import Parts
+from dist_train import backends
 from dist_train.backends.base import Backend
 from dist_train.bench.references import Pictures
 from dist_train.bench.turns import synchronize
-from dist_train.captured import Captured
-from dist_train.config import CompileConfig, Config, load
+from dist_train.config.load import load
+from dist_train.config.tree import CompileConfig, Config
 from dist_train.data import feed
-from dist_train.dist import World
-from dist_train.meter import Control, Meter, Metrics, Result
-from dist_train.order import Plan
-from dist_train.train import total_steps, train
+from dist_train.data.order import Plan
+from dist_train.loop import optim
+from dist_train.loop.captured import Captured
+from dist_train.loop.meter import Control, Meter, Metrics, Result
+from dist_train.loop.train import total_steps, train
+from dist_train.ranks import dist
+from dist_train.ranks.dist import World
+from dist_train.run import assemble
+from dist_train.run.assemble import Parts
 
 EVERY_STEPS = 50  # between two lines of metrics: the default
 TUTORIAL, BARE, GRAPH = "tutorial's loop", "bare replay of the graph", "whole step as a graph"

@@ -53,9 +53,9 @@ def rank(backend: str, ranks: int, layers: int, width: int, number: int, folder:
     from torch import nn
 
     from dist_train import backends
-    from dist_train.config import BackendConfig, Config, OptimConfig
-    from dist_train.dist import World
-    from dist_train.optim import factory
+    from dist_train.config.tree import BackendConfig, Config, OptimConfig
+    from dist_train.loop.optim import factory
+    from dist_train.ranks.dist import World
 
     torch.set_num_threads(1)
     if ranks > 1:

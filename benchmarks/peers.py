@@ -24,8 +24,9 @@ from dist_train.bench.lead import SLICE_S, Cell, shuffled, steps_of
 from dist_train.bench.ranks import Ranks
 from dist_train.bench.slices import CEILING, CONFIG, OURS, RUN_IN_STEPS, SOCKET, TUTORIAL, WARM_STEPS, Slice
 from dist_train.bench.table import Run
-from dist_train.config import BackendConfig, load
-from dist_train.launcher import Launcher
+from dist_train.config.load import load
+from dist_train.config.tree import BackendConfig
+from dist_train.ranks.launcher import Launcher
 from dist_train.tools.bench import for_bench
 from dist_train.tools.options import split
 
@@ -125,9 +126,11 @@ def serve(folder: Path, name: str) -> None:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
-    from dist_train import assemble, dist, optim
     from dist_train.bench.references import lay_out
     from dist_train.bench.turns import Turns
+    from dist_train.loop import optim
+    from dist_train.ranks import dist
+    from dist_train.run import assemble
 
     config, device = load(["--config", str(folder / CONFIG)]), torch.device("cpu")
     peer, way = name.split()

@@ -68,8 +68,8 @@ def work() -> None:
     """A rank of `measure`: takes what it measures in turns. Rank 0 prints."""
     import torch
 
-    from dist_train import dist, ending
-    from dist_train.launcher import detect
+    from dist_train.ranks import dist, ending
+    from dist_train.ranks.launcher import detect
 
     torch.set_num_threads(1)
     with dist.joined(detect(), torch.device("cpu")) as world:
@@ -93,11 +93,13 @@ def work() -> None:
 
 def stepper(name: str, batch: int, world: Any) -> Callable[[], list[float]]:
     """Steps of a backend, by the package's own loop."""
-    from dist_train import assemble, backends, optim
-    from dist_train.config import load
-    from dist_train.meter import Control
+    from dist_train import backends
+    from dist_train.config.load import load
+    from dist_train.loop import optim
+    from dist_train.loop.meter import Control
+    from dist_train.loop.train import train
+    from dist_train.run import assemble
     from dist_train.tools.trajectory import Recorder
-    from dist_train.train import train
 
     steps = min(MOST_STEPS, SAMPLES_A_TURN // batch)
     argv = ["--backend.name", name, "--data.name", "synthetic", "--data.args.n_test", "64", "--train.device", "cpu"]
@@ -114,8 +116,8 @@ def feeder(batch: int) -> Callable[[], list[float]]:
     import torch
 
     from dist_train.data.feed import Feed
+    from dist_train.data.order import Plan
     from dist_train.data.synthetic import synthetic
-    from dist_train.order import Plan
 
     data = synthetic("", False, n=SAMPLES_A_TURN, n_test=64)
     feed = Feed(data.train, data, torch.device("cpu"), torch.float32, True, False)

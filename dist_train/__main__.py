@@ -6,13 +6,16 @@ Without a command it trains. This is the one module that sees all the others.
 import importlib
 import sys
 
-from dist_train import ending, orphan
 from dist_train.backends import chosen
-from dist_train.check import check, resumes, run_folder
-from dist_train.config import Config, load, unknown
+from dist_train.checkpoint.rules import resumes
+from dist_train.config.load import load
+from dist_train.config.tree import Config, run_folder
+from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher, clean_argv, detect
-from dist_train.speech import escape_unprintable, mark_warnings
+from dist_train.ranks import ending, orphan
+from dist_train.ranks.launcher import Launcher, clean_argv, detect
+from dist_train.ranks.speech import escape_unprintable, mark_warnings
+from dist_train.run.check import check
 
 TOOLS = ("bench", "doctor", "eval", "explain", "export", "inspect", "parity", "report", "runs")
 
@@ -57,10 +60,11 @@ def run(config: Config, launcher: Launcher) -> int:
     check(config, launcher)
     orphan.started_by(launcher.name)
 
-    from dist_train import assemble, dist, session
     from dist_train.backends import fit
     from dist_train.checkpoint import resume
-    from dist_train.look import check_shares
+    from dist_train.ranks import dist
+    from dist_train.run import assemble, session
+    from dist_train.run.look import check_shares
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)

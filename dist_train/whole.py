@@ -21,6 +21,12 @@ def whole(path: Path) -> Iterator[Path]:
             beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """A file that is whole or absent."""
+    with whole(path) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
 def write(path: Path, content: bytes, option: str) -> None:
     """A file that the user has asked for. Raises ConfigError, which names the option that gave the path."""
     with _refused(path, option):

@@ -21,7 +21,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from dist_train.order import global_indices, share
+from dist_train.data.order import global_indices, share
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

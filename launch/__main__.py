@@ -5,7 +5,7 @@ Prints what it is about to run, and runs it; --dry-run only prints.
 
 import sys
 
-from dist_train.config import load
+from dist_train.config.load import load
 from dist_train.errors import ConfigError
 from launch import machine
 from launch.options import parse

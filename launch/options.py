@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
-from dist_train.config import unknown
+from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
 
 LAUNCHERS = ("torchrun", "accelerate", "deepspeed", "srun")

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
 from launch import files
 from launch.machine import Machine

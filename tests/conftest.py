@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from checkpoint_runs import cut_off, reference
-from ranks import WORKERS
 from slurm_lab import slurm, slurm_cluster  # noqa: F401  (fixtures)
+from workers import WORKERS
 from zygote import Zygote
 
 torch.set_num_threads(1)  # as the workers: the number of threads decides the last bits

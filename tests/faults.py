@@ -28,17 +28,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 
-from dist_train import dist, ending, folder, meter, orphan, rendezvous, versions, watchdog
+from dist_train import versions
 from dist_train.backends import BACKENDS, rules
+from dist_train.backends.shards import shards_of
 from dist_train.checkpoint import save, storage
+from dist_train.config.lookup import load
 from dist_train.data import vision
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.doctor import link, machine, meeting
-from dist_train.lookup import load
+from dist_train.loop import meter
 from dist_train.models.mlp import MLP
-from dist_train.phases import Phases
-from dist_train.shards import shards_of
+from dist_train.ranks import dist, ending, orphan, rendezvous, watchdog
+from dist_train.ranks.phases import Phases
+from dist_train.run import folder
 
 
 class Event(NamedTuple):

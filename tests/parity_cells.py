@@ -3,8 +3,8 @@
 import torch
 import torch.distributed as torch_dist
 
-from dist_train.config import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
-from dist_train.dist import World
+from dist_train.config.tree import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
+from dist_train.ranks.dist import World
 from dist_train.tools.agreement import Trajectory
 from dist_train.tools.trajectory import trajectory
 

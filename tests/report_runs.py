@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.config import Config, dump
+from dist_train.config.load import dump
+from dist_train.config.tree import Config
 
 CLASSES = ("cat", "dog", "<script>window.hacked = 1</script>", "%{x} & </script>")
 STARTED_AT = 1.7e9

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from dist_train import assemble, session, watchdog
 from dist_train.checkpoint import resume
 from dist_train.checkpoint.save import Checkpoints
-from dist_train.config import CheckpointConfig, Config, RunConfig
+from dist_train.config.tree import CheckpointConfig, Config, RunConfig
 from dist_train.data.feed import Feed
 from dist_train.errors import ConfigError
-from dist_train.track import Trackers
+from dist_train.ranks import watchdog
+from dist_train.run import assemble, session
+from dist_train.track.trackers import Trackers
 
 from parity_cells import this_world
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.__main__ import TOOLS
-from dist_train.config import load
+from dist_train.config.load import load
 from launch.options import parse
 
 from docs_pages import COMMAND, LINKED, PAGES, ROOT, Block, anchors, blocks, differs, links, of_dist_train, unfenced

@@ -16,187 +16,50 @@ from data_files import write_raw
 ROOT = Path(dist_train.__file__).parent
 LAUNCH = sorted((ROOT.parent / "launch").glob("*.py"))
 MODULES = {
-    "dist_train." + ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    ".".join(["dist_train", *path.relative_to(ROOT).with_suffix("").parts]).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-# Modules that answer before torch is imported: config, its checks, and what they need.
+# The rooms, from the ground up: a room sees those before it, and itself.
+ROOMS = (
+    *("config", "ranks", "models", "data", "backends", "tasks", "loop", "checkpoint", "track", "run"),
+    *("report", "bench", "doctor", "tools", "__main__"),
+)
+SEEN_BY_ALL = {"errors", "whole", "columns", "versions"}
+# Modules that answer before torch is imported: config, its rules, and what they need.
 LIGHT = {
     "errors",
-    "config",
-    "paths",
-    "strict_yaml",
-    "check",
-    "launcher",
-    "lock",
-    "lookup",
-    "own_code",
-    "ending",
-    "speech",
+    "config.tree",
+    "config.load",
+    "config.values",
+    "config.arguments",
+    "config.paths",
+    "config.strict_yaml",
+    "config.lookup",
+    "config.own_code",
+    "ranks.launcher",
+    "ranks.ending",
+    "ranks.speech",
+    "run.check",
+    "run.lock",
     "backends",
     "backends.rules",
     "data",
+    "data.rules",
     "models",
+    "models.rules",
+    "tasks.rules",
+    "loop.rules",
     "checkpoint.allowed",
     "checkpoint.manifest",
+    "checkpoint.rules",
+    "track.rules",
+    "track.status",
     "bench.lead",  # which must not take the cores from the ranks, nor memory
     "bench.machine",
 }
-# Which of the package's own modules each may import. Only `__main__` and the tools see everything.
-MAY_IMPORT = {
-    "errors": set(),
-    "config": {"data", "errors", "paths", "strict_yaml"},
-    "paths": {"errors"},
-    "lock": set(),
-    "strict_yaml": set(),
-    "lookup": {"errors", "own_code"},
-    "own_code": {"errors"},
-    "launcher": {"errors"},
-    "ending": {"errors", "launcher", "own_code", "speech"},
-    "speech": {"launcher"},
-    "check": {
-        *("backends", "backends.rules", "checkpoint.allowed", "checkpoint.manifest", "config", "data", "errors"),
-        *("launcher", "lock", "lookup", "models", "paths"),
-    },
-    "whole": {"errors"},
-    "columns": set(),
-    "dist": {"columns", "errors", "launcher", "rendezvous"},
-    "rendezvous": {"errors", "launcher", "speech"},
-    "clock": set(),
-    "journal": set(),
-    "orphan": set(),
-    "order": {"config", "dist"},
-    "look": {"backends.probe", "config", "data.feed", "errors", "losses", "order", "precision"},
-    "losses": set(),
-    "precision": {"errors"},
-    "optim": {"config", "errors"},
-    "compiled": set(),
-    "mistakes": {"data.feed", "dist", "losses", "order", "whole"},
-    "flops": {"assemble", "config", "data.randomness", "dist", "order", "precision"},
-    "timeline": {"phases"},
-    "profiling": {
-        "assemble",
-        "check",
-        "checkpoint.save",
-        "config",
-        "dist",
-        "flops",
-        "meter",
-        "phases",
-        "timeline",
-        "whole",
-    },
-    "meter": {"compiled", "dist", "errors", "order", "phases", "stop"},
-    "phases": {"clock", "journal"},
-    "stop": {"clock", "ending"},
-    "watchdog": {"clock", "dist", "ending", "orphan", "phases", "speech"},
-    "weights": {"check", "checkpoint.manifest", "checkpoint.resume", "errors", "precision", "whole"},
-    "shards": set(),
-    "versions": set(),
-    "checkpoint": {"errors"},
-    "checkpoint.storage": {"checkpoint.manifest", "errors", "shards"},
-    "checkpoint.save": {
-        *("backends", "backends.base", "checkpoint", "checkpoint.manifest", "checkpoint.randomness"),
-        *("checkpoint.storage", "config", "dist", "errors", "meter", "order", "shards", "versions"),
-    },
-    "checkpoint.resume": {
-        *("backends.base", "checkpoint", "checkpoint.allowed", "checkpoint.manifest", "checkpoint.randomness"),
-        *("checkpoint.save", "checkpoint.storage", "config", "data.sets", "dist", "errors", "order", "shards"),
-    },
-    "folder": {
-        "check",
-        "checkpoint",
-        "checkpoint.manifest",
-        "checkpoint.save",
-        "config",
-        "dist",
-        "ending",
-        "errors",
-        "lock",
-        "speech",
-        "whole",
-    },
-    "track": {
-        *("backends", "check", "config", "dist", "ending", "folder", "meter", "speech", "versions", "track"),
-        *(
-            f"track.{name}"
-            for name in ("bar", "base", "console", "jsonl", "summary", "tensorboard", "wandb", "wandb_file")
-        ),
-    },
-    "assemble": {
-        *("backends.probe", "config", "data", "data.feed", "data.sets", "errors"),
-        *("look", "lookup", "models", "optim", "order", "own_code", "precision", "weights"),
-    },
-    "captured": {
-        *("backends.base", "config", "data.feed", "errors", "losses", "meter", "optim", "order", "precision"),
-    },
-    "train": {
-        "backends.base",
-        "captured",
-        "config",
-        "data.feed",
-        "dist",
-        "losses",
-        "meter",
-        "optim",
-        "order",
-        "phases",
-        "precision",
-    },
-    "backends": {
-        "backends.base",
-        "backends.buckets",
-        "backends.fit",
-        "backends.probe",
-        "config",
-        "dist",
-        "journal",
-        "lookup",
-        "shards",
-    },
-    "backends.buckets": {"backends.fit", "backends.probe", "errors"},
-    "backends.deepspeed": {
-        *("backends.base", "backends.fit", "backends.gradients", "backends.initial", "backends.probe", "config"),
-        *("dist", "errors", "journal", "precision", "shards"),
-    },
-    "backends.gradients": {"errors"},
-    "backends.buffers": {"backends.probe", "dist"},
-    "backends.base": {
-        *("backends.buffers", "backends.initial", "backends.probe", "config", "dist", "journal", "precision", "shards"),
-    },
-    "backends.initial": {"backends.fit"},
-    "backends.probe": {"data.randomness"},
-    "backends.fit": {"backends.probe", "config", "errors"},
-    "backends.fsdp2": {"backends.base", "dist", "journal", "precision", "shards"},
-    "backends.rules": {"backends", "config", "launcher"},
-    "doctor": {
-        *("assemble", "backends", "backends.base", "check", "checkpoint", "checkpoint.manifest", "checkpoint.save"),
-        *("checkpoint.storage", "config", "data.feed", "data.sets", "data.vision", "dist", "ending", "errors"),
-        *("folder", "launcher", "losses", "optim", "order", "precision", "rendezvous", "shards"),
-        *("doctor.link", "doctor.machine", "doctor.meeting", "doctor.needs", "doctor.peers", "doctor.report"),
-        *("doctor", "doctor.subject"),
-    },
-    "report": {
-        *("check", "checkpoint.manifest", "config", "errors", "lock", "strict_yaml", "report.files"),
-        *("report.images",),
-        *("report.panels", "report.read", "report.summary", "report.text"),
-    },
-    "bench": {
-        "report.png",
-        *("assemble", "backends", "backends.base", "check", "checkpoint.resume", "config", "data.feed", "data.sets"),
-        *("dist", "ending", "errors", "launcher", "optim", "order", "paths", "phases", "session", "versions"),
-        *("bench", "bench.bare", "bench.ranks", "bench.references", "bench.slices", "bench.table", "bench.turns"),
-    },
-    "bench.bare": set(),
-    "bench.slices": set(),
-    "data": {
-        *("errors", "whole", "data.decoded", "data.idx", "data.image_files", "data.randomness", "data.sets"),
-        *("data.generators", "data.reader", "data.server", "data.workers"),
-    },
-    "data.agree": {"data.feed", "data.sets", "dist", "errors"},
-    "models": {"errors"},
-}
+# What of the package `launch` sees.
+CONFIG = {f"dist_train.config.{name}" for name in ("load", "tree", "values")}
 HEAVY = {"torch", "numpy", "sklearn", "torchvision"}
-FREE = {"__main__", "session", "tools", "__init__", ""}
 
 
 def imports(path: Path) -> set[str]:
@@ -214,25 +77,38 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-def allowed(module: str) -> set[str]:
-    """The rule for a module: its own, else its folder's."""
-    name = module.removeprefix("dist_train").lstrip(".")
-    return MAY_IMPORT[name] if name in MAY_IMPORT else MAY_IMPORT[name.split(".")[0]]
+def room_of(module: str) -> str:
+    """The room of a module; of one in no room, its own name."""
+    return module.removeprefix("dist_train.").split(".")[0]
+
+
+def wrong(module: str, seen: set[str]) -> set[str]:
+    """Of the package's own modules that `module` imports, those that are in a room after its own."""
+    own = {name for name in seen if name.startswith("dist_train.") and room_of(name) not in SEEN_BY_ALL}
+    if module == "dist_train" or room_of(module) in SEEN_BY_ALL:
+        return own
+    above = ROOMS[: ROOMS.index(room_of(module)) + 1]
+    return {name for name in own if room_of(name) not in above}
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_in_the_designs_direction(module: str):
-    if module.removeprefix("dist_train").lstrip(".").split(".")[0] in FREE:
-        return
-    own = {name.removeprefix("dist_train.") for name in imports(MODULES[module]) if name.startswith("dist_train.")}
-    assert own <= allowed(module), f"{module} imports {own - allowed(module)}"
+def test_a_room_sees_only_the_rooms_before_it(module: str):
+    assert not wrong(module, imports(MODULES[module]))
+
+
+def test_no_module_imports_itself_in_a_circle():
+    left = {module: imports(path) & MODULES.keys() for module, path in MODULES.items()}
+    # A backend, a data set and a model are named in the rows of their room, as text: no import leads back.
+    while done := {module for module, seen in left.items() if not seen & left.keys()}:
+        left = {module: seen for module, seen in left.items() if module not in done}
+    assert not left
 
 
 def test_launch_sees_the_config_alone():
     ours = {"dist_train", "launch"}
     seen = {name for path in LAUNCH for name in imports(path) if name.split(".")[0] not in sys.stdlib_module_names}
     others = {name for name in seen if not name.startswith("launch")}
-    assert len(LAUNCH) > 5 and others == {"dist_train.config", "dist_train.errors", "yaml"}
+    assert len(LAUNCH) > 5 and others == {*CONFIG, "dist_train.errors", "yaml"}
     assert not [path for path in MODULES.values() if any(name.split(".")[0] == "launch" for name in imports(path))]
     code = f"import sys, launch.__main__; print(sorted({HEAVY} & sys.modules.keys()), {ours} <= sys.modules.keys())"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, capture_output=True, text=True, check=True)
@@ -241,14 +117,16 @@ def test_launch_sees_the_config_alone():
 
 def test_the_rule_sees_a_wrong_import(tmp_path: Path):
     planted = tmp_path / "train.py"
-    planted.write_text("def f():\n    from dist_train.backends import ddp\n    import dist_train.track\n")
-    assert imports(planted) == {"dist_train.backends.ddp", "dist_train.track"}
-    assert not imports(planted) <= {f"dist_train.{name}" for name in MAY_IMPORT["train"]}
+    planted.write_text("def f():\n    from dist_train.backends import ddp\n    import dist_train.track.base\n")
+    assert imports(planted) == {"dist_train.backends.ddp", "dist_train.track.base"}
+    assert wrong("dist_train.loop.train", imports(planted)) == {"dist_train.track.base"}
 
 
 def test_the_loop_tells_no_rank_and_no_backend_apart():
-    words = {n.id for n in ast.walk(ast.parse((ROOT / "train.py").read_text())) if isinstance(n, ast.Name)}
-    names = {n.attr for n in ast.walk(ast.parse((ROOT / "train.py").read_text())) if isinstance(n, ast.Attribute)}
+    words = {n.id for n in ast.walk(ast.parse((ROOT / "loop" / "train.py").read_text())) if isinstance(n, ast.Name)}
+    names = {
+        n.attr for n in ast.walk(ast.parse((ROOT / "loop" / "train.py").read_text())) if isinstance(n, ast.Attribute)
+    }
     assert not {"is_main", "launcher"} & names and not {"single", "DDP", "isinstance"} & words
 
 
@@ -271,7 +149,8 @@ import torch
 looked_for, runs = json.loads(sys.argv[1])
 for argv in runs:
     if not os.fork():
-        from dist_train import __main__, ending
+        from dist_train import __main__
+        from dist_train.ranks import ending
         def leave(code):
             print(json.dumps([code, sorted(set(looked_for) & sys.modules.keys())]), file=sys.stderr, flush=True)
             os._exit(0)

@@ -10,20 +10,22 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 from torch.distributed.tensor import DTensor
-from zoo import CLASSES, SHAPE
 
-from dist_train import assemble, backends, optim
+from dist_train import backends
 from dist_train.backends.base import Backend
 from dist_train.checkpoint import storage
 from dist_train.checkpoint.resume import read_weights
-from dist_train.config import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
+from dist_train.config.tree import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
 from dist_train.errors import ConfigError
-from dist_train.meter import Control, Meter
+from dist_train.loop import optim
+from dist_train.loop.meter import Control, Meter
+from dist_train.loop.train import train
+from dist_train.run import assemble
 from dist_train.tools.agreement import Trajectory
 from dist_train.tools.trajectory import Recorder, weights_of, wide
-from dist_train.train import train
 
 from parity_cells import this_world
+from zoo import CLASSES, SHAPE
 
 GLOBAL_BATCH, STEPS, SAVED_AT = 12, 6, 3
 # A rate at which each weight moves by far more than the tolerance, and decay, which moves weights without a gradient.

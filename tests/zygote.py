@@ -24,7 +24,7 @@ from typing import Any
 
 TIMEOUT_S = 40.0
 # Imported before the fork: what a run would import.
-WARM = ("dist_train.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
+WARM = ("dist_train.run.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
 WARM += ("dist_train.data.synthetic", "dist_train.models.mlp", "torch._dynamo", "torch.distributed.fsdp", "faults")
 WARM += ("torch._inductor", "torch._subclasses.fake_tensor", "torch.utils.flop_counter")
 
@@ -156,7 +156,8 @@ def _rank(run: Run, rank: int, port: int, output: Path) -> None:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.ranks, "LOCAL_WORLD_SIZE": run.ranks}
             os.environ |= {name: str(value) for name, value in place.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        from dist_train import __main__, ending
+        from dist_train import __main__
+        from dist_train.ranks import ending
 
         ending.ECHO_WAIT_S = 0.1
         sys.argv = ["dist_train", *run.argv]

@@ -4,13 +4,13 @@ the config stands in `rules.py`."""
 
 from typing import TYPE_CHECKING
 
-from dist_train.lookup import load
+from dist_train.config.lookup import load
 
 if TYPE_CHECKING:
     from dist_train.backends.base import Backend
     from dist_train.backends.probe import Findings
-    from dist_train.config import Config
-    from dist_train.dist import World
+    from dist_train.config.tree import Config
+    from dist_train.ranks.dist import World
 
 BACKENDS = {
     "single": "dist_train.backends.single:Single",

@@ -24,9 +24,9 @@ from dist_train.backends.base import (
     whole_norm,
 )
 from dist_train.backends.probe import NOTHING, Findings
-from dist_train.config import Config
-from dist_train.dist import World
-from dist_train.shards import Shards
+from dist_train.backends.shards import Shards
+from dist_train.config.tree import Config
+from dist_train.ranks.dist import World
 
 TYPES = {"cpu": DistributedType.MULTI_CPU, "cuda": DistributedType.MULTI_GPU}
 

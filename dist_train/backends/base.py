@@ -12,12 +12,12 @@ from torch import nn
 
 from dist_train.backends.buffers import Buffers
 from dist_train.backends.initial import Initial, differences
+from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
-from dist_train.config import CompileConfig, Config
-from dist_train.dist import World
-from dist_train.journal import Journal
-from dist_train.precision import LossScale
-from dist_train.shards import Shards, shards_of
+from dist_train.backends.shards import Shards, shards_of
+from dist_train.config.tree import CompileConfig, Config
+from dist_train.ranks.dist import World
+from dist_train.ranks.journal import Journal
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata

@@ -9,8 +9,8 @@ and which alone always has one: shares that differ grow with the rank (order.sha
 import torch
 from torch import nn
 
-from dist_train import dist
 from dist_train.backends.probe import Findings
+from dist_train.ranks import dist
 
 
 class Buffers:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 
-from dist_train import dist
 from dist_train.backends import fit
 from dist_train.backends.base import (
     Backend,
@@ -34,13 +33,14 @@ from dist_train.backends.base import (
 )
 from dist_train.backends.gradients import Counted, Whole
 from dist_train.backends.initial import Initial, differences
+from dist_train.backends.precision import Precision
 from dist_train.backends.probe import NOTHING, Findings
-from dist_train.config import Config
-from dist_train.dist import World
+from dist_train.backends.shards import Shards, shards_of, shards_of_range
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
-from dist_train.journal import Journal
-from dist_train.precision import Precision
-from dist_train.shards import Shards, shards_of, shards_of_range
+from dist_train.ranks import dist
+from dist_train.ranks.dist import World
+from dist_train.ranks.journal import Journal
 
 # Weights of a model that is small: what is gathered or reduced of it at once takes no memory to speak of.
 SMALL = 1 << 21

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dist_train.backends.probe import Findings
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
 
 NAMES_SHOWN = 4

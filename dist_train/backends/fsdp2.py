@@ -9,7 +9,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from dist_train import dist
 from dist_train.backends.base import (
     Backend,
     OptimizerFactory,
@@ -22,9 +21,10 @@ from dist_train.backends.base import (
     optimizer_state,
     update,
 )
-from dist_train.journal import Journal
-from dist_train.precision import Precision
-from dist_train.shards import Shards
+from dist_train.backends.precision import Precision
+from dist_train.backends.shards import Shards
+from dist_train.ranks import dist
+from dist_train.ranks.journal import Journal
 
 
 class FSDP2(Backend):

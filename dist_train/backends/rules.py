@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.backends import BACKENDS, LIBRARIES, chosen
-from dist_train.config import Config, unknown
-from dist_train.launcher import Launcher
+from dist_train.config.tree import Config
+from dist_train.config.values import unknown
+from dist_train.ranks.launcher import Launcher
 
 STAGES = (0, 1, 2, 3)
 # Measured against single: these compute with a tensor's shape, or write in place what a shard cannot take.

@@ -18,7 +18,7 @@ from dist_train.backends.base import (
     update,
     whole_norm,
 )
-from dist_train.shards import Shards
+from dist_train.backends.shards import Shards
 
 
 class Single(Backend):

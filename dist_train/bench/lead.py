@@ -12,10 +12,10 @@ from dist_train.bench import ranks
 from dist_train.bench.ranks import NotRun, Ranks
 from dist_train.bench.slices import CEILING, NAMES, OURS, RUN_IN_STEPS, WARM_STEPS, Ready
 from dist_train.bench.table import Run
-from dist_train.check import check
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 
 SLICE_S = 0.2
 LEAST_STEPS, MOST_STEPS = 3, 5000  # of a slice

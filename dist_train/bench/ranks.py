@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from dist_train.bench.slices import CONFIG, END, FIRST_STEP, SOCKET, WARM, Ready, Slice
-from dist_train.config import Config, RunConfig, dump
+from dist_train.config.load import dump
+from dist_train.config.tree import Config, RunConfig
 
 START_S, TURN_S, END_S = 300.0, 600.0, 60.0
 POLL_S = 0.2

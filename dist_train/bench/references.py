@@ -14,17 +14,19 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from dist_train import assemble, backends, optim
-from dist_train.assemble import Parts
+from dist_train import backends
 from dist_train.backends.base import blocks, compile_
 from dist_train.bench import bare
 from dist_train.bench.slices import BARE, CEILING, TUTORIAL
 from dist_train.bench.turns import Steps
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.data.feed import Batch
+from dist_train.data.order import Plan
 from dist_train.data.sets import InMemory
-from dist_train.dist import World
-from dist_train.order import Plan
+from dist_train.loop import optim
+from dist_train.ranks.dist import World
+from dist_train.run import assemble
+from dist_train.run.assemble import Parts
 
 LAID_BYTES, LAID_S = 256 << 20, 10.0
 CHANNELS = (1, 3)  # of pictures

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as torch_dist
 
 from dist_train.bench.slices import FIRST_STEP, RUN_IN_STEPS, WARM, WARM_STEPS, Ready, Slice
-from dist_train.dist import device_name
-from dist_train.phases import NAMES, Phases
+from dist_train.ranks.dist import device_name
+from dist_train.ranks.phases import NAMES, Phases
 from dist_train.versions import versions
 
 ALIVE_S = 1.0

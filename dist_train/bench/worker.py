@@ -7,15 +7,16 @@ that takes its first steps alone.
 import sys
 from pathlib import Path
 
-from dist_train import assemble, dist, ending, session
 from dist_train.bench.references import references
 from dist_train.bench.slices import CONFIG, OURS, SOCKET, WARM_STEPS
 from dist_train.bench.turns import Held, Turns, alone
 from dist_train.checkpoint import resume
-from dist_train.config import load
+from dist_train.config.load import load
+from dist_train.config.paths import written
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher, detect
-from dist_train.paths import written
+from dist_train.ranks import dist, ending
+from dist_train.ranks.launcher import Launcher, detect
+from dist_train.run import assemble, session
 
 
 def main(folder: Path, name: str, launcher: Launcher) -> None:

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dist_train import dist
 from dist_train.backends.base import Backend
+from dist_train.backends.shards import shards_of
 from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.allowed import BY_NAME, LENGTH
 from dist_train.checkpoint.manifest import Damaged, Manifest, Tensor
 from dist_train.checkpoint.save import Facts
-from dist_train.config import Config, to_tree
+from dist_train.config.tree import Config, to_tree
+from dist_train.data.order import steps_per_epoch
 from dist_train.data.sets import Data
-from dist_train.dist import World
 from dist_train.errors import ConfigError
-from dist_train.order import steps_per_epoch
-from dist_train.shards import shards_of
+from dist_train.ranks import dist
+from dist_train.ranks.dist import World
 
 
 @dataclass(frozen=True)

@@ -21,17 +21,17 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
-from dist_train import dist
 from dist_train.backends import chosen
 from dist_train.backends.base import Backend
+from dist_train.backends.shards import HostCopy, Shards, shards_of
 from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Scale, Tensor
-from dist_train.config import CheckpointConfig, Config, to_tree
-from dist_train.dist import World
+from dist_train.config.tree import CheckpointConfig, Config, to_tree
+from dist_train.data.order import falls_on
 from dist_train.errors import OtherRankError
-from dist_train.meter import Meter
-from dist_train.order import falls_on
-from dist_train.shards import HostCopy, Shards, shards_of
+from dist_train.loop.meter import Meter
+from dist_train.ranks import dist
+from dist_train.ranks.dist import World
 from dist_train.versions import versions
 
 # Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.

@@ -31,9 +31,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from dist_train.backends.shards import Box, Shards
 from dist_train.checkpoint.manifest import METADATA, NAME, Damaged, File
 from dist_train.errors import OtherRankError
-from dist_train.shards import Box, Shards
 
 
 def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGroup | None) -> dict[str, File]:

@@ -13,5 +13,3 @@ DATASETS = {
     "synthetic": "dist_train.data.synthetic:synthetic",
     "csv_images": "dist_train.data.csv_images:csv_images",
 }
-# Arguments of theirs that are paths.
-PATHS = {"csv_images": ("annotations", "test_annotations", "image_dir")}

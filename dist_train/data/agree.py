@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from dist_train import dist
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data, InMemory
-from dist_train.dist import World
 from dist_train.errors import ConfigError
+from dist_train.ranks import dist
+from dist_train.ranks.dist import World
 
 ROWS = 32  # of data in memory
 SAMPLES = {"training": 3, "test": 2}  # of data in files, each of which is a file to read

@@ -4,7 +4,7 @@ import gzip
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.data import vision
 from dist_train.data.sets import Data, FromFiles, InMemory
 from dist_train.doctor.report import Line, size

@@ -10,16 +10,15 @@ from pathlib import Path
 
 import torch
 
-from dist_train import folder
-from dist_train.check import run_folder
+from dist_train.backends.shards import Shards
 from dist_train.checkpoint import manifest, storage
 from dist_train.checkpoint.save import saves
-from dist_train.config import Config
-from dist_train.dist import World
+from dist_train.config.tree import Config, run_folder
 from dist_train.doctor.peers import Peers
 from dist_train.doctor.report import Line, size
 from dist_train.errors import ConfigError, OtherRankError
-from dist_train.shards import Shards
+from dist_train.ranks.dist import World
+from dist_train.run import folder
 
 ANOTHER = "--run.dir FOLDER   on another disk"
 TEST_BYTES = 64_000_000

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from dist_train import backends, check
-from dist_train.config import Config
+from dist_train import backends
+from dist_train.config.tree import Config
 from dist_train.doctor.machine import memory
 from dist_train.doctor.report import Line, ranks, reason, size
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run import check
 
 if TYPE_CHECKING:
     import torch

@@ -10,8 +10,8 @@ from dist_train.doctor.subject import Subject
 from dist_train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dist_train.dist import World
     from dist_train.doctor.peers import Peers
+    from dist_train.ranks.dist import World
 
 GROUP_S = 20.0  # that joining may take once all have come, and a timed collective
 TOGETHER_S = 300.0  # that ranks wait for the one that is slowest to read its data
@@ -20,8 +20,8 @@ TOGETHER_S = 300.0  # that ranks wait for the one that is slowest to read its da
 def join(subject: Subject, stack: contextlib.ExitStack) -> "tuple[World, Peers] | None":
     """The ranks' group, left when the stack is closed. None if something is in the way, which the report then has."""
 
-    from dist_train import dist, rendezvous
     from dist_train.doctor.peers import Peers
+    from dist_train.ranks import dist, rendezvous
 
     launcher, report = subject.launcher, subject.report
     kept, deadline = rendezvous.kept_by_torchrun(), time.monotonic() + meeting.COME_WITHIN_S

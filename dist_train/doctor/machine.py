@@ -6,9 +6,9 @@ import resource
 from collections.abc import Iterator
 from pathlib import Path
 
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.doctor.report import Line, size
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
 
 CGROUP = Path("/sys/fs/cgroup")
 SHM = "/dev/shm"

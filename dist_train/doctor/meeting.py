@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.doctor.report import Line, ranks
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
 
 if TYPE_CHECKING:
     import torch.distributed as torch_dist

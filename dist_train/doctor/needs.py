@@ -13,15 +13,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dist_train import assemble, backends, optim
+from dist_train import backends
 from dist_train.backends.base import blocks
-from dist_train.config import Config
+from dist_train.backends.precision import Precision
+from dist_train.config.tree import Config
 from dist_train.data.feed import GATHERED
+from dist_train.data.order import evaluated_at_once, largest_piece
 from dist_train.data.sets import Data, InMemory
-from dist_train.launcher import Launcher
-from dist_train.losses import loss_fn
-from dist_train.order import evaluated_at_once, largest_piece
-from dist_train.precision import Precision
+from dist_train.loop import optim
+from dist_train.ranks.launcher import Launcher
+from dist_train.run import assemble
+from dist_train.tasks.losses import loss_fn
 
 BUCKET_ELEMENTS = 500_000_000  # the most that DeepSpeed reduces at once
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from dist_train import dist
 from dist_train.doctor.report import Line, ranks
-from dist_train.launcher import Launcher
+from dist_train.ranks import dist
+from dist_train.ranks.launcher import Launcher
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from dist_train import ending
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.doctor.report import Line, Report, attempt
-from dist_train.launcher import Launcher
+from dist_train.ranks import ending
+from dist_train.ranks.launcher import Launcher
 
 MEND = "see the lines above, and what the other ranks say"
 

@@ -9,9 +9,9 @@ from importlib import metadata
 from pathlib import Path
 
 from dist_train.backends import LIBRARIES, chosen
-from dist_train.config import Config
+from dist_train.config.tree import Config
 from dist_train.doctor.report import Line
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
 
 PACKAGE = "dist-train"
 # The optional libraries that a run may import; their extras have the same names.

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from dist_train.check import summary_of
 from dist_train.report.files import METRICS
 from dist_train.report.read import newest, status_of, total_steps
+from dist_train.track.status import summary_of
 
 TAIL_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 22

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.config import Config, to_tree
+from dist_train.config.tree import Config, to_tree
 from dist_train.errors import ConfigError
 from dist_train.report.images import picture
 from dist_train.report.panels import DARK, LIGHT, Confusion, Gallery, Lines, Mark, Panel, RankHeat, TimeLine

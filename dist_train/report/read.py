@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from dist_train import strict_yaml
-from dist_train.check import summary_of
 from dist_train.checkpoint import manifest
+from dist_train.config import strict_yaml
 from dist_train.errors import ConfigError
-from dist_train.lock import holder
 from dist_train.report.files import METRICS, is_run
+from dist_train.run.lock import holder
+from dist_train.track.status import summary_of
 
 TRAIN = ("train/loss", "train/grad_norm", "train/lr", "train/samples_per_s", "train/skipped_steps")
 EVAL = ("eval/loss", "eval/accuracy")

@@ -17,10 +17,11 @@ from dist_train.bench import machine, table
 from dist_train.bench.lead import SLICE_S, Cell, Lead
 from dist_train.bench.slices import Ready
 from dist_train.bench.table import Ratio, Run
-from dist_train.check import check
-from dist_train.config import BackendConfig, Config, load, to_tree
+from dist_train.config.load import load
+from dist_train.config.tree import BackendConfig, Config, to_tree
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 from dist_train.tools.options import split
 from dist_train.tools.parity import number, with_backend
 from dist_train.whole import can_write, write

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.check import check
-from dist_train.config import Config, dump
+from dist_train.config.load import dump
+from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 
 if TYPE_CHECKING:
     from dist_train.tools.agreement import Difference, Trajectory

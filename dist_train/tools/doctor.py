@@ -13,19 +13,21 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dist_train import ending
-from dist_train.config import Config, dump, load, unknown
+from dist_train.config.load import dump, load
+from dist_train.config.tree import Config
+from dist_train.config.values import unknown
 from dist_train.doctor import fit, machine, meeting, pair, versions
 from dist_train.doctor.join import GROUP_S, join
 from dist_train.doctor.report import Line, Report, attempt, ranks, reason, worst
 from dist_train.doctor.subject import Subject
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher, detect
+from dist_train.ranks import ending
+from dist_train.ranks.launcher import Launcher, detect
 from dist_train.tools.options import split
 
 if TYPE_CHECKING:
-    from dist_train.dist import World
     from dist_train.doctor.peers import Peers
+    from dist_train.ranks.dist import World
 
 SECTIONS = ("versions", "machine", "launcher", "network", "disk", "data", "config")
 # Default, and an example.
@@ -163,10 +165,11 @@ def _facts(subject: Subject) -> dict[str, str]:
 
 def _run(subject: Subject, world: "World | None", peers: "Peers | None") -> None:
     """The sections about this run: its disk, its data, its config. Collective."""
-    from dist_train import assemble, dist
     from dist_train.doctor import data as data_checks
     from dist_train.doctor import disk
     from dist_train.doctor.needs import needs as needs_of
+    from dist_train.ranks import dist
+    from dist_train.run import assemble
 
     config, launcher = subject.config, subject.launcher
     needs = data = None

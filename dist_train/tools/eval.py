@@ -5,8 +5,8 @@ The config is the run's own, with what the command line gives on top, under any 
 
 import json
 
-from dist_train.check import check
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 from dist_train.tools.finished import finished
 
 
@@ -15,11 +15,14 @@ def run(argv: list[str], launcher: Launcher) -> int:
     folder, config = finished(argv, "eval")
     check(config, launcher, writes=False)
 
-    from dist_train import assemble, backends, dist, optim
+    from dist_train import backends
     from dist_train.data.agree import agree
-    from dist_train.losses import loss_fn
-    from dist_train.order import evaluated_at_once
-    from dist_train.train import evaluate
+    from dist_train.data.order import evaluated_at_once
+    from dist_train.loop import optim
+    from dist_train.loop.train import evaluate
+    from dist_train.ranks import dist
+    from dist_train.run import assemble
+    from dist_train.tasks.losses import loss_fn
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)

@@ -6,9 +6,9 @@ Traces the model on one micro-batch, without compiling or training it.
 import logging
 import os
 
-from dist_train.check import check
-from dist_train.config import load
-from dist_train.launcher import Launcher
+from dist_train.config.load import load
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
@@ -18,8 +18,9 @@ def run(argv: list[str], launcher: Launcher) -> int:
 
     import torch
 
-    from dist_train import assemble, dist
-    from dist_train.order import Plan
+    from dist_train.data.order import Plan
+    from dist_train.ranks import dist
+    from dist_train.run import assemble
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     parts = assemble.build(config, device)

@@ -14,12 +14,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.check import check
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.manifest import best
-from dist_train.config import BackendConfig, CompileConfig, Config, unknown
+from dist_train.config.tree import BackendConfig, CompileConfig, Config
+from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 from dist_train.tools.finished import finished
 from dist_train.tools.options import split
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from dist_train.assemble import Parts
+    from dist_train.run.assemble import Parts
 
 SAMPLES = 64
 ONNX_LIMIT_BYTES = 1_500_000_000  # above, torch writes a second file beside the first
@@ -74,7 +75,8 @@ def run(argv: list[str], launcher: Launcher) -> int:
 
     import torch
 
-    from dist_train import assemble, dist
+    from dist_train.ranks import dist
+    from dist_train.run import assemble
 
     dist.set_threads(config.train.threads, 1)
     parts = assemble.build(config, torch.device("cpu"), trained=source)
@@ -235,7 +237,7 @@ def read_back(name: str, path: Path, config: Config, parts: "Parts") -> Function
 
 
 def _filled(config: Config, parts: "Parts", state: dict[str, "torch.Tensor"]) -> "nn.Module":
-    from dist_train import assemble
+    from dist_train.run import assemble
 
     model, _ = assemble.build_model(config, parts.data, parts.precision.dtype)
     model.load_state_dict(state)

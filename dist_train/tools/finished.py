@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from dist_train.check import run_folder
-from dist_train.config import Config, load
+from dist_train.config.load import load
+from dist_train.config.paths import written
+from dist_train.config.tree import Config, run_folder
 from dist_train.errors import ConfigError
-from dist_train.paths import written
 
 
 def finished(argv: list[str], command: str) -> tuple[Path, Config]:

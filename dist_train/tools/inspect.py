@@ -9,12 +9,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from dist_train import ending
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.manifest import Damaged, Manifest
 from dist_train.columns import columns
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks import ending
+from dist_train.ranks.launcher import Launcher
 
 
 def run(argv: list[str], launcher: Launcher) -> int:

@@ -2,8 +2,8 @@
 
 from collections.abc import Container, Mapping
 
+from dist_train.config.paths import expanded
 from dist_train.errors import ConfigError
-from dist_train.paths import expanded
 
 
 def split(

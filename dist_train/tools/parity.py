@@ -13,10 +13,12 @@ from pathlib import Path
 
 from dist_train import backends
 from dist_train.backends.rules import STAGES
-from dist_train.check import check
-from dist_train.config import BackendConfig, Config, load, unknown
+from dist_train.config.load import load
+from dist_train.config.tree import BackendConfig, Config
+from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks.launcher import Launcher
+from dist_train.run.check import check
 from dist_train.tools.cells import Cell, Failed, NotRun, measure
 from dist_train.tools.options import split
 from dist_train.whole import can_write, write

@@ -6,9 +6,9 @@ picture. The runs are only read; they may be running.
 
 from pathlib import Path
 
-from dist_train import ending
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks import ending
+from dist_train.ranks.launcher import Launcher
 from dist_train.report import html, read
 from dist_train.report.panels import panels
 from dist_train.tools.options import split

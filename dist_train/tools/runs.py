@@ -8,10 +8,10 @@ import json
 import time
 from pathlib import Path
 
-from dist_train import ending
 from dist_train.columns import columns
 from dist_train.errors import ConfigError
-from dist_train.launcher import Launcher
+from dist_train.ranks import ending
+from dist_train.ranks.launcher import Launcher
 from dist_train.report.files import runs_below
 from dist_train.report.glance import Glance, glance
 from dist_train.report.text import duration, number, percent

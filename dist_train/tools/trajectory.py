@@ -12,16 +12,20 @@ import numpy as np
 import torch
 from torch import nn
 
-from dist_train import assemble, backends, dist, ending, optim
-from dist_train.config import Config, load
+from dist_train import backends
+from dist_train.config.load import load
+from dist_train.config.paths import written
+from dist_train.config.tree import Config
 from dist_train.data.agree import agree
-from dist_train.dist import World
 from dist_train.errors import ConfigError, OwnCodeError
-from dist_train.launcher import Launcher, detect
-from dist_train.meter import Control, Metrics, Result
-from dist_train.paths import written
+from dist_train.loop import optim
+from dist_train.loop.meter import Control, Metrics, Result
+from dist_train.loop.train import train
+from dist_train.ranks import dist, ending
+from dist_train.ranks.dist import World
+from dist_train.ranks.launcher import Launcher, detect
+from dist_train.run import assemble
 from dist_train.tools.agreement import Difference, Trajectory, beyond, difference, limit, spread
-from dist_train.train import train
 
 # How often the reference is run again from other weights, and by how many roundings each weight is moved at most. More
 # than the one that a run begins with: what is near a kink is then seen by one of a few runs, and a jump has its size

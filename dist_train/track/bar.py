@@ -9,7 +9,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dist_train.meter import Metrics, duration
+from dist_train.loop.meter import Metrics, duration
 from dist_train.track.base import Course, Summary
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from dist_train.meter import Metrics
+from dist_train.loop.meter import Metrics
 
 Summary = dict[str, Any]
 

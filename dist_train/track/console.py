@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Literal
 
-from dist_train.meter import Metrics
+from dist_train.loop.meter import Metrics
 from dist_train.track.base import Summary
 
 

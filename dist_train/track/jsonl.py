@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from dist_train.meter import Metrics
+from dist_train.loop.meter import Metrics
 from dist_train.track.base import Course, Summary
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from dist_train.config import Config
-from dist_train.dist import World, device_name
-from dist_train.meter import Result
+from dist_train.config.tree import Config
+from dist_train.loop.meter import Result
+from dist_train.ranks.dist import World, device_name
 from dist_train.track.base import Summary
 from dist_train.versions import versions
 

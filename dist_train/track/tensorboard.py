@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_train.meter import Metrics
+from dist_train.loop.meter import Metrics
 from dist_train.track.base import Course, Summary, numbers
 
 # Sections of the config that are hyper-parameters: the others say where the run is and what it leaves.

@@ -14,14 +14,14 @@ from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from dist_train import ending
-from dist_train.check import status_of
-from dist_train.config import TrackConfig
-from dist_train.folder import write
-from dist_train.meter import Metrics
+from dist_train.config.tree import TrackConfig
+from dist_train.loop.meter import Metrics
+from dist_train.ranks import ending
 from dist_train.track.base import Course, Summary, numbers
 from dist_train.track.jsonl import Jsonl
+from dist_train.track.status import status_of
 from dist_train.track.wandb_file import last_step
+from dist_train.whole import write_text
 
 ID_FILE = "wandb_id"  # in the run's folder
 NETWORK_S, START_S, FINISH_S = 3.0, 30.0, 20.0
@@ -46,7 +46,7 @@ def run_id(cfg: TrackConfig, folder: Path, kept: str | None, before: Path | None
     if name is None and cfg.wandb:
         name = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
     if name and name != there:
-        write(folder / ID_FILE, name + "\n")
+        write_text(folder / ID_FILE, name + "\n")
     return name
 
 

@@ -1,0 +1,267 @@
+"""The configuration: one tree of typed dataclasses. What the values must satisfy beyond their types stands in the
+`rules.py` of each room. A config is never changed after it is loaded."""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+# Marks a field that is a path: `~` and `$NAME` in it are replaced when a config is loaded.
+PATH = {"path": True}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run's files go."""
+
+    dir: str | None = field(default=None, metadata=PATH)
+    """Folder of the run; with run.name, the folder that holds it (null: runs)."""
+    name: str | None = field(default=None, metadata=PATH)
+    """Name of the run, a folder within run.dir (null: run.dir itself, or DATA-MODEL-TIME within runs)."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data set and how it is read."""
+
+    name: str = "digits"
+    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, or your own function as module:function."""
+    root: str = field(default="data", metadata=PATH)
+    """Folder with the data; downloads go there, in torchvision's layout."""
+    download: bool = True
+    """Download what is missing, where the data set can be had."""
+    workers: int = 0
+    """DataLoader processes per rank, for data sets that are read from files (data in memory needs none)."""
+    normalize: bool = True
+    """Subtract the data set's mean and divide by its deviation; false leaves pixels in [0, 1]."""
+    one_hot: bool = False
+    """Give targets as vectors of class probabilities instead of class numbers."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that only this data set has, such as data.args.n of synthetic."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model. A null is the model's own default."""
+
+    name: str = "mlp"
+    """mlp, or your own class as module:Class."""
+    hidden: list[int] | None = None
+    """Sizes of the hidden layers (mlp: [512, 512])."""
+    activation: str | None = None
+    """Name of a class in torch.nn (mlp: ReLU)."""
+    dropout: float | None = None
+    """Probability of dropping a hidden unit (mlp: 0)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that only this model has."""
+    init_from: str | None = field(default=None, metadata=PATH)
+    """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
+    by name and shape is loaded, and what does not is said."""
+    init_strict: bool = False
+    """Everything in model.init_from and in the model must fit."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and the schedule of its learning rate. A null is torch's own default."""
+
+    name: str = "AdamW"
+    """A class of torch.optim: SGD, AdamW, ..."""
+    lr: float = 1e-3
+    """Peak learning rate, the same at every world size."""
+    weight_decay: float | None = None
+    """Weight decay, if the optimizer has it."""
+    momentum: float | None = None
+    """Momentum, if the optimizer has it."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """The optimizer's other arguments, such as optim.args.betas."""
+    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
+    """Learning rate after the warm-up: constant; linear or cosine to lr_final at the last step; step: times gamma."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0 to lr."""
+    lr_final: float = 0.0
+    """Learning rate at the end of the linear and cosine schedules."""
+    step_size: int | None = None
+    """Optimizer steps between two decays of the step schedule."""
+    gamma: float | None = None
+    """Factor of each decay of the step schedule."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    epochs: int = 20
+    """Passes over the training data."""
+    max_steps: int | None = None
+    """End after this many optimizer steps, if that comes before the last epoch's end."""
+    global_batch_size: int = 64
+    """Samples of one optimizer step, over all ranks. Divisible by the world size."""
+    micro_batch_size: int | None = None
+    """At most this many samples at once on a rank; a larger share is accumulated in pieces."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch if it is smaller than global_batch_size."""
+    loss: Literal["cross_entropy", "nll", "mse"] = "cross_entropy"
+    """cross_entropy takes logits, nll log-probabilities, mse one-hot targets (data.one_hot)."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes (cross_entropy)."""
+    grad_clip: float | None = None
+    """Largest global gradient norm; a larger gradient is scaled down to it."""
+    precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = "float32"
+    """tf32, bfloat16 and float16 are the matrix products' alone; parameters and sums stay float32 (see the README)."""
+    seed: int = 0
+    """Decides the initial weights and the order of the samples."""
+    device: str = "auto"
+    """auto, cpu, cuda, ...: auto takes the accelerator that torch finds, else the CPU."""
+    threads: int | None = None
+    """CPU threads of a rank (null: OMP_NUM_THREADS, else the cores divided by the ranks on the node)."""
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop ends the run; skip leaves the step out, and waits for the device at
+    every step to know."""
+    max_time_s: float | None = None
+    """Save and end after so many seconds of this start, with exit code 75, to be started again."""
+    step_timeout_s: float | None = 600.0
+    """Where a step takes longer than so many seconds, name the rank that is waited for, and end (null: never)."""
+    eval_every_epochs: int | None = 1
+    """Evaluate after every so many epochs (null: only at the end and by eval_every_steps)."""
+    eval_every_steps: int | None = None
+    """Evaluate after every so many optimizer steps."""
+    eval_batch_size: int | None = None
+    """Samples at once on a rank during evaluation. Does not change the result. null: as many as a training micro-batch
+    has, or more, up to 2048, where their inputs and outputs take little memory."""
+
+
+@dataclass(frozen=True)
+class BackendConfig:
+    """The library that moves gradients and shards state. It changes speed and memory, not the result."""
+
+    name: str = "auto"
+    """single, ddp, fsdp2, accelerate, deepspeed, or auto: that of the launcher, ddp under torchrun, srun and mpirun,
+    single alone."""
+    zero_stage: int | None = None
+    """deepspeed: what is shared out among the ranks; 0 nothing (also null), 1 optimizer state, 2 and gradients,
+    3 and weights."""
+    offload: bool = False
+    """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
+    config: str | None = field(default=None, metadata=PATH)
+    """deepspeed: JSON file with more of its own settings, for what has no place in this config."""
+
+
+@dataclass(frozen=True)
+class CompileConfig:
+    """torch.compile."""
+
+    mode: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
+    """off runs the model as written; the others are torch.compile's own."""
+    scope: Literal["model", "step"] = "model"
+    """What mode is for. step: all from the numbers of the samples to the loss; and on CUDA the whole optimizer step is
+    captured once and replayed as a graph, also where mode is off (backend single, data in memory)."""
+    fullgraph: bool = False
+    """Fail where the model cannot be one graph."""
+    dynamic: bool | None = None
+    """Sizes as variables: true from the start, false never, null once a size has changed."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Saving during the run, and resuming. The final weights are always saved."""
+
+    every_steps: int | None = None
+    """Save after every so many optimizer steps. With none of the three every_... keys, no checkpoint is saved."""
+    every_epochs: int | None = None
+    """Save after every so many epochs."""
+    every_s: float | None = None
+    """Save when so many seconds have passed, at the next line of metrics (track.every_steps)."""
+    keep_last: int = 2
+    """How many of the newest checkpoints stay: the one before is there if the newest is damaged."""
+    keep_best: int = 0
+    """How many of the best stay as well, of those that were saved at a step with an evaluation."""
+    best_metric: Literal["eval/accuracy", "eval/loss"] = "eval/accuracy"
+    """What the best is decided by."""
+    resume: str = field(default="auto", metadata=PATH)
+    """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
+    checkpoint or of a run."""
+    allow: list[str] = field(default_factory=list)
+    """Config paths that may differ from the checkpoint's, such as train.seed; data for a changed data set of the same
+    size."""
+    asynchronous: bool = False
+    """Copy the state, and write it in the background while training goes on."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    """What is recorded. metrics.jsonl and the console always are."""
+
+    every_steps: int = 50
+    """Optimizer steps between two lines of metrics. Between them nothing waits for the device."""
+    progress: Literal["auto", "bar", "lines"] = "auto"
+    """A bar, or a line for each line of metrics; auto is a bar on a terminal."""
+    tensorboard: bool = False
+    """Also record for TensorBoard, in RUN/tensorboard."""
+    wandb: bool = False
+    """Also record to Weights & Biases. Of a null below, its own variables decide, such as WANDB_PROJECT."""
+    wandb_project: str | None = None
+    """Project of the run there."""
+    wandb_entity: str | None = None
+    """User or team that it belongs to."""
+    wandb_group: str | None = None
+    """Group of runs."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Tags of the run."""
+    wandb_name: str | None = None
+    """Name of the run."""
+    wandb_notes: str | None = None
+    """Notes on the run."""
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """online, where there is a network and a key, else offline; offline, to be uploaded later; disabled. auto is what
+    WANDB_MODE says, else online."""
+    wandb_id: str | None = None
+    """Id of the run there (null: the one that the folder or the checkpoint holds, else a new one)."""
+    profile: dict[str, int] = field(default_factory=dict)
+    """Write a trace of some optimizer steps with torch.profiler, and say where their time went. start_step is the first
+    of them, counted from 1 (10), steps how many (5); with neither, nothing is profiled."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    backend: BackendConfig = field(default_factory=BackendConfig)
+    compile: CompileConfig = field(default_factory=CompileConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+
+def to_config(tree: dict[str, dict[str, Any]]) -> Config:
+    """The dataclasses of a nested dictionary whose values have been checked."""
+    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})
+
+
+def to_tree(config: Config) -> dict[str, dict[str, Any]]:
+    """The config as a nested dictionary."""
+    return dataclasses.asdict(config)
+
+
+def fields_of(path: str) -> dict[str, Any] | None:
+    """Name and type of each field below a config path; None if the path is a value or does not exist."""
+    node: Any = Config
+    for part in path.split(".") if path else []:
+        hints = typing.get_type_hints(node) if dataclasses.is_dataclass(node) else {}
+        if part not in hints:
+            return None
+        node = hints[part]
+    return typing.get_type_hints(node) if dataclasses.is_dataclass(node) else None
+
+
+def run_folder(config: Config) -> Path | None:
+    """The folder of the run as far as the config decides it; None where the time of the start names it."""
+    run = config.run
+    if run.name is not None:
+        return Path(run.dir or "runs") / run.name
+    return Path(run.dir) if run.dir is not None else None

@@ -1,0 +1,213 @@
+"""Which samples make up a step: a pure function of (seed, epoch, step), never of rank, world size or workers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from dist_train.config.tree import TrainConfig
+    from dist_train.ranks.dist import World
+
+# Up to here an epoch's order is a permutation held in memory (8 MiB); above, it is computed index by index.
+PERMUTATION_LIMIT = 1 << 20
+# Samples of a rank that are looked up at once, if its share of a step is smaller: one by one costs more than a step.
+BLOCK = 4096
+EVALUATED, EVALUATED_BYTES = 2048, 32 << 20
+ROUNDS = 8  # 6 leave a bias that a chi-square test sees in small ranges
+
+
+def global_indices(
+    n: int, seed: int, epoch: int, step: int, global_batch_size: int, drop_last: bool = False
+) -> np.ndarray:
+    """The samples of a step in the order of the epoch, int64 [batch].
+
+    The last batch of an epoch is smaller where `global_batch_size` does not divide `n`.
+    Time and memory do not depend on `n` above PERMUTATION_LIMIT, nor on `step`.
+
+    Args:
+        n: samples in the data set, at most 2**62.
+        seed: the run's seed.
+        epoch: counts from 0.
+        step: the step within the epoch, 0 <= step < steps_per_epoch(...).
+        global_batch_size: samples of a step over all ranks.
+        drop_last: leave out a smaller last batch.
+
+    Raises:
+        IndexError: the epoch has no such step.
+    """
+    steps = steps_per_epoch(n, global_batch_size, drop_last)
+    if not 0 <= step < steps:
+        raise IndexError(f"step {step} of an epoch with {steps} steps")
+    start = step * global_batch_size
+    stop = min(n, start + global_batch_size)
+    return _samples(np.arange(start, stop), n, seed, epoch)
+
+
+def steps_per_epoch(n: int, global_batch_size: int, drop_last: bool = False) -> int:
+    """Optimizer steps of one pass over `n` samples."""
+    return n // global_batch_size if drop_last else -(-n // global_batch_size)
+
+
+def share(count: int, rank: int, world_size: int) -> slice:
+    """The part of `count` things that a rank takes: contiguous, of sizes that differ by one at most, maybe empty."""
+    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+
+
+def pieces(count: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Micro-batches of a step with `count` samples: the fewest that keep to the limit, as many on every rank."""
+    largest = -(-count // world_size)
+    return 1 if micro_batch_size is None else max(1, -(-largest // micro_batch_size))
+
+
+def largest_piece(count: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Samples of the largest micro-batch of a rank, of a step with `count` samples."""
+    largest = -(-count // world_size)
+    return -(-largest // pieces(count, world_size, micro_batch_size))
+
+
+def sizes(count: int, world_size: int, micro_batch_size: int | None) -> set[int]:
+    """Samples that a micro-batch has on any rank, of a step with `count` samples."""
+    micro_batches = pieces(count, world_size, micro_batch_size)
+    shares = {(rank + 1) * count // world_size - rank * count // world_size for rank in range(world_size)}
+    return {len(range(n)[share(n, i, micro_batches)]) for n in shares for i in range(micro_batches)}
+
+
+def evaluated_at_once(cfg: "TrainConfig", world_size: int, sample_bytes: int) -> int:
+    """Samples of an evaluation's batch on a rank.
+
+    Args:
+        cfg: of the run. Without eval_batch_size, as many as a micro-batch of training has, which fits in memory with
+            its gradients; more, up to EVALUATED, where inputs and outputs stay within EVALUATED_BYTES.
+        world_size: number of ranks.
+        sample_bytes: of a sample's input and outputs.
+    """
+    if cfg.eval_batch_size is not None:
+        return cfg.eval_batch_size
+    trained = largest_piece(cfg.global_batch_size, world_size, cfg.micro_batch_size)
+    return max(trained, min(EVALUATED, EVALUATED_BYTES // max(1, sample_bytes)))
+
+
+def falls_on(step: int, every_steps: int | None, every_epochs: int | None, steps_per_epoch: int) -> bool:
+    """Whether something is due after this many steps of the run, which comes every so many of them, or epochs."""
+    if every_steps and step % every_steps == 0:
+        return True
+    return bool(every_epochs) and step % (every_epochs * steps_per_epoch) == 0
+
+
+@lru_cache(maxsize=2)
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of a whole epoch, int64 [n], read-only."""
+    order = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch]))).permutation(n)
+    order.setflags(write=False)
+    return order
+
+
+def _samples(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The samples at `positions` of an epoch's order, int64 of the same shape, the caller's own."""
+    if n <= PERMUTATION_LIMIT:
+        return permutation(n, seed, epoch)[positions]
+    return shuffled(positions.ravel(), n, seed, epoch).reshape(positions.shape)
+
+
+def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
+    """The samples at `positions` of an epoch's order, int64, without building the order.
+
+    A Feistel network is a keyed bijection on [0, 2**(2 * half)), the least such range that holds n. A value that
+    falls outside [0, n) is put in again until it falls inside (cycle walking; fewer than 4 rounds on average),
+    which keeps it a bijection on [0, n). Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
+    """
+    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
+    mask = np.uint64((1 << int(half)) - 1)
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    values = positions.astype(np.uint64)
+    outside = np.ones(len(values), bool)
+    while outside.any():
+        left, right = values[outside] >> half, values[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_mix(right + key) & mask)
+        values[outside] = (left << half) | right
+        outside = values >= np.uint64(n)
+    return values.astype(np.int64)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: every output bit depends on every input bit. Source: Vigna, splitmix64.c, 2015."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of a run over `n` samples, and a rank's part of each."""
+
+    n: int
+    seed: int
+    global_batch_size: int
+    micro_batch_size: int | None
+    drop_last: bool
+    rank: int
+    world_size: int
+
+    @classmethod
+    def of(cls, n: int, cfg: "TrainConfig", world: "World") -> "Plan":
+        """The plan of a run's config for one rank."""
+        return cls(n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last, world.rank, world.size)
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return steps_per_epoch(self.n, self.global_batch_size, self.drop_last)
+
+    @cached_property
+    def whole_steps(self) -> int:
+        """Of these, those with a batch that is not smaller."""
+        return self.n // self.global_batch_size
+
+    @cached_property
+    def _whole_micro_batches(self) -> int:
+        return pieces(self.global_batch_size, self.world_size, self.micro_batch_size)
+
+    def batch_size(self, step: int) -> int:
+        """Samples of a step of an epoch over all ranks."""
+        return self.global_batch_size if step < self.whole_steps else self.n - step * self.global_batch_size
+
+    def micro_batches(self, step: int) -> int:
+        """Micro-batches of a step of an epoch, on every rank."""
+        if step < self.whole_steps:
+            return self._whole_micro_batches
+        return pieces(self.batch_size(step), self.world_size, self.micro_batch_size)
+
+    def indices(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
+        """This rank's micro-batches from a step to the end of an epoch: int64 arrays, empty ones included.
+
+        A step costs no more at any number of samples above PERMUTATION_LIMIT, or of ranks: only this rank's share of it
+        is looked up.
+        """
+        mine, cuts = self._cuts(self.global_batch_size)
+        at_once = max(1, BLOCK // max(1, mine.stop - mine.start))
+        for first in range(first_step, self.whole_steps, at_once):
+            for row in self._block(epoch, first, min(first + at_once, self.whole_steps), mine):
+                for cut in cuts:
+                    yield row[cut]
+        ragged = self.n - self.whole_steps * self.global_batch_size
+        if ragged and first_step <= self.whole_steps < self.steps_per_epoch:
+            mine, cuts = self._cuts(ragged)
+            start = self.whole_steps * self.global_batch_size
+            row = _samples(np.arange(start + mine.start, start + mine.stop), self.n, self.seed, epoch)
+            for cut in cuts:
+                yield row[cut]
+
+    def _cuts(self, count: int) -> tuple[slice, list[slice]]:
+        """This rank's share of a batch of `count` samples, and its micro-batches within the share."""
+        mine = share(count, self.rank, self.world_size)
+        micro_batches = pieces(count, self.world_size, self.micro_batch_size)
+        return mine, [share(mine.stop - mine.start, i, micro_batches) for i in range(micro_batches)]
+
+    def _block(self, epoch: int, first: int, last: int, mine: slice) -> np.ndarray:
+        """A share of each whole batch from step `first` up to `last`: int64 [steps, share]."""
+        starts = np.arange(first, last)[:, None] * self.global_batch_size
+        return _samples(starts + np.arange(mine.start, mine.stop), self.n, self.seed, epoch)

@@ -1,0 +1,1 @@
+"""Training and evaluation: the step, its times, the optimizer and its schedule."""

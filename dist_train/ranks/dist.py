@@ -1,0 +1,221 @@
+"""Ranks and collectives. Every function is the identity in a process without a group, so the loop has no rank test."""
+
+import functools
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as torch_dist
+
+from dist_train.columns import columns
+from dist_train.errors import ConfigError
+from dist_train.ranks import rendezvous
+from dist_train.ranks.launcher import Launcher
+
+GROUP_TIMEOUT_S = 600
+PATIENCE_DAYS = 365
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    device: torch.device
+    launcher: str
+    master_addr: str = "127.0.0.1"
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank 0, the one that writes and prints."""
+        return self.rank == 0
+
+
+def resolve_device(name: str, local_rank: int) -> torch.device:
+    """The device of a rank: `auto` is the accelerator that torch finds, else the CPU. Raises ConfigError."""
+    # check_available: without it torch 2.14 with CUDA libraries answers cuda on a machine with no GPU.
+    found = torch.accelerator.current_accelerator(check_available=True)
+    kinds = ["cpu"] + ([found.type] if found else [])
+    if name == "auto" and os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        name = "cpu"  # accelerate launch --cpu
+    kind = kinds[-1] if name == "auto" else name
+    if kind not in kinds:
+        raise ConfigError(
+            f"train.device: got {name}, but this machine has {' and '.join(kinds)}; expected auto or one of "
+            f"{', '.join(kinds)}, for example --train.device auto"
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.accelerator.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"train.device: got {local_rank + 1} or more ranks on a node with {count} {kind} devices, expected at "
+            f"most one rank a device; start {count} processes a node, or add --train.device cpu"
+        )
+    return torch.device(kind, local_rank)
+
+
+def set_threads(threads: int | None, local_size: int) -> None:
+    """Fixes the CPU threads of this rank: the count changes speed, and the last bits of sums."""
+    if threads is None:
+        # torch has taken OMP_NUM_THREADS where it is set, else the cores of the whole machine.
+        shared = 1 if "OMP_NUM_THREADS" in os.environ else local_size
+        threads = max(1, torch.get_num_threads() // shared)
+    torch.set_num_threads(threads)
+
+
+def seed_draws(seed: int, world: World, step: int = 0) -> None:
+    """Seeds what a model draws in training, such as dropout: by the run's seed, and otherwise on every rank. A run that
+    goes on at another world size from `step` on draws anew."""
+    entropy = [seed, world.rank, *([world.size, step] if step else [])]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
+
+
+@contextmanager
+def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TIMEOUT_S) -> Iterator[World]:
+    """Joins the processes that were started together. At the end the group is left after every rank has come there;
+    on an error at once, so that the other ranks notice.
+
+    Args:
+        launcher: the place of this rank.
+        device: of this rank.
+        timeout_s: that joining may take, and a collective.
+    """
+    place = launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size
+    world = World(*place, device, launcher.name, launcher.master_addr)
+    if launcher.name == "none":
+        yield world
+        return
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    with rendezvous.store(launcher, timeout_s) as store, _quiet_gloo():
+        torch_dist.init_process_group(
+            torch_dist.get_default_backend_for_device(device),
+            store=store,
+            rank=launcher.rank,
+            world_size=launcher.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+    yield world
+    torch_dist.barrier()
+    torch_dist.destroy_process_group()
+
+
+def sum_(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over the ranks, in place, on every rank. Collective."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def from_last(tensor: torch.Tensor) -> torch.Tensor:
+    """The last rank's `tensor`, in place, on every rank. Collective."""
+    if torch_dist.is_initialized():
+        torch_dist.broadcast(tensor, src=torch_dist.get_world_size() - 1)
+    return tensor
+
+
+@contextmanager
+def patient() -> Iterator[None]:
+    """Where a watchdog judges what takes too long, collectives do not: their time passes also while a process is
+    suspended."""
+    if not torch_dist.is_initialized():
+        yield
+        return
+    set_timeout = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout  # torch 2.8
+    set_timeout(timedelta(days=PATIENCE_DAYS), None)
+    try:
+        yield
+    finally:
+        set_timeout(timedelta(seconds=GROUP_TIMEOUT_S), None)
+
+
+def gather_numbers(values: list[float]) -> list[list[float]]:
+    """Every rank's numbers, in order of rank. Collective, among the hosts: no device waits for it."""
+    if not torch_dist.is_initialized():
+        return [values]
+    mine = torch.tensor(values, dtype=torch.float64)
+    rows = torch.empty(torch_dist.get_world_size(), len(values), dtype=torch.float64)
+    torch_dist.all_gather(list(rows), mine, group=_hosts())
+    return rows.tolist()
+
+
+@functools.cache
+def _hosts() -> torch_dist.ProcessGroup | None:
+    """A group of all ranks for tensors on the CPU; None is the default group, where that one is."""
+    return None if torch_dist.get_backend() == "gloo" else group_of_hosts()
+
+
+def group_of_hosts(timeout_s: float | None = None) -> torch_dist.ProcessGroup:
+    """Another group of all ranks, for tensors on the CPU under any backend. Collective.
+
+    Args:
+        timeout_s: that a collective of it may take; None for as long as torch has it.
+    """
+    with _quiet_gloo():
+        return torch_dist.new_group(backend="gloo", timeout=None if timeout_s is None else timedelta(seconds=timeout_s))
+
+
+@contextmanager
+def _quiet_gloo() -> Iterator[None]:
+    """Without what torch 2.8's gloo writes on stdout about its connections, amid what a command answers there."""
+    if not torch.__version__.startswith("2.8."):
+        yield
+        return
+    sys.stdout.flush()
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
+
+
+def gather(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's `value` in order of rank, on every rank. Collective, in a group of all ranks."""
+    if not torch_dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(values, value, group)
+    return values
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, on every rank. A ConfigError there is raised on all. Collective."""
+    if not torch_dist.is_initialized():
+        return function()
+    answer: list[Any] = [None, None]
+    if torch_dist.get_rank() == 0:
+        try:
+            answer[0] = function()
+        except ConfigError as error:
+            answer[1] = error.lines
+    torch_dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise ConfigError(*answer[1])
+    return answer[0]
+
+
+def rank_table(world: World) -> str:
+    """Rank, host, process and device of every rank, a line each. Collective."""
+    row = (world.rank, platform.node(), world.local_rank, os.getpid(), f"{world.device} ({device_name(world.device)})")
+    head = ("rank", "host", "local rank", "process", "device")
+    return columns([head, *[tuple(map(str, r)) for r in gather(row)]])
+
+
+def device_name(device: torch.device) -> str:
+    """The device's model, or how many threads the CPU works with."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

@@ -1,0 +1,198 @@
+"""From a config to the parts of a run, before any process group: what is wrong with them is said by one line."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from dist_train.backends.precision import Precision, cast
+from dist_train.backends.probe import NOTHING, Findings
+from dist_train.checkpoint import weights
+from dist_train.config.lookup import load
+from dist_train.config.own_code import blamed
+from dist_train.config.tree import Config, DataConfig
+from dist_train.data import DATASETS
+from dist_train.data.feed import Feed
+from dist_train.data.order import global_indices, steps_per_epoch
+from dist_train.data.sets import Data, FromFiles
+from dist_train.errors import ConfigError
+from dist_train.loop import optim
+from dist_train.models import MODELS
+from dist_train.run.look import LOOKED_AT, look
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Args:
+        data: the data set.
+        model: on the device, with the weights that training starts from.
+        feed: batches of the training split.
+        test_feed: batches of the test split.
+        precision: the formats of the run.
+        loaded: lines about what was loaded from model.init_from.
+        findings: what a first forward and backward of the model showed.
+    """
+
+    data: Data
+    model: nn.Module
+    feed: Feed
+    test_feed: Feed
+    precision: Precision
+    loaded: tuple[str, ...]
+    findings: Findings = NOTHING
+
+    def describe(self) -> str:
+        """A line for people."""
+        weights = sum(p.numel() for p in self.model.parameters())
+        return f"{len(self.data.train):,} samples to train on, {len(self.data.test):,} to test, {weights:,} weights"
+
+    def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
+        """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is
+        no image."""
+        split, shape = self.data.train, tuple(self.data.input_shape)
+        if len(shape) != 3 or shape[0] not in (1, 3):
+            return None
+        first = global_indices(len(split), seed, 0, 0, min(count, len(split)))
+        pixels = self.feed.pixels(first.copy())  # torch takes no read-only array
+        if pixels.dtype == torch.uint8:
+            return pixels
+        low, high = pixels.min(), pixels.max()
+        return (pixels - low) / (high - low).clamp(min=1e-12)
+
+
+def build(config: Config, device: torch.device, trained: Path | None = None, warm: bool = True) -> Parts:
+    """Reads the data and builds the model. Raises ConfigError for what only doing so can show.
+
+    Args:
+        config: the run.
+        device: of this rank.
+        trained: the folder of a finished run, or of a checkpoint, whose weights the model gets.
+        warm: start from model.init_from; false where a checkpoint's weights follow.
+    """
+    precision = Precision(config.train.precision, device)
+    precision.apply()
+    cfg, dtype = config.data, precision.dtype
+    data = read_data(cfg, cfg.download)
+    if steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last) == 0:
+        raise ConfigError(
+            f"train.drop_last: got true with {len(data.train)} samples in batches of {config.train.global_batch_size}, "
+            f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
+        )
+    model, loaded = build_model(config, data, dtype, trained, warm)
+    optim.factory(config.optim)([nn.Parameter(torch.zeros(2, 2))])  # its arguments are right, or that is said now
+    feeds = [
+        Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, config.train.loss)
+        for split in (data.train, data.test)
+    ]
+    if config.compile.scope == "step" and trained is None and not feeds[0].resident:
+        kind = "read from files" if isinstance(data.train, FromFiles) else f"too large for {device} beside a model"
+        raise ConfigError(
+            f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
+            f"write --compile.scope model"
+        )
+    model = model.to(device)
+    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
+        findings = look(config, model, feeds[0], precision, trains=trained is None)
+    if findings.written:  # which the first samples have done now, so again from the start
+        model = build_model(config, data, dtype, trained, warm)[0].to(device)
+    return Parts(data, model, *feeds, precision, loaded, findings)
+
+
+def read_data(cfg: DataConfig, download: bool) -> Data:
+    """The data set. Raises ConfigError."""
+    data = _call(DATASETS, cfg.name, "data", root=cfg.root, download=download, **cfg.args)
+    if not isinstance(data, Data):
+        raise ConfigError(
+            f"data.name: got {type(data).__name__} from {cfg.name}, expected a dist_train.data.sets.Data; end it with "
+            f"return Data(train, test, input_shape, classes)"
+        )
+    return data
+
+
+def build_model(
+    config: Config, data: Data, dtype: torch.dtype, trained: Path | None = None, warm: bool = False
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model on the CPU, and lines about what was loaded into it.
+
+    Its initial weights depend on the seed alone, and on the file of model.init_from: the same on every rank.
+    """
+    cfg, make = config.model, maker(config, data)
+    if trained is not None:
+        return weights.trained(make, dtype, trained), ()
+    if warm and cfg.init_from is not None:
+        return weights.warm_start(make, dtype, Path(cfg.init_from), cfg.init_strict)
+    return cast(make(), dtype), ()
+
+
+def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
+    """A function that makes the model with its initial weights."""
+    cfg = config.model
+    fields = {"hidden": cfg.hidden, "activation": cfg.activation, "dropout": cfg.dropout}
+    given = {k: v for k, v in fields.items() if v is not None} | cfg.args
+
+    def make() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(config.train.seed)
+            model = _call(MODELS, cfg.name, "model", input_shape=data.input_shape, classes=len(data.classes), **given)
+            _check_model(model, cfg.name)
+            with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
+                _settle_lazy(model, data)
+            _check_state(model)
+            return model
+
+    return make
+
+
+def _settle_lazy(model: nn.Module, data: Data) -> None:
+    """Gives lazy modules their shapes, and so their weights, by a forward of zeros."""
+    if not any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+        return
+    training = {module: module.training for module in model.modules()}
+    with torch.no_grad():
+        model.eval()(torch.zeros(LOOKED_AT, *data.input_shape))  # not in training, where a norm would remember it
+    for module, was in training.items():
+        module.training = was
+
+
+def _check_state(model: nn.Module) -> None:
+    """Raises ConfigError where a checkpoint could not hold what the model keeps."""
+    for name, value in model.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise ConfigError(
+                f"model: got {type(value).__name__} as {name} in its state, expected tensors alone, as a checkpoint "
+                f"executes nothing when it is read; return a tensor from get_extra_state, or register a buffer"
+            )
+
+
+def _check_model(model: Any, name: str) -> None:
+    if not isinstance(model, nn.Module):
+        got = "nothing" if model is None else f"something of type {type(model).__name__}"
+        raise ConfigError(
+            f"model.name: got {name}, which gives {got}, expected a torch.nn.Module: a class that is derived from it, "
+            f"or a function that returns one"
+        )
+
+
+def _call(registry: Mapping[str, str], name: str, section: str, **arguments: Any) -> Any:
+    """Calls what a section of the config names. Raises ConfigError: for arguments that it does not take, and for an
+    error in the user's own code, with its file and line."""
+    function, path = load(registry, name, f"{section}.name"), f"{section}.name"
+    refused = f"{section}.args: got {arguments}, which {name} refuses"
+    try:
+        inspect.signature(function).bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{refused}: {error}") from None
+    except ValueError:
+        pass  # of a class in C, which cannot be asked before
+    try:
+        with blamed(path, name, "called", ours=name in registry):
+            return function(**arguments)
+    except TypeError as error:  # of ours, which take what they are given
+        raise ConfigError(f"{refused}: {error}") from error

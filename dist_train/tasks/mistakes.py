@@ -1,0 +1,108 @@
+"""What a model gets wrong on the test data: which classes it takes for which, and the samples with the largest loss."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dist_train.data.feed import Feed
+from dist_train.data.order import share
+from dist_train.ranks import dist
+from dist_train.ranks.dist import World
+from dist_train.tasks.losses import loss_of_each
+from dist_train.whole import whole
+
+NAME = "evaluation.npz"
+WORST = 24
+CONFUSION_CLASSES = 1000  # above, the matrix is left out
+COLUMNS = ("index", "true", "predicted", "loss", "confidence")
+
+
+class Mistakes:
+    """Watches an evaluation, batch by batch, and writes what it saw. Nothing here waits for the device before that, and
+    between batches only the confusion matrix and the worst samples are kept.
+
+    Args:
+        loss: train.loss, which also says what outputs are.
+        feed: of the split.
+        classes: their names.
+        world: this rank's place.
+    """
+
+    def __init__(self, loss: str, feed: Feed, classes: tuple[str, ...], world: World):
+        self.loss, self.loss_each, self.feed, self.classes = loss, loss_of_each(loss), feed, classes
+        self.next = share(len(feed.split), world.rank, world.size).start
+        self.seen = False
+        self.is_main = world.is_main
+        self.confusion: torch.Tensor | None = None
+        self.worst: dict[str, torch.Tensor] = {}
+
+    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
+        """The next batch of this rank's part of the split, in order.
+
+        Args:
+            outputs: [batch, classes].
+            targets: [batch] or [batch, classes].
+        """
+        count, width = outputs.shape
+        true, predicted = targets if targets.dim() == 1 else targets.argmax(1), outputs.argmax(1)
+        if not self.seen and len(self.classes) <= CONFUSION_CLASSES and width <= CONFUSION_CLASSES:
+            self.classes += tuple(str(i) for i in range(len(self.classes), width))  # outputs that are no class
+            size = len(self.classes)
+            self.confusion = torch.zeros(size * size, dtype=torch.int64, device=outputs.device)
+        if self.confusion is not None:
+            size = len(self.classes)
+            self.confusion.index_add_(0, true * size + predicted, torch.ones_like(true))
+        batch = {
+            "index": torch.arange(self.next, self.next + count, device=outputs.device),
+            "true": true,
+            "predicted": predicted,
+            "loss": self.loss_each(outputs, targets),
+            "confidence": self._confidence(outputs, predicted),
+        }
+        both = {name: torch.cat([self.worst[name], batch[name]]) if self.seen else batch[name] for name in COLUMNS}
+        # Stable: of equal losses the sample that comes first stays first. One that is not a number is the largest.
+        order = both["loss"].argsort(descending=True, stable=True)[:WORST]
+        self.worst = {name: both[name][order] for name in COLUMNS}
+        self.next += count
+        self.seen = True
+
+    def _confidence(self, outputs: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+        """The probability that the model gives its prediction. With mse, outputs are meant to be probabilities."""
+        if self.loss == "cross_entropy":
+            outputs = outputs.softmax(1)
+        elif self.loss == "nll":
+            outputs = outputs.exp()
+        return outputs.gather(1, predicted[:, None])[:, 0].clamp(0, 1)
+
+    def write(self, folder: Path) -> None:
+        """Writes evaluation.npz, whole or not at all: see the README. Collective; rank 0 writes.
+
+        Its content does not depend on the number of ranks, but for the rounding of what the model computes.
+        """
+        assert self.seen
+        confusion = None if self.confusion is None else dist.sum_(self.confusion).cpu().numpy()
+        parts = dist.gather({name: value.cpu().numpy() for name, value in self.worst.items()})
+        if not self.is_main:
+            return
+        worst = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        key = np.nan_to_num(worst["loss"].astype(np.float64), nan=np.inf)
+        order = np.lexsort([worst["index"], -key, ~np.isnan(worst["loss"])])[:WORST]  # the last is the first key
+        worst = {name: value[order] for name, value in worst.items()}
+        arrays = {f"worst_{name}": value for name, value in worst.items()}
+        arrays |= {name: arrays[name].astype(np.float64) for name in ("worst_loss", "worst_confidence")}
+        arrays["worst_images"] = np.stack([_pixels(image) for image in self.feed.pixels(worst["index"])])
+        arrays["classes"] = np.array([str(name) for name in self.classes], dtype=np.str_)
+        if confusion is not None:
+            arrays["confusion"] = confusion.reshape(len(self.classes), -1)
+        with whole(folder / NAME) as beside, beside.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+
+def _pixels(image: torch.Tensor) -> np.ndarray:
+    """uint8; of floats, their own smallest is 0 and their largest 255."""
+    if image.dtype == torch.uint8:
+        return image.numpy()
+    values = np.nan_to_num(image.numpy().astype(np.float64))
+    low, high = values.min(), values.max()
+    return np.rint((values - low) / (high - low or 1.0) * 255).astype(np.uint8)

@@ -1,0 +1,253 @@
+"""What a first look at a model tells, and that it leaves no trace."""
+
+import random
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dist_train.backends.probe import Findings, probe
+from dist_train.config.load import load
+from dist_train.errors import ConfigError
+from dist_train.run import assemble
+from dist_train.run.look import check_shares
+
+X, Y = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2])
+DIGITS = ["--train.device", "cpu", "--data.name", "digits"]
+
+
+class Base(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.out = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.out(self.body(x).relu())
+
+
+class Unused(Base):
+    def __init__(self):
+        super().__init__()
+        self.other, self.frozen = nn.Linear(6, 3), nn.Linear(2, 2).requires_grad_(False)
+
+
+class Written(Base):
+    def forward(self, x):
+        with torch.no_grad():
+            self.body.weight.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class WrittenThroughData(Base):
+    def forward(self, x):
+        self.out.weight.data[0, 0] += 1e-3
+        return super().forward(x)
+
+
+class Remembers(Base):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("constant", torch.ones(3))
+
+    def forward(self, x):
+        self.calls = self.calls + 1  # another tensor, not a write
+        return self.out(self.norm(self.body(x))) * self.constant
+
+
+class Embeds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.out = nn.Embedding(5, 3, sparse=True), nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.out(self.table((x[:, 0] > 0).long()))
+
+
+class DropsALayer(Base):
+    def forward(self, x):
+        return super().forward(x) if torch.rand(()) > -1 else self.out(x[:, :6])
+
+
+class DropsByPython(Base):
+    def forward(self, x):
+        return super().forward(x) if random.random() > -1 else self.out(x[:, :6])
+
+
+class DropsByNumpy(Base):
+    def forward(self, x):
+        return super().forward(x) if np.random.rand() > -1 else self.out(x[:, :6])
+
+
+class DropsUnits(Base):
+    def forward(self, x):
+        return super().forward(F.dropout(x, 0.5))
+
+
+def found(model: nn.Module) -> Findings:
+    return probe(model, lambda: F.cross_entropy(model(X), Y))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (Base, Findings()),
+        (DropsUnits, Findings()),
+        (Unused, Findings(unused=("other.weight", "other.bias"))),
+        (Written, Findings(written=("body.weight",))),
+        (WrittenThroughData, Findings(written=("out.weight",))),
+        (
+            Remembers,
+            Findings(buffers=("calls", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked")),
+        ),
+        (Embeds, Findings(sparse=("table.weight",))),
+        (DropsALayer, Findings(varies=True)),
+        (DropsByPython, Findings(varies=True)),
+        (DropsByNumpy, Findings(varies=True)),
+    ],
+)
+def test_what_a_first_look_tells(kind: type[nn.Module], expected: Findings):
+    assert found(kind()) == expected
+
+
+def test_a_first_look_leaves_no_trace():
+    model = Remembers()
+    model.register_buffer("scratch", torch.zeros(2), persistent=False)
+    others = DropsUnits(), DropsByPython(), DropsByNumpy()
+    places = dict(model.named_buffers())
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    for each in (model, *others):
+        found(each)
+    assert all(value is places[name] for name, value in model.named_buffers())
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), drawn[0]) and random.getstate() == drawn[1]
+    assert np.array_equal(np.random.get_state()[1], drawn[2])
+
+
+def test_a_model_that_is_only_evaluated_takes_no_gradients():
+    model = Unused()
+    taken = []
+    model.out.weight.register_hook(taken.append)
+    assert probe(model, lambda: F.cross_entropy(model(X), Y), trains=False) == Findings()
+    assert not taken
+
+
+# -- as a run does it --------------------------------------------------------------------------------------------------
+
+
+class Digits(nn.Module):
+    """Outputs as told."""
+
+    def __init__(self, input_shape, classes, kind="right"):
+        super().__init__()
+        self.kind, self.layer = kind, nn.Linear(64, classes)
+
+    def forward(self, x):
+        logits = self.layer(x.flatten(1))
+        return {
+            "right": logits,
+            "dict": {"logits": logits},
+            "pair": (logits, logits),
+            "few": logits[:, :7],
+            "wide": torch.cat([logits, logits], 1),
+            "flat": logits.flatten(),
+            "whole": logits.long(),
+        }[self.kind]
+
+
+class LazyDigits(nn.Sequential):
+    def __init__(self, input_shape, classes):
+        super().__init__(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(classes))
+
+
+class KeepsText(Digits):
+    def get_extra_state(self):
+        return {"words": ["a"]}
+
+    def set_extra_state(self, state):
+        pass
+
+
+class Clamped(Digits):
+    def forward(self, x):
+        self.layer.weight.data.clamp_(-0.05, 0.05)
+        return super().forward(x)
+
+
+def built(model: str, *argv: str) -> assemble.Parts:
+    return assemble.build(load([*DIGITS, "--model.name", f"{__name__}:{model}", *argv]), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "got"),
+    [
+        ("dict", "type dict"),
+        ("pair", "type tuple"),
+        ("few", r"torch.float32 \[2, 7\]"),
+        ("flat", r"torch.float32 \[20\]"),
+        ("whole", r"torch.int64 \[2, 10\]"),
+    ],
+)
+def test_outputs_that_the_loss_does_not_take_are_refused(kind: str, got: str):
+    with pytest.raises(ConfigError, match=rf"^model: got outputs (of )?{got}, expected a float tensor \[2, 10\]"):
+        built("Digits", "--model.args.kind", kind)
+
+
+def test_more_outputs_than_classes_are_no_mistake_but_for_vectors():
+    built("Digits", "--model.args.kind", "wide")
+    with pytest.raises(ConfigError, match=r"\[2, 20\]"):
+        built("Digits", "--model.args.kind", "wide", "--train.loss", "mse", "--data.one_hot", "true")
+
+
+def test_lazy_modules_get_the_same_weights_each_time():
+    first, second = built("LazyDigits").model.state_dict(), built("LazyDigits").model.state_dict()
+    assert first["0.weight"].shape == (4, 1, 3, 3) and first["3.weight"].shape == (10, 144)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert not first["1.running_mean"].any() and int(first["1.num_batches_tracked"]) == 0
+    assert built("LazyDigits").model.training
+
+
+def test_state_that_is_no_tensor_is_refused():
+    with pytest.raises(ConfigError, match="^model: got dict as _extra_state in its state, expected tensors alone"):
+        built("KeepsText")
+
+
+def test_a_model_that_writes_its_weights_starts_from_its_initial_ones():
+    parts = built("Clamped")
+    assert parts.findings.written == ("layer.weight",)
+    assert parts.model.layer.weight.abs().max() > 0.1
+
+
+class BatchNormed(nn.Sequential):
+    def __init__(self, input_shape, classes):
+        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, classes))
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "drops", "ranks", "what"),
+    [
+        (64, None, False, 4, None),  # 1,438 samples: 22 batches and one of 30
+        (64, None, False, 16, "30 samples on 16 ranks.*--train.drop_last true"),
+        (64, None, True, 16, None),
+        (64, None, False, 40, "64 samples on 40 ranks.*--train.global_batch_size"),
+        (64, None, False, 64, "64 samples on 64 ranks.*larger --train.global_batch_size"),
+        (64, 1, False, 1, "64 samples with a single one.*--train.micro_batch_size"),
+        (479, None, False, 1, "1 samples with"),  # 3 batches and one of 1
+        (479, None, True, 1, None),
+    ],
+)
+def test_a_share_of_one_sample_is_refused_where_the_model_takes_none(batch, micro, drops, ranks, what):
+    argv = [f"--train.global_batch_size={batch}", f"--train.drop_last={str(drops).lower()}"]
+    argv += [f"--train.micro_batch_size={micro}"] if micro else []
+    parts, config = built("BatchNormed", *argv), load([*DIGITS, *argv])
+    assert parts.findings.needs_two and int(parts.model[2].num_batches_tracked) == 0
+    with pytest.raises(ConfigError, match=what) if what else nullcontext():
+        check_shares(config.train, parts.findings, 1438, ranks)
+    check_shares(config.train, built("Digits", *argv).findings, 1438, ranks)

@@ -1,0 +1,220 @@
+"""The recipes: each is what its first lines say."""
+
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from dist_train.config.load import load
+from dist_train.config.tree import BackendConfig, Config
+from dist_train.ranks.launcher import STARTERS, Launcher
+from dist_train.run.check import check
+
+from parity_cells import run_single
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))
+RECIPES = [f"configs/{name}.yaml" for name in ("digits", "fashion_mnist", "fashion_mnist_record", "tutorial")]
+BACKENDS = [file for file in FILES if file not in RECIPES]
+
+# The starter that a command's first word means, and its option for the number of processes. python starts one.
+PROGRAMS = {
+    "python": ("none", None),
+    "torchrun": ("torchrun", "--nproc_per_node"),
+    "accelerate": ("accelerate", "--num_processes"),
+    "deepspeed": ("deepspeed", "--num_gpus"),
+}
+# In points of accuracy. Another processor rounds differently, which acts as another seed. A test sample of digits
+# weighs 0.28 points, one of Fashion-MNIST 0.01.
+TOLERANCE = {"digits": 0.6, "fashion_mnist": 0.3}
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a config's first lines say: its command, and the lowest and highest accuracy in percent over the seeds."""
+
+    launcher: Launcher
+    argv: list[str]
+    low: float
+    high: float
+    seeds: list[int]
+
+
+def parse(text: str) -> Head:
+    """The head of a config file. Raises AssertionError for one that lacks its command, its time or its accuracy."""
+    head = [line.removeprefix("# ") for line in re.match(r"(?:#.*\n)*", text)[0].splitlines()]
+    assert head, "expected a comment that opens the file"
+    before, module, after = re.sub(r"(-m|--module) dist_train ", "\n", head[0]).partition("\n")
+    assert module, f"expected a command with dist_train, got {head[0]!r}"
+    program, *options = shlex.split(before.replace("=", " "))
+    assert program in PROGRAMS, f"expected a command of {', '.join(PROGRAMS)}, got {program}"
+    name, option = PROGRAMS[program]
+    size = int(options[options.index(option) + 1]) if option else 1
+    about = " ".join(head[1:])
+    assert re.search(r"Takes about \d+ (s|min) on 2 CPU cores\.", about), f"expected the time it takes, got {about!r}"
+    claim = re.search(r"Test accuracy ([\d.]+)-([\d.]+)% over seeds (\d+)-(\d+)\.", about)
+    assert claim, f"expected the accuracy, got {about!r}"
+    seeds = list(range(int(claim[3]), int(claim[4]) + 1))
+    launcher = Launcher(name, world_size=size, local_world_size=size)
+    return Head(launcher, shlex.split(after), float(claim[1]), float(claim[2]), seeds)
+
+
+def head_of(file: str) -> Head:
+    return parse((ROOT / file).read_text(encoding="utf-8"))
+
+
+def loaded(file: str) -> Config:
+    return load(["--config", str(ROOT / file)])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_command_is_accepted(file: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    head = head_of(file)
+    assert head.argv == ["--config", file]
+    assert head.launcher.name in ("none", *STARTERS)
+    check(load(head.argv), head.launcher)
+
+
+def test_the_recipes_are_there():
+    assert set(RECIPES) <= set(FILES)
+    assert {"configs/single.yaml", "configs/ddp.yaml"} <= set(BACKENDS)
+
+
+def test_digits_is_the_default():
+    assert loaded("configs/digits.yaml") == Config()
+
+
+@pytest.mark.parametrize("file", BACKENDS)
+def test_backends_differ_in_backend_alone(file: str):
+    recipe, config = loaded("configs/fashion_mnist.yaml"), loaded(file)
+    assert config.backend != BackendConfig(), "expected an explicit backend"
+    assert replace(config, backend=recipe.backend) == recipe
+    ours, its = head_of(file), head_of("configs/fashion_mnist.yaml")
+    assert (ours.low, ours.high, ours.seeds) == (its.low, its.high, its.seeds)
+
+
+def test_tutorial_is_the_quickstart():
+    config = loaded("configs/tutorial.yaml")
+    data, model, optim, train = config.data, config.model, config.optim, config.train
+    assert (data.name, data.normalize) == ("fashion_mnist", False)
+    assert (model.hidden, model.activation, model.dropout) == ([512, 512], "ReLU", 0.0)
+    assert (optim.name, optim.lr, optim.momentum, optim.weight_decay) == ("SGD", 1e-3, 0.0, 0.0)
+    assert (optim.schedule, optim.warmup_steps) == ("constant", 0)
+    assert (train.epochs, train.global_batch_size, train.drop_last) == (5, 64, False)
+    assert (train.loss, train.label_smoothing, train.grad_clip) == ("cross_entropy", 0.0, None)
+
+
+def test_fashion_mnist_beats_the_bar():
+    assert loaded("configs/fashion_mnist.yaml").model.hidden == [512, 512]
+    assert loaded("configs/fashion_mnist.yaml").train.epochs == 10
+    assert head_of("configs/fashion_mnist.yaml").low >= 89.5
+
+
+def test_the_record_is_a_step_on_the_device_and_its_mean_is_above_90():
+    file = "configs/fashion_mnist_record.yaml"
+    config, mean = loaded(file), re.search(r"mean ([\d.]+)%", (ROOT / file).read_text())
+    assert (config.compile.mode, config.compile.scope, config.train.eval_every_epochs) == ("default", "step", None)
+    assert mean and 90 <= float(mean[1]) <= head_of(file).high and len(head_of(file).seeds) >= 20
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "world_size"),
+    [
+        ("python -m dist_train", "none", 1),
+        ("torchrun --nproc_per_node=4 -m dist_train", "torchrun", 4),
+        ("accelerate launch --num_processes 4 -m dist_train", "accelerate", 4),
+        ("deepspeed --num_gpus 4 --module dist_train", "deepspeed", 4),
+    ],
+)
+def test_the_command_names_the_launcher(command: str, name: str, world_size: int):
+    text = f"# {command} --config x.yaml\n# Takes about 2 s on 2 CPU cores. Test accuracy 90-91% over seeds 0-4.\n"
+    launcher = Launcher(name, world_size=world_size, local_world_size=world_size)
+    assert parse(text) == Head(launcher, ["--config", "x.yaml"], 90, 91, [0, 1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "data:\n  name: digits\n",
+        "# Takes about 2 s on 2 CPU cores. Test accuracy 90-91% over seeds 0-4.\n",
+        "# python -m dist_train --config x.yaml\n# Takes about 2 s on 2 CPU cores.\n",
+        "# python -m dist_train --config x.yaml\n# Test accuracy 90-91% over seeds 0-4.\n",
+    ],
+    ids=["head", "command", "accuracy", "time"],
+)
+def test_a_head_that_lacks_something_is_refused(text: str):
+    with pytest.raises(AssertionError, match="expected"):
+        parse(text)
+
+
+def accuracy(file: str, seed: int, *more: str) -> float:
+    """Test accuracy of a whole run, in percent. One thread: two that share a busy core wait for each other."""
+    argv = ["--config", str(ROOT / file), "--train.device", "cpu", "--train.threads", "1", "--train.seed", str(seed)]
+    return 100 * run_single(load([*argv, "--track.every_steps", "1", *more])).evaluation["eval/accuracy"]
+
+
+def assert_claimed(file: str, got: list[float]) -> None:
+    head, tolerance = head_of(file), TOLERANCE[loaded(file).data.name]
+    assert head.low - tolerance <= min(got), f"{file} claims {head.low}% or more, got {got}"
+    assert max(got) <= head.high + tolerance, f"{file} claims {head.high}% or less, got {got}"
+
+
+def test_accuracy_of_digits():
+    file = "configs/digits.yaml"
+    got = [accuracy(file, seed) for seed in head_of(file).seeds]
+    assert min(got) >= 97
+    assert_claimed(file, got)
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A copy of Fashion-MNIST that can be unpacked."""
+    source = os.environ.get("DIST_TRAIN_DATA")
+    if not source:
+        pytest.skip("DIST_TRAIN_DATA is not set: it names the folder with FashionMNIST/raw")
+    root = tmp_path_factory.mktemp("data")
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in sorted((Path(source) / "FashionMNIST" / "raw").iterdir()):
+        shutil.copyfile(path, raw / path.name)  # without the source's mode, which may be read-only
+    return str(root)
+
+
+def test_accuracy_of_the_tutorial(data_root: str):
+    file = "configs/tutorial.yaml"
+    assert_claimed(file, [accuracy(file, head_of(file).seeds[0], "--data.root", data_root)])
+
+
+def test_fashion_mnist_is_on_its_way(data_root: str):
+    """The first of its ten epochs; the claim itself takes most of a minute."""
+    file = "configs/fashion_mnist.yaml"
+    assert accuracy(file, 0, "--data.root", data_root, "--train.max_steps", "469") > 82
+
+
+def test_the_record_is_on_its_way(data_root: str):
+    """One of its eight epochs, while the learning rate still rises."""
+    options = ("--train.max_steps", "59", "--compile.mode", "off", "--data.root", data_root)
+    assert accuracy("configs/fashion_mnist_record.yaml", 0, *options) > 80
+
+
+@pytest.mark.full
+def test_accuracy_of_the_record(data_root: str):
+    file = "configs/fashion_mnist_record.yaml"
+    assert_claimed(file, [accuracy(file, head_of(file).seeds[0], "--data.root", data_root)])
+
+
+@pytest.mark.full
+def test_accuracy_on_fashion_mnist(data_root: str):
+    file = "configs/fashion_mnist.yaml"
+    assert_claimed(file, [accuracy(file, head_of(file).seeds[0], "--data.root", data_root)])
+
+
+def test_a_wrong_recipe_breaks_the_claim():
+    wrong = accuracy("configs/digits.yaml", 0, "--train.epochs", "3")
+    with pytest.raises(AssertionError, match="claims"):
+        assert_claimed("configs/digits.yaml", [wrong])

@@ -1,0 +1,162 @@
+"""Optimizers by name, the schedule as a pure function of the step, losses as sums, and when the model is evaluated."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.optim import lr_scheduler
+
+from dist_train.config.lookup import parameters, torch_optimizers
+from dist_train.config.tree import OptimConfig, TrainConfig
+from dist_train.errors import ConfigError
+from dist_train.loop.optim import FUSED, factory, lr_at
+from dist_train.loop.rules import UNFIT_OPTIMIZERS
+from dist_train.loop.train import evaluation_due, total_steps
+from dist_train.tasks.losses import loss_fn
+
+TOTAL = 40
+# Each schedule beside the scheduler of torch that has its name.
+THEIRS = {
+    "constant": ({}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
+    "linear": ({"lr_final": 0.02}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, TOTAL)),
+    "cosine": ({"lr_final": 0.02}, lambda o: lr_scheduler.CosineAnnealingLR(o, TOTAL, eta_min=0.02)),
+    "step": ({"step_size": 7, "gamma": 0.5}, lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
+}
+
+
+def one_weight() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.ones(2, 2))]
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+def test_schedules_are_torchs_own(schedule: str):
+    settings, scheduler_of = THEIRS[schedule]
+    optimizer = torch.optim.SGD(one_weight(), lr=0.2)
+    scheduler = scheduler_of(optimizer)
+    for step in range(TOTAL):
+        ours = lr_at(OptimConfig(lr=0.2, schedule=schedule, **settings), step, TOTAL)
+        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), step
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize("schedule", THEIRS)
+def test_the_warm_up_rises_to_lr_and_the_schedule_starts_there(schedule: str):
+    settings, _ = THEIRS[schedule]
+    config = OptimConfig(lr=0.2, schedule=schedule, warmup_steps=9, **settings)
+    rates = [lr_at(config, step, TOTAL + 9) for step in range(TOTAL + 9)]
+    assert rates[:10] == pytest.approx([0.02 * (step + 1) for step in range(10)])
+    alone = OptimConfig(lr=0.2, schedule=schedule, **settings)
+    assert rates[9:] == pytest.approx([lr_at(alone, step, TOTAL) for step in range(TOTAL)])
+
+
+def test_every_optimizer_that_is_offered_works():
+    names = [name for name in torch_optimizers() if name not in UNFIT_OPTIMIZERS]
+    assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"} <= set(names)
+    for name in names:
+        weights = one_weight()
+        optimizer = factory(OptimConfig(name=name, lr=0.1))(weights)
+        assert type(optimizer).__mro__[1] is getattr(torch.optim, name) and type(optimizer).__name__ == name
+        weights[0].sum().backward()
+        optimizer.step()
+        assert (weights[0] < 1).all(), name
+
+
+@pytest.mark.parametrize("name", sorted(set(torch_optimizers()) - set(UNFIT_OPTIMIZERS)))
+def test_an_optimizer_gives_torchs_own_bits(name: str):
+    """Ours are without what torch wraps around their methods for the compiler."""
+
+    def trained(optimizer: torch.optim.Optimizer, resumed: torch.optim.Optimizer, weights: list[list]) -> list:
+        seen = []
+        optimizer.register_step_post_hook(lambda *_: seen.append("hook"))
+        for step in range(6):
+            if step == 3:
+                resumed.load_state_dict(optimizer.state_dict())
+                weights[1][0].data = weights[0][0].data.clone()
+                optimizer, weights = resumed, weights[1:]
+            optimizer.zero_grad()
+            (weights[0][0] ** 2).sum().backward()
+            optimizer.step()
+            assert torch.is_grad_enabled() and weights[0][0].requires_grad and weights[0][0].is_leaf
+        return [weights[0][0].tolist(), len(seen), optimizer.state_dict()["param_groups"]]
+
+    def draw() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.linspace(-1, 2, 12).view(3, 4))]
+
+    fused = {"fused": True} if name in FUSED else {}
+    plain, ours = [draw(), draw()], [draw(), draw()]
+    build = factory(OptimConfig(name=name, lr=0.1))
+    theirs = trained(*(getattr(torch.optim, name)(w, lr=0.1, **fused) for w in plain), plain)
+    assert trained(*map(build, ours), ours) == theirs
+    assert theirs[1] == 3
+
+
+def test_a_differentiable_optimizer_is_torchs_own():
+    optimizer = factory(OptimConfig(name="SGD", lr=0.1, args={"differentiable": True}))(one_weight())
+    assert type(optimizer) is torch.optim.SGD
+
+
+def test_arguments_are_read_from_source_as_they_are():
+    """The check of a config knows them without importing torch."""
+    import inspect
+
+    for name, path in torch_optimizers().items():
+        theirs = inspect.signature(getattr(torch.optim, name)).parameters
+        assert parameters(path, name) == {k: p.default is inspect.Parameter.empty for k, p in theirs.items()}, name
+
+
+def test_settings_reach_the_optimizer():
+    config = OptimConfig(name="SGD", lr=0.1, momentum=0.9, weight_decay=0.01, args={"nesterov": True})
+    group = factory(config)(one_weight()).param_groups[0]
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.01, True)
+    assert factory(OptimConfig(name="AdamW"))(one_weight()).param_groups[0]["weight_decay"] == 0.01  # torch's own
+
+
+def test_what_torch_refuses_is_one_line():
+    with pytest.raises(ConfigError, match="optim: got SGD with .*nesterov.*Nesterov momentum requires a momentum"):
+        factory(OptimConfig(name="SGD", args={"nesterov": True}))(one_weight())
+
+
+def test_losses_are_sums_over_samples():
+    out, labels = torch.randn(7, 5), torch.arange(7) % 5
+    soft = F.one_hot(labels, 5).float()
+    for name, target, mean in (
+        ("cross_entropy", labels, F.cross_entropy(out, labels)),
+        ("cross_entropy", soft, F.cross_entropy(out, soft)),
+        ("nll", labels, F.nll_loss(out, labels)),
+        ("mse", soft, F.mse_loss(out, soft)),
+    ):
+        loss = loss_fn(name)
+        assert loss(out, target, 7) == pytest.approx(float(mean), rel=1e-6), name
+        assert loss(out[:3], target[:3], 7) + loss(out[3:], target[3:], 7) == pytest.approx(float(mean), rel=1e-6), name
+        assert loss(out[:0], target[:0], 7) == 0, f"{name} of no samples"
+    smooth = F.cross_entropy(out, labels, label_smoothing=0.1)
+    assert loss_fn("cross_entropy", 0.1)(out, labels, 7) == pytest.approx(float(smooth), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [10, 20, 30]),
+        ({"eval_every_epochs": 2}, [20, 30]),
+        ({"eval_every_epochs": None}, [30]),
+        ({"eval_every_epochs": None, "eval_every_steps": 12}, [12, 24, 30]),
+        ({"eval_every_steps": 15}, [10, 15, 20, 30]),
+        ({"max_steps": 13}, [10, 13]),
+    ],
+)
+def test_when_the_model_is_evaluated(settings: dict, expected: list[int]):
+    cfg = TrainConfig(**{"epochs": 3, **settings})
+    total = total_steps(cfg, 10)
+    due = [
+        done
+        for done in itertools.takewhile(lambda d: d <= total, itertools.count(1))
+        if evaluation_due(cfg, done, total, 10)
+    ]
+    assert due == expected
+
+
+def test_sparse_gradients_are_not_for_the_fused_kernel():
+    assert factory(OptimConfig(name="SGD", lr=0.1))(one_weight()).param_groups[0]["fused"]
+    assert not factory(OptimConfig(name="SGD", lr=0.1), sparse=True)(one_weight()).param_groups[0]["fused"]
