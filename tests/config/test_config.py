@@ -364,7 +364,7 @@ def test_the_table_is_large_and_has_no_row_twice():
 
 def test_every_mistake_gets_a_line(place: Path):
     lines = refusal(["--train.epochs=0", "--optim.name=sgd", "--train.loss=mse", "--run.dir=done"])
-    assert [line.split(":")[0] for line in lines] == ["train.epochs", "train.loss", "optim.name", "run.dir"]
+    assert [line.split(":")[0] for line in lines] == ["train.epochs", "optim.name", "train.loss", "run.dir"]
     Path("f.yaml").write_text("trian: {}\noptim: {lrr: 1, wd: 2}\n")
     lines = refusal(["--config", "f.yaml"])
     assert [line.split(":")[0] for line in lines] == ["f.yaml", "optim in f.yaml", "optim in f.yaml"]
@@ -372,7 +372,7 @@ def test_every_mistake_gets_a_line(place: Path):
 
 @pytest.mark.parametrize("name", ["wandb", "tensorboard"])
 def test_a_tracker_that_is_not_installed_is_refused(name: str, place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dist_train.run.check.find_spec", lambda package: None)
+    monkeypatch.setattr("dist_train.track.rules.find_spec", lambda package: None)
     install = f"{name} is not installed; pip install 'dist-train[{name}]', or leave it out"
     assert refusal([f"--track.{name}", "true"]) == (f"track.{name}: got true, but {install}",)
 
