@@ -1,4 +1,4 @@
-"""python docs/generate.py: writes docs/config.md from the dataclasses of dist_train/config.py."""
+"""python docs/generate.py: writes docs/config.md from the dataclasses of dist_train/config/tree.py."""
 
 import ast
 import dataclasses
