@@ -69,7 +69,8 @@ class Prepared:
         """Builds them, from the seed."""
         parts = assemble.build(config, world.device)
         backend = backends.create(config, world, parts.findings)
-        return cls(config, world, parts, backend, *backend.prepare(parts.model, optim.factory(config.optim)))
+        prepared = backend.prepare(parts.model, optim.factory(config.optim, parts.model))
+        return cls(config, world, parts, backend, *prepared)
 
     def train(self, after_step: Callable[[Meter], None] = lambda meter: None) -> tuple[Lines, Result]:
         """The product's own loop, from the weights as they are."""

@@ -139,7 +139,7 @@ def serve(folder: Path, name: str) -> None:
     with dist.joined(Launcher(), device) as world:
         laid = [step[0] for step in lay_out(config, world, parts)]
     loader: Iterable = laid
-    optimizer_of = optim.factory(config.optim)
+    optimizer_of = optim.factory(config.optim, parts.model)
     if way == "written":
         inputs, targets = (torch.cat(of) for of in zip(*laid, strict=True))
         size = config.train.global_batch_size
@@ -172,7 +172,7 @@ def lightning(model, optimizer_of, loss_of, loader, steps_per_epoch, turns, way,
             return loss
 
         def configure_optimizers(self):
-            return optimizer_of(self.parameters())
+            return optimizer_of(self.model.named_parameters())
 
     off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     extras = {} if way == "written" else dict.fromkeys(off, False)
@@ -186,7 +186,7 @@ def fabric(model, optimizer_of, loss_of, loader, steps_per_epoch, turns, way, fo
 
     fabric = Fabric(accelerator="cpu", devices=1)
     fabric.launch()
-    model, optimizer = fabric.setup(model, optimizer_of(model.parameters()))
+    model, optimizer = fabric.setup(model, optimizer_of(model.named_parameters()))
     if way == "written":
         loader = fabric.setup_dataloaders(loader)
     loop(model, optimizer, loss_of, Held(loader, steps_per_epoch, turns), fabric.backward)
@@ -197,7 +197,7 @@ def accelerate(model, optimizer_of, loss_of, loader, steps_per_epoch, turns, way
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=True)
-    model, optimizer = accelerator.prepare(model, optimizer_of(model.parameters()))
+    model, optimizer = accelerator.prepare(model, optimizer_of(model.named_parameters()))
     if way == "written":
         loader = accelerator.prepare(loader)
     loop(model, optimizer, loss_of, Held(loader, steps_per_epoch, turns), accelerator.backward)

@@ -107,7 +107,7 @@ def stepper(name: str, batch: int, world: Any) -> Callable[[], list[float]]:
     config = load([*argv, "--train.eval_every_epochs", "null", "--train.threads", "1"])
     parts = assemble.build(config, world.device)
     backend = backends.create(config, world, parts.findings)
-    of = backend, *backend.prepare(parts.model, optim.factory(config.optim)), parts.feed, parts.test_feed
+    of = backend, *backend.prepare(parts.model, optim.factory(config.optim, parts.model)), parts.feed, parts.test_feed
     return lambda: train(config, world, *of, Recorder(), lambda meter: None, Control()).step_ms
 
 

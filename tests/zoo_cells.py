@@ -118,7 +118,7 @@ def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, 
         read_weights(middle, parts.model.state_dict())
     start = weights_of(parts.model)
     backend = backends.create(cell, world, parts.findings)
-    model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim, bool(parts.findings.sparse)))
+    model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim, parts.model, bool(parts.findings.sparse)))
     if resumed:
         backend.load(storage.tensors(middle), lambda shards: storage.read(middle, shards))
         progress = torch.load(place / f"progress{world.rank}", weights_only=True)

@@ -1,6 +1,7 @@
 """Hugging Face Accelerate, driving DistributedDataParallel: every rank holds the whole model."""
 
 import os
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,8 +19,10 @@ from dist_train.backends.base import (
     compile_,
     load_optimizer,
     model_state,
+    named_as,
     optimizer_state,
     to_cpu,
+    trained_of,
     update,
     whole_norm,
 )
@@ -65,7 +68,7 @@ class Accelerate(Backend):
         buckets.settle_buckets(self.model, self.findings.sparse)
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
-        optimizer = optimizer_fn(self.parameters)
+        optimizer = optimizer_fn(model.named_parameters())
         self.optimizer = self.accelerator.prepare(optimizer)
         return self.model, optimizer
 
@@ -93,4 +96,15 @@ class Accelerate(Backend):
 
     def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        return load_optimizer(self.bare, self.optimizer.optimizer, saved, read, self.findings.unused)
+        return load_optimizer(self, self.bare, self.optimizer.optimizer, saved, read)
+
+    def trained(self) -> list[torch.Tensor]:
+        """See Backend."""
+        return trained_of(self.bare)
+
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+        """See Backend."""
+        return named_as(self.bare, tensors)
+
+    def refresh(self) -> None:
+        """See Backend."""

@@ -3,7 +3,7 @@
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +14,7 @@ from dist_train.backends.buffers import Buffers
 from dist_train.backends.initial import Initial, differences
 from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
-from dist_train.backends.shards import Shards, shards_of
+from dist_train.backends.shards import Shards, local_of, shards_as, shards_of
 from dist_train.config.tree import CompileConfig, Config
 from dist_train.ranks.dist import World
 from dist_train.ranks.journal import Journal
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 RECOMPILE_LIMIT = 128
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerFactory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]  # of parameters by name
 SavedTensors = Mapping[str, "TensorStorageMetadata"]
 Reader = Callable[[Mapping[str, Shards]], None]
 Function = TypeVar("Function", bound=Callable)
@@ -41,6 +41,7 @@ class Backend(ABC):
     optimizer: torch.optim.Optimizer
     parameters: list[nn.Parameter]
     buffers: Buffers
+    taken = True  # the last step changed the weights: it was not left out
 
     def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
         self.config, self.world, self.findings = config, world, findings
@@ -102,6 +103,19 @@ class Backend(ABC):
             Lines for people about state that only the checkpoint or only the optimizer has.
         """
 
+    @abstractmethod
+    def trained(self) -> list[torch.Tensor]:
+        """This rank's memory of the weights that the optimizer updates, as plain tensors. Parts of a weight that ranks
+        share out are disjoint."""
+
+    @abstractmethod
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+        """What tensors that lie as those of `trained` hold of each parameter, by the model's own names."""
+
+    @abstractmethod
+    def refresh(self) -> None:
+        """Has the model compute with what `trained` holds, after that was written to."""
+
 
 def whole_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     """The norm of the gradients, on a rank that holds all of them."""
@@ -151,6 +165,7 @@ def update(
     finite = not asks or bool(norm.isfinite())  # waits for the device: whether there is a step depends on it
     if scale:
         scale.saw(finite)
+    backend.taken = finite
     if finite:
         backend.optimizer.step()
     backend.buffers.settle(finite)
@@ -173,6 +188,20 @@ def model_state(model: nn.Module) -> dict[str, Shards]:
     return {f"model.{name}": shards_of(value) for name, value in model.state_dict().items()}
 
 
+def trained_of(model: nn.Module) -> list[torch.Tensor]:
+    """Backend.trained, where the optimizer holds the model's own parameters."""
+    return [local_of(p) for _, p in _trained(model)]
+
+
+def named_as(model: nn.Module, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+    """Backend.named, where the optimizer holds the model's own parameters."""
+    return {name: shards_as(p, tensor) for (name, p), tensor in zip(_trained(model), tensors, strict=True)}
+
+
+def _trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shards]:
     """The part of Backend.state that is the optimizer's, where it holds the model's own parameters."""
     found = {}
@@ -185,10 +214,11 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 def load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors, read: Reader, unused: Collection[str]
+    backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedTensors, read: Reader
 ) -> list[str]:
-    """Backend.load, where the optimizer holds the model's own parameters. Those that get no gradient are `unused`."""
-    parameters, initial = dict(model.named_parameters()), Initial(optimizer)
+    """Backend.load, where the optimizer holds the model's own parameters."""
+    parameters, initial = dict(model.named_parameters()), Initial(optimizer, backend.config.optim.args)
+    unused = backend.findings.unused
     wanted = {name: initial.of(p) if p.requires_grad else {} for name, p in parameters.items()}
     keys = optimizer_keys(saved, parameters)
     trained = [name for name, p in parameters.items() if p.requires_grad and p.numel() and name not in unused]

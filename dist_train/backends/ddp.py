@@ -1,5 +1,6 @@
 """torch's DistributedDataParallel: every rank holds the whole model, gradients are reduced during backward."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -15,8 +16,10 @@ from dist_train.backends.base import (
     compile_,
     load_optimizer,
     model_state,
+    named_as,
     optimizer_state,
     to_cpu,
+    trained_of,
     update,
     whole_norm,
 )
@@ -38,7 +41,7 @@ class DDP(Backend):
         buckets.settle_buckets(self.model, self.findings.sparse)
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
-        self.optimizer = optimizer_fn(self.parameters)
+        self.optimizer = optimizer_fn(model.named_parameters())
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -64,4 +67,15 @@ class DDP(Backend):
 
     def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        return load_optimizer(self.bare, self.optimizer, saved, read, self.findings.unused)
+        return load_optimizer(self, self.bare, self.optimizer, saved, read)
+
+    def trained(self) -> list[torch.Tensor]:
+        """See Backend."""
+        return trained_of(self.bare)
+
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+        """See Backend."""
+        return named_as(self.bare, tensors)
+
+    def refresh(self) -> None:
+        """See Backend."""

@@ -1,11 +1,12 @@
 """DeepSpeed's engine, ZeRO stages 0 to 3: optimizer state (1), gradients (2) and weights (3) are shared out."""
 
+import inspect
 import json
 import logging
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,11 @@ from dist_train.backends.base import (
     compile_,
     load_optimizer,
     model_state,
+    named_as,
     optimizer_keys,
     optimizer_state,
     to_cpu,
+    trained_of,
     whole_norm,
 )
 from dist_train.backends.gradients import Counted, Whole
@@ -71,7 +74,8 @@ class DeepSpeed(Backend):
         asked = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
         unused = self._unused() if self.stage else frozenset()
         trained = {name: p for name, p in asked.items() if name not in unused}
-        self.optimizer = optimizer_fn(trained.values())
+        self.optimizer = optimizer_fn(trained.items())
+        made = bool(self.optimizer.state)
         left_out = {name: p for name, p in asked.items() if name in unused}
         if self.stage:
             self.gradients = Whole(trained, left_out, self.stage)  # before a parameter loses its shape
@@ -88,7 +92,8 @@ class DeepSpeed(Backend):
             holders = [m for m in model.modules() if next(m.parameters(recurse=False), None) is not None]
             self.journal = Journal(model, holders, "deepspeed at zero_stage 3")
         if self.stage:
-            self.optimizer = self.engine.optimizer.optimizer  # of Adagrad, ZeRO makes another one
+            if made:
+                self._begin_with_flats()
             if not self.config.backend.offload:
                 self._keep_one_copy()
         else:
@@ -118,18 +123,18 @@ class DeepSpeed(Backend):
         if self.stage == 0:
             self.counted.settle()
             norm = clip(list(self.bare.parameters()), whole_norm, max_norm, measure or self.skips)
-            taken = not self.skips or bool(norm.isfinite())
-            if taken:
+            self.taken = not self.skips or bool(norm.isfinite())
+            if self.taken:
                 self.engine.step()
             else:
                 self.engine.zero_grad()
-            self.buffers.settle(taken)
+            self.buffers.settle(self.taken)
             return norm
         assert max_norm == self.config.train.grad_clip  # what the engine was told
         self.engine.step()
-        taken = self.engine.was_step_applied()  # it leaves out a step that is not finite, asked to or not
-        self.buffers.settle(taken or not self.skips)
-        norm = self.engine.get_global_grad_norm() if taken else float("inf")
+        self.taken = self.engine.was_step_applied()  # it leaves out a step that is not finite, asked to or not
+        self.buffers.settle(self.taken or not self.skips)
+        norm = self.engine.get_global_grad_norm() if self.taken else float("inf")
         return torch.as_tensor(norm, device=self.world.device)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -158,14 +163,16 @@ class DeepSpeed(Backend):
     def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
         if self.stage == 0:
-            return load_optimizer(self.bare, self.optimizer, saved, read, self.findings.unused)
+            return load_optimizer(self, self.bare, self.optimizer, saved, read)
         self.gradients.resumed()
-        fragments, shards, initial = self._fragments(), {}, Initial(self.optimizer)
-        wanted = initial.of(torch.empty(1, device=self.world.device))  # as of every flat buffer
+        fragments, shards, initial = self._fragments(), {}, Initial(self.optimizer, self.config.optim.args)
+        group_of, like = self._groups(), torch.empty(1, device=self.world.device)  # as every flat buffer
+        wanted = {name: initial.of(like, group_of[name]) for name in self.trained}
         parameters = dict(self.bare.named_parameters())
         keys = optimizer_keys(saved, parameters)
-        anew, lines = differences(keys, dict.fromkeys(parameters, wanted), self.trained)
-        if anew and any(not value.dim() for value in wanted.values()):
+        kept = dict.fromkeys(parameters, next(iter(wanted.values()))) | wanted
+        anew, lines = differences(keys, kept, self.trained)
+        if anew and any(not value.dim() for name in anew for value in wanted[name].values()):
             raise ConfigError(
                 f"checkpoint.resume: got a checkpoint without optimizer state of {anew[0]}, whose count of steps would "
                 f"begin anew, but ZeRO has one count for all; write --backend.name ddp or fsdp2, or "
@@ -174,10 +181,10 @@ class DeepSpeed(Backend):
         counts: dict[tuple[torch.Tensor, str], list[torch.Tensor]] = {}  # what ZeRO keeps once for all its parameters
         for name, key in keys:
             fragment, path = fragments.get(name), f"optim.{name}.{key}"
-            if fragment is None or key not in wanted:
+            if fragment is None or key not in wanted[name]:
                 continue  # on another rank, or no longer used
             state = self.optimizer.state[fragment.flat]
-            if wanted[key].dim():
+            if wanted[name][key].dim():
                 if key not in state or state[key].shape != fragment.flat.shape:
                     state[key] = torch.zeros_like(fragment.flat)  # once for all parameters in the buffer
                 shards[path] = fragment.of(state[key])
@@ -197,9 +204,61 @@ class DeepSpeed(Backend):
                     f"once for all; write --backend.name ddp or fsdp2, or --backend.zero_stage 0"
                 )
             self.optimizer.state[flat][key] = values[0].to(flat.device) if on_device else values[0]
-        for flat in {fragment.flat for fragment in fragments.values()}:
-            initial.fill(flat, self.optimizer.state[flat])
+        for flat, number in {fragment.flat: group_of[name] for name, fragment in fragments.items()}.items():
+            initial.fill(flat, self.optimizer.state[flat], number)
         return lines
+
+    def trained(self) -> list[torch.Tensor]:
+        """See Backend."""
+        return [flat.detach() for flat in self._flats()] if self.stage else trained_of(self.bare)
+
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+        """See Backend."""
+        if not self.stage:
+            return named_as(self.bare, tensors)
+        at = dict(zip(self._flats(), tensors, strict=True))
+        return {name: fragment.of(at[fragment.flat]) for name, fragment in self._fragments().items()}
+
+    def refresh(self) -> None:
+        """See Backend."""
+        zero = self.engine.optimizer if self.stage else None
+        if self.stage == 3:  # the end of its step
+            zero._partition_all_parameters()
+            for i in range(len(zero.fp16_groups)):
+                zero._reassign_or_swap_out_partitioned_parameters(i)
+            if zero.persistent_parameters:
+                zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+        elif self.stage:
+            zero.update_lp_params()
+
+    def _flats(self) -> list[torch.Tensor]:
+        """The weights of this rank's part, as the optimizer updates them at stages 1 to 3."""
+        zero = self.engine.optimizer
+        return zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+
+    def _groups(self) -> dict[str, int]:
+        """The number of each trained parameter's group."""
+        zero = self.engine.optimizer
+        members = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
+        number = {p: of for of, parameters in zip(self._group_of_flats(), members, strict=True) for p in parameters}
+        return {name: number[p] for name, p in self.trained.items()}
+
+    def _group_of_flats(self) -> list[int]:
+        """The number of the group of each flat buffer."""
+        zero, flats = self.engine.optimizer, range(len(self._flats()))
+        return [zero.sub_group_to_group_id[i] for i in flats] if self.stage == 3 else list(flats)
+
+    def _begin_with_flats(self) -> None:
+        """Makes an optimizer again, for the flat buffers, whose state is made together with it, as Adagrad's is."""
+        old, takes = self.optimizer, inspect.signature(type(self.optimizer)).parameters
+        arguments = {k: v for k, v in (self.config.optim.args | old.defaults).items() if k in takes}
+        groups = [{**group, "params": list[torch.Tensor]()} for group in old.param_groups]
+        for flat, of in zip(self._flats(), self._group_of_flats(), strict=True):
+            groups[of]["params"].append(flat)
+        self.optimizer = self.engine.optimizer.optimizer = type(old)(groups, **arguments)
+        if self.stage == 3:
+            for group in self.optimizer.param_groups:
+                group["params"] = []  # it is handed each buffer for the time of its step
 
     def _keep_one_copy(self) -> None:
         """Lets the optimizer update the model's own weights, and at stage 2 read the gradients where they were summed:

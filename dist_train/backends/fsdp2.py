@@ -1,6 +1,6 @@
 """torch's fully_shard (FSDP2): each rank holds a part of every weight; a layer is gathered while it computes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -18,7 +18,9 @@ from dist_train.backends.base import (
     compile_,
     load_optimizer,
     model_state,
+    named_as,
     optimizer_state,
+    trained_of,
     update,
 )
 from dist_train.backends.precision import Precision
@@ -64,7 +66,7 @@ class FSDP2(Backend):
         self.journal = Journal(model, layers, "fsdp2")
         self.syncs = True
         self.parameters = list(self.model.parameters())
-        self.optimizer = optimizer_fn(self.parameters)
+        self.optimizer = optimizer_fn(self.model.named_parameters())
         self._group_by_kind()
         return self.model, self.optimizer
 
@@ -97,16 +99,30 @@ class FSDP2(Backend):
 
     def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        return load_optimizer(self.model, self.optimizer, saved, read, self.findings.unused)
+        return load_optimizer(self, self.model, self.optimizer, saved, read)
+
+    def trained(self) -> list[torch.Tensor]:
+        """See Backend."""
+        return trained_of(self.model)
+
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+        """See Backend."""
+        return named_as(self.model, tensors)
+
+    def refresh(self) -> None:
+        """See Backend."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what the root has gathered stays after a forward, and would not be gathered again
 
     def _group_by_kind(self) -> None:
-        """A group of the optimizer for the sharded weights and one for the whole: torch takes no list of both."""
+        """Parts the optimizer's groups into those of sharded weights and of whole ones: torch takes no list of both."""
         whole = set(self.whole)
-        (group,) = self.optimizer.param_groups
-        sharded = [p for p in group["params"] if p not in whole]
-        if whole and sharded:
-            group["params"] = sharded
-            self.optimizer.add_param_group({**group, "params": self.whole})
+        for group in list(self.optimizer.param_groups):
+            kinds = [[p for p in group["params"] if (p in whole) is kind] for kind in (False, True)]
+            if all(kinds):
+                group["params"] = kinds[0]
+                self.optimizer.add_param_group({**group, "params": kinds[1]})
 
     def _sum_whole(self) -> None:
         """Sums the gradients of whole weights over the ranks, in one message. Collective."""

@@ -3,6 +3,7 @@ weight is trained that was not."""
 
 import inspect
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,32 +15,41 @@ class Initial:
     """What an optimizer keeps of a parameter, as it is at the start.
 
     It is asked from the optimizer itself, by a step of another one of its kind on a small parameter with a gradient of
-    zeros. That leaves every value as it was made, but for counts of steps. A tensor that the optimizer does not hold is
-    taken for one of its first group: ZeRO hands it some only for the time of a step.
+    zeros. That leaves every value as it was made, but for counts of steps.
+
+    Args:
+        optimizer: whose groups hold its settings.
+        arguments: with which it was made, for those that its groups do not hold.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.kind = type(optimizer)
+    def __init__(self, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]):
+        self.kind, self.arguments = type(optimizer), arguments
         self.groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
         takes = inspect.signature(self.kind).parameters.keys() - {"params"}
         self.settings = [{k: v for k, v in group.items() if k in takes} for group in optimizer.param_groups]
         self.known: dict[tuple, dict[str, torch.Tensor]] = {}
 
-    def of(self, parameter: torch.Tensor) -> Mapping[str, torch.Tensor]:
-        """Its state by key; small tensors of one value each, or without dimensions where the state is a count."""
-        at = self.groups.get(parameter, 0), parameter.dim(), parameter.dtype, parameter.device
+    def of(self, parameter: torch.Tensor, group: int | None = None) -> Mapping[str, torch.Tensor]:
+        """Its state by key; small tensors of one value each, or without dimensions where the state is a count.
+
+        Args:
+            parameter: of the model, or a tensor in the place of some.
+            group: the number of its group; None looks it up. ZeRO hands the optimizer its tensors only for a step.
+        """
+        group = self.groups[parameter] if group is None else group
+        at = group, parameter.dim(), parameter.dtype, parameter.device
         if at not in self.known:
             _, dims, dtype, device = at
             small = nn.Parameter(torch.zeros((2,) * dims, dtype=dtype, device=device))
             small.grad = torch.zeros_like(small)
-            optimizer = self.kind([small], **self.settings[at[0]])
+            optimizer = self.kind([small], **{**self.arguments, **self.settings[group]})
             optimizer.step()
             self.known[at] = {k: v for k, v in optimizer.state[small].items() if v is not None}
         return self.known[at]
 
-    def fill(self, parameter: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
-        """Adds what a parameter's state lacks. Of one without any the optimizer makes it by itself."""
-        for key, value in self.of(parameter).items() if state else ():
+    def fill(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], group: int | None = None) -> None:
+        """Adds what a parameter's state lacks. Of one without any the optimizer makes it by itself. See `of`."""
+        for key, value in self.of(parameter, group).items() if state else ():
             if key not in state:
                 alike = value.dim() == parameter.dim() > 0
                 state[key] = torch.full_like(parameter.detach(), value.flatten()[0].item()) if alike else value.clone()

@@ -28,12 +28,27 @@ class Shards:
 
 def shards_of(tensor: torch.Tensor) -> Shards:
     """This rank's part of a DTensor; a plain tensor is one box."""
+    return shards_as(tensor, local_of(tensor))
+
+
+def shards_as(tensor: torch.Tensor, local: torch.Tensor) -> Shards:
+    """The same, with the values of another tensor that lies as this rank's part does."""
     shape = tuple(tensor.shape)
-    if type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer):  # a DTensor's module takes long to import
-        return Shards(shape, (((0,) * tensor.dim(), tensor.detach()),) if tensor.numel() else ())
+    if not local.numel():
+        return Shards(shape, ())
+    if _is_plain(tensor):
+        return Shards(shape, (((0,) * tensor.dim(), local),))
     (chunk,) = tensor.__create_chunk_list__()
-    local = tensor.detach().to_local()
-    return Shards(shape, ((tuple(chunk.offsets), local),) if local.numel() else ())
+    return Shards(shape, ((tuple(chunk.offsets), local),))
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor, or the plain tensor itself, in the same memory."""
+    return tensor.detach() if _is_plain(tensor) else tensor.detach().to_local()
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)  # a DTensor's module takes long to import
 
 
 class HostCopy:

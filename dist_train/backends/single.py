@@ -1,5 +1,6 @@
 """One process, no group."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -13,8 +14,10 @@ from dist_train.backends.base import (
     compile_,
     load_optimizer,
     model_state,
+    named_as,
     optimizer_state,
     to_cpu,
+    trained_of,
     update,
     whole_norm,
 )
@@ -29,7 +32,7 @@ class Single(Backend):
         self.buffers = self.buffers_of(model)
         compile_(model, self.config.compile)
         self.model, self.parameters = model, list(model.parameters())
-        self.optimizer = optimizer_fn(self.parameters)
+        self.optimizer = optimizer_fn(model.named_parameters())
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -54,4 +57,15 @@ class Single(Backend):
 
     def load(self, saved: SavedTensors, read: Reader) -> list[str]:
         """See Backend."""
-        return load_optimizer(self.model, self.optimizer, saved, read, self.findings.unused)
+        return load_optimizer(self, self.model, self.optimizer, saved, read)
+
+    def trained(self) -> list[torch.Tensor]:
+        """See Backend."""
+        return trained_of(self.model)
+
+    def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
+        """See Backend."""
+        return named_as(self.model, tensors)
+
+    def refresh(self) -> None:
+        """See Backend."""

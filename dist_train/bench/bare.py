@@ -22,7 +22,7 @@ class Work:
     Args:
         model: on the device.
         layers: of the model, those that are sharded each by itself.
-        optimizer_of: from parameters to the optimizer.
+        optimizer_of: from parameters with their names to the optimizer.
         loss_of: the mean loss of outputs and targets.
         device: of this rank.
         zero_stage: of DeepSpeed.
@@ -31,7 +31,7 @@ class Work:
 
     model: nn.Module
     layers: tuple[nn.Module, ...]
-    optimizer_of: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    optimizer_of: Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
     loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     device: torch.device
     zero_stage: int
@@ -64,7 +64,7 @@ def fsdp2(work: Work) -> Step:
 
 
 def _plain(model: nn.Module, work: Work) -> Step:
-    optimizer = work.optimizer_of(model.parameters())
+    optimizer = work.optimizer_of(model.named_parameters())
 
     def step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
         loss = work.loss_of(model(inputs), targets)
@@ -80,7 +80,7 @@ def accelerate(work: Work) -> Step:
     from accelerate import Accelerator
 
     accelerator = Accelerator(cpu=work.device.type == "cpu")
-    model, optimizer = accelerator.prepare(work.model, work.optimizer_of(work.model.parameters()))
+    model, optimizer = accelerator.prepare(work.model, work.optimizer_of(work.model.named_parameters()))
 
     def step(inputs: torch.Tensor, targets: torch.Tensor) -> None:
         loss = work.loss_of(model(inputs), targets)
@@ -105,7 +105,7 @@ def deepspeed(work: Work) -> Step:
         "zero_optimization": {"stage": work.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket},
         "zero_allow_untested_optimizer": True,
     }
-    optimizer = work.optimizer_of(work.model.parameters())
+    optimizer = work.optimizer_of(work.model.named_parameters())
     engine, *_ = deepspeed.initialize(model=work.model, optimizer=optimizer, config=settings)
 
     def step(inputs: torch.Tensor, targets: torch.Tensor) -> None:

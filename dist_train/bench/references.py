@@ -74,7 +74,7 @@ def _ceiling(config: Config, world: World, parts: Parts, laid: Callable[[], list
     model, clip = _model(config, parts), config.train.grad_clip
     loss_of, forward = _loss(config), _forward(model, parts)
     parameters = list(model.parameters())
-    optimizer = optim.factory(config.optim)(parameters)
+    optimizer = optim.factory(config.optim, model)(model.named_parameters())
     for step in itertools.cycle(laid()):
         for inputs, targets in step:
             loss = loss_of(forward(inputs), targets)
@@ -93,7 +93,7 @@ def _bare(
 ) -> Steps:  # fmt: skip
     model, batch_size = _model(config, parts), config.train.global_batch_size // world.size
     layers, stage = tuple(blocks(model)), config.backend.zero_stage or 0
-    of = optim.factory(config.optim), _loss(config), world.device, stage, batch_size
+    of = optim.factory(config.optim, model), _loss(config), world.device, stage, batch_size
     step_of = library(bare.Work(model, layers, *of))
     for step in itertools.cycle(laid()):
         for inputs, targets in step:

@@ -5,8 +5,12 @@ BY_NAME = (
     *("train.seed", "train.loss", "train.label_smoothing", "train.grad_clip", "train.precision"),
     *("data.normalize", "data.one_hot", "model.name", "model.activation", "model.dropout", "model.args"),
     *("optim.lr", "optim.weight_decay", "optim.momentum", "optim.args"),
-    *("optim.schedule", "optim.warmup_steps", "optim.lr_final", "optim.step_size", "optim.gamma"),
+    *("optim.groups", "optim.no_decay", "optim.schedule", "optim.warmup_steps", "optim.warmup_share"),
+    *("optim.lr_final", "optim.step_size", "optim.gamma", "optim.decay_steps", "optim.decay_share"),
+    *("optim.restart_steps", "optim.restart_factor", "optim.power"),
 )
+# The same, where there was an average before, and there is one now.
+AVERAGE = ("optim.ema", "optim.ema_start")
 # The same, where the schedule runs over the whole of the training.
 LENGTH = ("train.epochs", "train.max_steps")
-ALLOWED = ("data", *BY_NAME, *LENGTH)
+ALLOWED = ("data", *BY_NAME, *AVERAGE, *LENGTH)

@@ -12,13 +12,14 @@ from torch import nn
 from dist_train.backends.base import Backend
 from dist_train.backends.shards import shards_of
 from dist_train.checkpoint import manifest, randomness
-from dist_train.checkpoint.allowed import BY_NAME, LENGTH
+from dist_train.checkpoint.allowed import AVERAGE, BY_NAME, LENGTH
 from dist_train.checkpoint.manifest import Damaged, Manifest, Tensor
 from dist_train.checkpoint.save import Facts
 from dist_train.config.tree import Config, to_tree
 from dist_train.data.order import steps_per_epoch
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
+from dist_train.loop.average import Average
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 
@@ -134,11 +135,13 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
 
 def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]:
     saved, mine, allow = found.manifest.config, to_tree(config), config.checkpoint.allow
-    paths = BY_NAME if config.optim.schedule in ("constant", "step") else BY_NAME + LENGTH
-    pairs: list[tuple[str, Any, Any]] = [
-        (path, mine[path.split(".")[0]][path.split(".")[1]], saved[path.split(".")[0]].get(path.split(".")[1]))
-        for path in paths
-    ]
+    optim, before = config.optim, to_tree(Config())  # before: of a checkpoint without the key
+    by_step = optim.schedule in ("constant", "step", "cosine_restarts") and optim.warmup_share is None
+    pairs: list[tuple[str, Any, Any]] = []
+    averages = () if None in (optim.ema, saved["optim"].get("ema")) else AVERAGE  # to begin or end it is only said
+    for path in (*BY_NAME, *averages, *(() if by_step else LENGTH)):
+        section, key = path.split(".")
+        pairs.append((path, mine[section][key], saved[section].get(key, before[section][key])))
     pairs.append(("data", facts.data.fingerprint, found.manifest.data.fingerprint))
     changed = [(path, got, expected) for path, got, expected in pairs if got != expected and path not in allow]
     names = ", ".join([*allow, *(path for path, _, _ in changed)])
@@ -161,8 +164,10 @@ def read_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     storage.read(folder, {f"model.{name}": shards_of(value) for name, value in weights.items()})
 
 
-def load_state(found: Found, backend: Backend, world: World, seed: int) -> tuple[Mapping[str, float], list[str]]:
-    """Fills the optimizer's state and the random generators. Collective.
+def load_state(
+    found: Found, backend: Backend, world: World, seed: int, average: Average
+) -> tuple[Mapping[str, float], list[str]]:
+    """Fills the optimizer's state, the averaged weights and the random generators. Collective.
 
     Returns:
         What the meter goes on from, and lines about what of the optimizer's state was not loaded.
@@ -171,7 +176,7 @@ def load_state(found: Found, backend: Backend, world: World, seed: int) -> tuple
 
     what, saved = found.manifest, storage.tensors(found.folder)
     read: Callable[..., None] = functools.partial(storage.read, found.folder)
-    lines = backend.load(saved, read)
+    lines = [*backend.load(saved, read), *average.load(saved, read, what.step)]
     if backend.scale and what.loss_scale:
         backend.scale.factor, backend.scale.finite_steps = what.loss_scale.factor, what.loss_scale.finite_steps
     prefix = f"random.{world.rank}."

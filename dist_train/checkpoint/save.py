@@ -84,6 +84,7 @@ class Checkpoints:
         backend: has prepared the model.
         damaged: checkpoints in the folder that were found damaged, to be removed when a newer one stands.
         wandb_id: of the run at W&B; on rank 0.
+        more: gives what a checkpoint holds beside the backend's state, by name.
     """
 
     def __init__(
@@ -95,9 +96,10 @@ class Checkpoints:
         backend: Backend,
         damaged: Sequence[Damaged] = (),
         wandb_id: str | None = None,
+        more: Callable[[], dict[str, Shards]] = dict,
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
-        self.wandb_id = wandb_id
+        self.wandb_id, self.more = wandb_id, more
         self.folder = folder / manifest.FOLDER
         # Those of another run, from which this one goes on, are not ours to remove.
         self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
@@ -146,7 +148,8 @@ class Checkpoints:
             start = time.perf_counter()
             self._wait()
             self._meet()
-            state = self.backend.state() | {
+            state = self.backend.state() | self.more()
+            state |= {
                 f"random.{self.world.rank}.{name}": shards_of(value)
                 for name, value in randomness.state(self.world.device).items()
             }

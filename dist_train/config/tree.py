@@ -67,7 +67,7 @@ class OptimConfig:
     """The optimizer and the schedule of its learning rate. A null is torch's own default."""
 
     name: str = "AdamW"
-    """A class of torch.optim: SGD, AdamW, ..."""
+    """A class of torch.optim: SGD, AdamW, ...; or your own optimizer as module:Class."""
     lr: float = 1e-3
     """Peak learning rate, the same at every world size."""
     weight_decay: float | None = None
@@ -76,16 +76,41 @@ class OptimConfig:
     """Momentum, if the optimizer has it."""
     args: dict[str, Any] = field(default_factory=dict)
     """The optimizer's other arguments, such as optim.args.betas."""
-    schedule: Literal["constant", "linear", "cosine", "step"] = "constant"
-    """Learning rate after the warm-up: constant; linear or cosine to lr_final at the last step; step: times gamma."""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+    """Other settings for some parameters: match, a pattern of their names such as "head.*", and the arguments of the
+    optimizer that differ for them, such as lr. The first pattern that matches a parameter decides."""
+    no_decay: bool = False
+    """No weight decay for biases, norms and other weights of one dimension, unless their group gives one."""
+    schedule: str = "constant"
+    """Learning rate after the warm-up: constant; linear, cosine or polynomial to lr_final at the last step; step: times
+    gamma; wsd: stable, then linear to lr_final; cosine_restarts; or your own function as module:function."""
     warmup_steps: int = 0
     """Optimizer steps over which the learning rate rises from 0 to lr."""
+    warmup_share: float | None = None
+    """The same, as a share of the run's steps, such as 0.05."""
     lr_final: float = 0.0
-    """Learning rate at the end of the linear and cosine schedules."""
+    """Learning rate at the end of the linear, cosine, polynomial, wsd and cosine_restarts schedules."""
     step_size: int | None = None
     """Optimizer steps between two decays of the step schedule."""
     gamma: float | None = None
     """Factor of each decay of the step schedule."""
+    decay_steps: int | None = None
+    """wsd: the optimizer steps at the end of the run over which the learning rate falls to lr_final."""
+    decay_share: float | None = None
+    """wsd: the same, as a share of the run's steps, such as 0.1."""
+    restart_steps: int | None = None
+    """cosine_restarts: optimizer steps until the first restart."""
+    restart_factor: int | None = None
+    """cosine_restarts: how many times longer each cycle is than the one before (null: 1)."""
+    power: float | None = None
+    """polynomial: the power; 1 is linear."""
+    ema: float | None = None
+    """Also keep an average of the weights: after each step it is this times itself, plus the rest times the weights, so
+    for example 0.999."""
+    ema_start: int = 0
+    """Optimizer steps after which the average starts, at the weights of then."""
+    ema_eval: bool = True
+    """Evaluations and weights.pt take the averaged weights, where there are any."""
 
 
 @dataclass(frozen=True)

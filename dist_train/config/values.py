@@ -22,11 +22,17 @@ def fitting(path: str, value: Any, hint: Any, where: str = "") -> Any:
         origin, args = typing.get_origin(kind), typing.get_args(kind)
         if kind is float and type(value) is int and abs(value) < 2**1000:
             return float(value)
-        items_fit = origin is not list or (type(value) is list and all(type(item) is args[0] for item in value))
+        items_fit = origin is not list or (type(value) is list and all(_item_fits(item, args[0]) for item in value))
         if items_fit and (type(value) is (origin or kind) or (origin is Literal and value in args)):
             return value
     shown = repr(value) if isinstance(value, str | list | dict) else yaml.safe_dump(value).split("\n")[0]
     raise ConfigError(mismatch(path, (shown if len(shown) < 80 else shown[:76] + "...") + where))
+
+
+def _item_fits(item: Any, hint: Any) -> bool:
+    if is_dict(hint):
+        return type(item) is dict and all(type(key) is str for key in item)
+    return type(item) is hint
 
 
 def any_value(text: str) -> Any:
@@ -70,6 +76,8 @@ def describe(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
+    if origin is list and is_dict(args[0]):
+        return f"a list such as {_example(hint)[1:-1]}"
     if origin is list:
         example = _example(hint).strip("'")
         return f"a list such as {example} ({describe(args[0])} each)"
@@ -96,6 +104,8 @@ def _example(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return str(args[0])
     if typing.get_origin(hint) is list:
+        if is_dict(args[0]):
+            return "'[{match: \"head.*\", lr: 0.01}]'"
         return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
     if is_dict(hint):
         return "'{start_step: 10, steps: 5}'" if args[1] is int else "'{key: 1}'"

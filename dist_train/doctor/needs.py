@@ -71,7 +71,7 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
             evaluated = evaluated_at_once(cfg, world, one.nbytes + model.eval()(one).nbytes)
             evaluated = min(evaluated, -(-len(data.test) // world))
             evaluation = peak(lambda: model.eval()(_inputs(data, precision, evaluated)))
-    state, updating = _optimizer(config, parameters, device)
+    state, updating = _optimizer(config, model, device)
     shares = _shares(config, launcher, model, state)
     held = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.test) if isinstance(s, InMemory))
     whole = _bytes(model.state_dict().values()) + sum(_bytes(tensors) for tensors in state.values())
@@ -110,29 +110,31 @@ def _step(config: Config, model: nn.Module, data: Data, precision: Precision, co
 State = dict[nn.Parameter, list[torch.Tensor]]
 
 
-def _optimizer(config: Config, parameters: list[nn.Parameter], device: torch.device) -> tuple[State, int]:
-    """The optimizer's state by parameter, and the most that its step holds beyond it."""
-    build = optim.factory(config.optim)
+def _optimizer(config: Config, model: nn.Module, device: torch.device) -> tuple[State, int]:
+    """The optimizer's state by parameter, with its averaged weights; and the most that a step holds beyond it."""
+    build, averages = optim.factory(config.optim, model), config.optim.ema is not None
 
-    def step(of: list[nn.Parameter]) -> tuple[State, int]:
-        optimizer = build(of)
+    def step(of: dict[str, nn.Parameter]) -> tuple[State, int]:
+        optimizer = build(of.items())
         for group in optimizer.param_groups:
             if device.type != "cpu" and group.get("foreach", 0) is None:
                 group["foreach"] = True  # torch's choice on an accelerator: all parameters at once
         optimizer.step()
         temporary = peak(optimizer.step)
-        return {p: [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)] for p in of}, temporary
+        kept = {p: [v for v in optimizer.state[p].values() if isinstance(v, torch.Tensor)] for p in of.values()}
+        return {p: [*tensors, p.detach()] if averages else tensors for p, tensors in kept.items()}, temporary
 
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            return step(parameters)
+            return step(named)
     except torch._subclasses.fake_tensor.DataDependentOutputException:
         pass  # one that reads its own numbers; it steps on real zeros, a parameter at a time
     state, most = {}, 0
-    for p in parameters:
+    for name, p in named.items():
         real = nn.Parameter(torch.zeros(p.shape, dtype=p.dtype))
         real.grad = torch.zeros_like(real)
-        found, temporary = step([real])
+        found, temporary = step({name: real})
         state[p], most = [v.to("meta") for v in found[real]], max(most, temporary)
     return state, most
 

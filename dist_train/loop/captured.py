@@ -20,7 +20,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.order import Plan, pieces, share
 from dist_train.errors import ConfigError
 from dist_train.loop.meter import Meter
-from dist_train.loop.optim import lr_at
+from dist_train.loop.schedule import lr_at
 from dist_train.tasks.losses import loss_fn
 
 WARM_UPS = 3  # what torch's manual asks for before a capture
@@ -49,15 +49,17 @@ class Captured:
         self.order = torch.zeros(plan.steps_per_epoch, plan.global_batch_size, dtype=torch.int64, device=device)
         # torch's kernels on CUDA read a learning rate as float32; on the CPU it stays the number that the config gives.
         rates = {"dtype": torch.float64 if device.type == "cpu" else torch.float32, "device": device}
-        self.rates, self.rate = torch.zeros(plan.steps_per_epoch, **rates), torch.zeros(1, **rates)
+        self.scales = np.array([group["lr_scale"] for group in optimizer.param_groups])
+        self.rates = torch.zeros(plan.steps_per_epoch, len(self.scales), **rates)  # [steps, groups]
+        self.rate = torch.zeros(1, len(self.scales), **rates)
         between_lines = min(config.track.every_steps, meter.total_steps)
         self.losses = torch.zeros(between_lines, plan.micro_batches(0), dtype=precision.dtype, device=device)
         self.norm = torch.zeros((), dtype=precision.dtype, device=device)
         self.at = torch.zeros(2, dtype=torch.int64, device=device)
         self.step, self.place = self.at[:1], self.at[1:]  # of the epoch; of its losses
         self.unread = 0  # the place, on the host
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate.view(())
+        for i, group in enumerate(optimizer.param_groups):
+            group["lr"] = self.rate[0, i]
             if device.type == "cuda":
                 assert group["fused"]  # held by backends/rules.py: it reads the rate, and counts steps, on the device
                 group["capturable"] = True
@@ -79,7 +81,7 @@ class Captured:
         samples = np.concatenate(list(self.plan.indices(epoch, first)))
         lrs = [lr_at(self.config.optim, done + i, total) for i in range(self.plan.steps_per_epoch - first)]
         _send(samples, self.order.view(-1)[start : start + len(samples)])
-        _send(np.array(lrs), self.rates[first:])
+        _send(np.outer(lrs, self.scales), self.rates[first:])
         self.step.fill_(first)
 
     def take(self, count: int, lr: float, measure: bool) -> torch.Tensor | None:

@@ -1,14 +1,15 @@
-"""The optimizer from its config, and the learning rate as a pure function of the step."""
+"""The optimizer from its config."""
 
 import inspect
-import math
 from collections.abc import Callable, Iterable
 from functools import cache
 
 import torch
+from torch import nn
 
 from dist_train.config.tree import OptimConfig
 from dist_train.errors import ConfigError
+from dist_train.loop.groups import groups_of
 
 # Optimizers whose update torch has as one kernel, and on which devices. Torch takes it only if asked to, though it is
 # much faster than a kernel for each operation and tensor: AdamW of 670,000 weights takes a fifth of the time on a CPU.
@@ -19,34 +20,46 @@ WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 # Arguments in optim.args with which the user chooses how the update is computed.
 CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
 
+Factory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
-def factory(
-    config: OptimConfig, sparse: bool = False
-) -> Callable[[Iterable[torch.nn.Parameter]], torch.optim.Optimizer]:
-    """A function from parameters to the optimizer. Backends call it after they have sharded the parameters.
+
+def factory(config: OptimConfig, model: nn.Module | None = None, sparse: bool = False) -> Factory:
+    """A function from parameters with their names to the optimizer. Backends call it after they have sharded them.
 
     Args:
         config: of the optimizer.
+        model: that no backend has prepared, for optim.groups and optim.no_decay; None leaves these out.
         sparse: some gradients are sparse, which no fused kernel takes.
+
+    Raises:
+        ConfigError: a pattern of optim.groups matches nothing in the model.
     """
     given = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     settings = {k: v for k, v in given.items() if v is not None} | config.args
+    groups = groups_of(config, model)
     kind = getattr(torch.optim, config.name)
     if not settings.get("differentiable"):
         kind = _eager(kind)
 
-    def build(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-        parameters = list(parameters)
+    def build(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        arranged = groups.arranged(named)
+        parameters = [p for group in arranged for p in group["params"]]
         fuses = not sparse and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
         fused = {"fused": True} if fuses else {}
         try:
-            return kind(parameters, lr=config.lr, **settings, **fused)
+            return kind(arranged, lr=config.lr, **settings, **fused)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}"
             ) from error
 
     return build
+
+
+def check(config: OptimConfig, model: nn.Module) -> None:
+    """Raises ConfigError where the optimizer's arguments are wrong, or those of its groups."""
+    build = factory(config, model)
+    build((name, nn.Parameter(torch.zeros(2, 2))) for name, _ in model.named_parameters())
 
 
 @cache
@@ -70,31 +83,7 @@ def _fuses(name: str, parameters: list[torch.nn.Parameter]) -> bool:
     return all(p.device.type in FUSED.get(name, ()) and p.is_floating_point() for p in parameters)
 
 
-def lr_at(config: OptimConfig, step: int, total_steps: int) -> float:
-    """The learning rate of a step.
-
-    The warm-up rises linearly and reaches `lr` at step `warmup_steps`; the decays run from there to `total_steps`.
-
-    Args:
-        config: the schedule.
-        step: optimizer steps done before this one, from 0.
-        total_steps: optimizer steps of the whole run.
-    """
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / (config.warmup_steps + 1)
-    after = step - config.warmup_steps
-    done = after / max(1, total_steps - config.warmup_steps)
-    if config.schedule == "linear":
-        return config.lr + (config.lr_final - config.lr) * done
-    if config.schedule == "cosine":
-        return config.lr_final + (config.lr - config.lr_final) * (1 + math.cos(math.pi * done)) / 2
-    if config.schedule == "step":
-        assert config.step_size is not None and config.gamma is not None  # held by rules.py
-        return config.lr * config.gamma ** (after // config.step_size)
-    return config.lr
-
-
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Gives every parameter group this learning rate."""
+    """Gives every parameter group its learning rate, where that of optim.lr is `lr` now."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]

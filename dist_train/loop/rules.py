@@ -1,13 +1,30 @@
 """What the loop asks of the config: its sizes, the optimizer and its schedule. Pure, and before torch is imported."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
-from dist_train.config.lookup import parameters, torch_optimizers
+from dist_train.config.lookup import accepts, parameters, torch_optimizers
 from dist_train.config.tree import Config
-from dist_train.config.values import not_finite, too_small, unknown
+from dist_train.config.values import no_share, not_finite, too_small, unknown
 from dist_train.ranks.launcher import Launcher
 
 OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
+# Arguments that are for all parameters: how an update is computed.
+FOR_ALL = {"fused", "foreach", "differentiable", "capturable"}
+# Each schedule with the keys that it has; the keys that it cannot do without, and examples of these.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "linear": ("lr_final",),
+    "cosine": ("lr_final",),
+    "polynomial": ("lr_final", "power"),
+    "step": ("step_size", "gamma"),
+    "wsd": ("lr_final", "decay_steps", "decay_share"),
+    "cosine_restarts": ("lr_final", "restart_steps", "restart_factor"),
+}
+NEEDED = {"power", "step_size", "gamma", "restart_steps"}
+EXAMPLES = {"step_size": "1000", "gamma": "0.1", "power": "2.0", "decay_steps": "1000", "decay_share": "0.1"}
+EXAMPLES |= {"restart_steps": "1000", "restart_factor": "2"}
 UNFIT_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step",
     "SparseAdam": "it takes sparse gradients only",
@@ -21,6 +38,7 @@ def problems(config: Config, launcher: Launcher) -> Iterator[str]:
     yield from _batch(config, launcher)
     yield from _optimizer(config)
     yield from _schedule(config)
+    yield from _average(config)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -38,13 +56,17 @@ def _ranges(config: Config) -> Iterator[str]:
             "train.seed": (t.seed, 0),
             "optim.warmup_steps": (o.warmup_steps, 0),
             "optim.step_size": (o.step_size, 1),
+            "optim.decay_steps": (o.decay_steps, 1),
+            "optim.restart_steps": (o.restart_steps, 1),
+            "optim.restart_factor": (o.restart_factor, 1),
+            "optim.ema_start": (o.ema_start, 0),
         }
     )
     if t.seed >= 2**63:
         yield f"train.seed: got {t.seed}, expected less than 2**63; for example --train.seed 0"
     for key in ("lr", "weight_decay", "momentum", "lr_final"):
         yield from not_finite({f"optim.{key}": getattr(o, key)}, zero_fits=True)
-    yield from not_finite({"optim.gamma": o.gamma}, zero_fits=False)
+    yield from not_finite({"optim.gamma": o.gamma, "optim.power": o.power}, zero_fits=False)
     for key in ("grad_clip", "max_time_s", "step_timeout_s"):
         yield from not_finite({f"train.{key}": getattr(t, key)}, zero_fits=False, null_is_off=True)
 
@@ -72,33 +94,117 @@ def _optimizer(config: Config) -> Iterator[str]:
     if optim.name in UNFIT_OPTIMIZERS:
         yield f"optim.name: got {optim.name}, but {UNFIT_OPTIMIZERS[optim.name]}; expected one of {', '.join(names)}"
         return
-    if optim.name not in known:
-        yield unknown("optim.name", optim.name, names, "optimizer")
+    if optim.name not in known and ":" not in optim.name:
+        yield unknown("optim.name", optim.name, [*names, "or your own as module:Class"], "optimizer", names)
         return
-    takes = parameters(known[optim.name], optim.name) or {}
-    own = [k for k in takes if k not in ("params", *OPTIM_FIELDS)]
+    if optim.name in known:
+        takes, title = parameters(known[optim.name], optim.name) or {}, f"torch.optim.{optim.name}"
+    else:
+        takes, title = accepts({}, optim.name, "optim.name"), optim.name
+        yield from _own_optimizer(config, takes)
+    yield from _arguments(config, takes, title)
+    yield from _groups(config, takes, title)
+
+
+def _own_optimizer(config: Config, takes: dict[str, bool]) -> Iterator[str]:
+    """Of an optimizer of the user's own: what it needs."""
+    optim = config.optim
+    if "lr" not in takes and "**" not in takes:
+        own = ", ".join(takes) or "nothing"
+        yield f"optim.name: got {optim.name!r} that takes {own}, expected parameters, and lr as well"
+    given = {"lr", *optim.args, *(key for key in OPTIM_FIELDS if getattr(optim, key) is not None)}
+    for key in [k for k, required in takes.items() if required][1:]:  # the first takes the parameters
+        if key not in given:
+            path = f"optim.{key}" if key in OPTIM_FIELDS else f"optim.args.{key}"
+            yield f"{path}: got nothing, expected a value: {optim.name} needs it; write --{path} VALUE"
+
+
+def _arguments(config: Config, takes: dict[str, bool], title: str) -> Iterator[str]:
+    optim = config.optim
+    own = [k for k in [*takes][1:] if k not in (*OPTIM_FIELDS, "**")]
     for key in OPTIM_FIELDS:
         value = getattr(optim, key)
-        if value is not None and key not in takes:
-            yield f"optim.{key}: got {value}, but torch.optim.{optim.name} does not have it; leave it out (null)"
+        if value is not None and key not in takes and "**" not in takes:
+            yield f"optim.{key}: got {value}, but {title} does not have it; leave it out (null)"
+    if optim.no_decay and "weight_decay" not in takes and "**" not in takes:
+        yield f"optim.no_decay: got true, but {title} has no weight_decay; leave it out"
     for key, value in optim.args.items():
         if key in OPTIM_FIELDS:
             yield f"optim.args.{key}: got {value!r}, expected it as optim.{key}; write --optim.{key}"
-        elif key not in own:
-            yield unknown("optim.args", key, own, f"argument of torch.optim.{optim.name}")
+        elif key not in own and "**" not in takes:
+            yield unknown("optim.args", key, own, f"argument of {title}")
+
+
+def _groups(config: Config, takes: dict[str, bool], title: str) -> Iterator[str]:
+    """The settings of the groups. Whether their patterns match anything, the model tells."""
+    valid = ["match", *(k for k in [*takes][1:] if k not in (*FOR_ALL, "**"))]
+    for i, group in enumerate(config.optim.groups):
+        path = f"optim.groups[{i}]"
+        if not isinstance(group.get("match"), str):
+            example = "{match: 'head.*', lr: 0.01}"
+            yield f"{path}: got {group}, expected a pattern of names in match; for example {example}"
+        for key, value in group.items():
+            if key in FOR_ALL and key in takes:
+                yield f"{path}.{key}: got {value!r}, which is for all parameters; write --optim.args.{key}"
+            elif key not in valid and "**" not in takes:
+                yield unknown(path, key, valid, f"argument of {title}")
+            elif key in OPTIM_FIELDS and not _is_rate(value):
+                yield f"{path}.{key}: got {value!r}, expected a finite number of 0 or more; for example 0.1"
+        if "lr" in group and not config.optim.lr:
+            yield (
+                f"{path}.lr: got {group['lr']} with optim.lr 0, to which it would be related; write a last group "
+                f"{{match: '*', lr: 0.0}} in its place"
+            )
+
+
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
 
 
 def _schedule(config: Config) -> Iterator[str]:
     o = config.optim
-    for key in ("step_size", "gamma"):
+    if o.schedule not in SCHEDULES:
+        if ":" not in o.schedule:
+            valid = [*SCHEDULES, "or your own as module:function"]
+            yield unknown("optim.schedule", o.schedule, valid, "schedule", [*SCHEDULES])
+            return
+        takes = accepts({}, o.schedule, "optim.schedule")
+        needed = sum(takes.values())
+        if needed > 2 or (len(takes) < 2 and "**" not in takes):
+            own = ", ".join(takes) or "nothing"
+            yield f"optim.schedule: got {o.schedule!r} that takes {own}, expected (step, total_steps)"
+    has = SCHEDULES.get(o.schedule, ())
+    for key in EXAMPLES:
         value = getattr(o, key)
-        if o.schedule == "step" and value is None:
-            example = "1000" if key == "step_size" else "0.1"
-            yield f"optim.{key}: got nothing, but optim.schedule step needs it; for example --optim.{key} {example}"
-        if o.schedule != "step" and value is not None:
+        if value is not None and key not in has:
             yield f"optim.{key}: got {value} with optim.schedule {o.schedule}, which does not have it; leave it out"
-    if o.lr_final and o.schedule not in ("linear", "cosine"):
+    for key in has:
+        if key in NEEDED and getattr(o, key) is None:
+            example = f"for example --optim.{key} {EXAMPLES[key]}"
+            yield f"optim.{key}: got nothing, but optim.schedule {o.schedule} needs it; {example}"
+    if o.schedule == "wsd" and (o.decay_steps is None) == (o.decay_share is None):
+        got = "nothing" if o.decay_steps is None else f"{o.decay_steps} and optim.decay_share {o.decay_share}"
+        yield f"optim.decay_steps: got {got}, expected it or optim.decay_share; for example --optim.decay_share 0.1"
+    if o.lr_final and "lr_final" not in has:
         yield f"optim.lr_final: got {o.lr_final} with optim.schedule {o.schedule}, which does not have it; leave it out"
+    if o.warmup_steps and o.warmup_share is not None:
+        yield (
+            f"optim.warmup_share: got {o.warmup_share} with optim.warmup_steps {o.warmup_steps}, expected one of them; "
+            f"leave the other out"
+        )
+    yield from no_share({"optim.warmup_share": o.warmup_share, "optim.decay_share": o.decay_share})
     total = config.train.max_steps
-    if total is not None and o.warmup_steps > total:
-        yield f"optim.warmup_steps: got {o.warmup_steps}, expected at most train.max_steps, which is {total}"
+    for key in ("warmup_steps", "decay_steps"):
+        value = getattr(o, key)
+        if total is not None and value is not None and value > total:
+            yield f"optim.{key}: got {value}, expected at most train.max_steps, which is {total}"
+
+
+def _average(config: Config) -> Iterator[str]:
+    o, total = config.optim, config.train.max_steps
+    if o.ema is not None and not 0 <= o.ema < 1:
+        yield f"optim.ema: got {o.ema}, expected 0 or more and below 1; for example --optim.ema 0.999"
+    if o.ema is None and o.ema_start:
+        yield f"optim.ema_start: got {o.ema_start} without optim.ema; for example --optim.ema 0.999"
+    if total is not None and o.ema_start >= max(total, 1):
+        yield f"optim.ema_start: got {o.ema_start}, expected less than train.max_steps, which is {total}"

@@ -11,9 +11,11 @@ from dist_train.backends.precision import Precision
 from dist_train.config.tree import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.data.order import Plan, evaluated_at_once, falls_on, pieces, share
+from dist_train.loop.average import Average
 from dist_train.loop.captured import Captured
 from dist_train.loop.meter import Control, Meter, Progress, Result, Sink
-from dist_train.loop.optim import lr_at, set_lr
+from dist_train.loop.optim import set_lr
+from dist_train.loop.schedule import lr_at
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.ranks.phases import Phases
@@ -25,7 +27,7 @@ Watcher = Callable[[torch.Tensor, torch.Tensor], None]
 def train(
     config: Config, world: World, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer,
     feed: Feed, test_feed: Feed, tracker: Sink, after_step: Callable[[Meter], None], control: Control,
-    progress: Progress | None = None, watch_last: Watcher | None = None,
+    progress: Progress | None = None, watch_last: Watcher | None = None, average: Average | None = None,
 ) -> Result:  # fmt: skip
     """Trains `model` to the end of the config. Collective.
 
@@ -42,8 +44,10 @@ def train(
         control: what may end the run early, and where it says what it is doing.
         progress: of a checkpoint whose state was loaded; None at the start.
         watch_last: of the evaluation after the last step.
+        average: of the weights; None makes the one that the config asks for.
     """
     cfg = config.train
+    average = average or Average(config.optim, backend)
     plan = Plan.of(len(feed.split), cfg, world)
     total = total_steps(cfg, plan.steps_per_epoch)
     precision = Precision(cfg.precision, world.device)
@@ -52,6 +56,7 @@ def train(
         dist.seed_draws(cfg.seed, world)
     meter = Meter(tracker, total, plan, config.track.every_steps, world.device, control, progress)
     of = config, backend, model, optimizer, feed, plan, precision, meter
+    average.begin(meter.result.steps)
     steps = Captured(*of) if config.compile.scope == "step" else Eager(*of)
     while (done := meter.result.steps) < total:
         epoch, first = divmod(done, plan.steps_per_epoch)
@@ -59,12 +64,13 @@ def train(
         for step in range(first, min(plan.steps_per_epoch, first + total - done)):
             count, lr = plan.batch_size(step), lr_at(config.optim, meter.result.steps, total)
             norm = steps.take(count, lr, meter.due(meter.result.steps + 1))
+            average.after_step(meter.result.steps + 1)
             meter.step(count, lr, norm)
             if evaluation_due(cfg, meter.result.steps, total, plan.steps_per_epoch):
                 watch = watch_last if meter.result.steps == total else None
                 at_once = evaluated_at_once(cfg, world.size, backend.findings.sample_bytes)
                 of = model, test_loss_of, test_feed, at_once, world, precision, control.phases, watch
-                with meter.evaluating() as result:
+                with meter.evaluating() as result, average.used():
                     result.update(evaluate(*of))
             after_step(meter)
     return meter.finish()

@@ -86,7 +86,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
             f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
         )
     model, loaded = build_model(config, data, dtype, trained, warm)
-    optim.factory(config.optim)([nn.Parameter(torch.zeros(2, 2))])  # its arguments are right, or that is said now
+    optim.check(config.optim, model)
     feeds = [
         Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, config.train.loss)
         for split in (data.train, data.test)

@@ -13,6 +13,7 @@ from dist_train.config.tree import Config
 from dist_train.data.agree import agree
 from dist_train.data.order import evaluated_at_once, steps_per_epoch
 from dist_train.loop import optim
+from dist_train.loop.average import Average
 from dist_train.loop.meter import Control, Metrics, Progress
 from dist_train.loop.train import evaluate, total_steps, train
 from dist_train.ranks import dist, ending, watchdog
@@ -76,31 +77,33 @@ def _run(
     flops = profiling.flops_of_step(config, world, parts)
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
     backend = backends.create(config, world, parts.findings)
-    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
+    optimizer_fn = optim.factory(config.optim, parts.model, bool(parts.findings.sparse))
+    model, optimizer = backend.prepare(parts.model, optimizer_fn)
     control.phases.journal = backend.journal
-    progress = None
+    progress, average = None, Average(config.optim, backend)
     if found:
-        progress, beside = resume.load_state(found, backend, world, config.train.seed)
+        progress, beside = resume.load_state(found, backend, world, config.train.seed, average)
         trackers.say("\n".join([found.describe(), *beside]))
     trackers.log(_begin(course, progress, trackers.backend, world), None)
-    checkpoints = Checkpoints(config, world, path, facts, backend, damaged, trackers.wandb_id)
+    checkpoints = Checkpoints(config, world, path, facts, backend, damaged, trackers.wandb_id, average.state)
     of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, trackers
     saving = checkpoints.after_step
     after_step = profiling.profiled(config, world, path, control, trackers.say, flops, course.at, saving)
     mistakes = Mistakes(config.train.loss, parts.test_feed, parts.data.classes, world)
     try:
-        result = train(*of, after_step, control, progress, mistakes)
+        result = train(*of, after_step, control, progress, mistakes, average)
     except Stopped as stopped:
         checkpoints.close()
         trackers.stopped(stopped.why, stopped.step)
         return ending.STOPPED
     checkpoints.close()
-    weights.save_weights(path if world.is_main else None, backend.weights())  # first of all that is left
-    if not mistakes.seen:  # killed after its last step: no evaluation was left
-        cfg, loss_of = config.train, loss_fn(config.train.loss)
-        at_once = evaluated_at_once(cfg, world.size, parts.findings.sample_bytes)
-        of = model, loss_of, parts.test_feed, at_once, world, parts.precision, control.phases
-        evaluate(*of, mistakes)
+    with average.used():
+        weights.save_weights(path if world.is_main else None, backend.weights())  # first of all that is left
+        if not mistakes.seen:  # killed after its last step: no evaluation was left
+            cfg, loss_of = config.train, loss_fn(config.train.loss)
+            at_once = evaluated_at_once(cfg, world.size, parts.findings.sample_bytes)
+            of = model, loss_of, parts.test_feed, at_once, world, parts.precision, control.phases
+            evaluate(*of, mistakes)
     mistakes.write(path)
     trackers.finish(result, checkpoints.stalls_s)
     return ending.OK

@@ -70,7 +70,8 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
         _move(parts.model, moved)
     start = weights_of(parts.model)
     backend = backends.create(config, world, parts.findings)
-    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
+    optimizer_fn = optim.factory(config.optim, parts.model, bool(parts.findings.sparse))
+    model, optimizer = backend.prepare(parts.model, optimizer_fn)
     recorder = Recorder()
     result = train(
         config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None, Control()

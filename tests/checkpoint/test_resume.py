@@ -21,8 +21,8 @@ from dist_train.config.lookup import torch_optimizers
 from dist_train.config.tree import CheckpointConfig, CompileConfig, Config, ModelConfig, OptimConfig, RunConfig
 from dist_train.data.order import Plan
 from dist_train.loop import meter
-from dist_train.loop.optim import lr_at
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
+from dist_train.loop.schedule import lr_at
 from dist_train.run import assemble
 
 from parity_cells import ALONE, TOLERANCE, config
@@ -321,7 +321,7 @@ def test_the_initial_state_is_the_optimizers_own(name: str, shape: tuple[int, ..
     arguments |= {"centered": True, "momentum": 0.5} if name == "RMSprop" else {}
     parameter = torch.nn.Parameter(torch.ones(shape))
     optimizer = getattr(torch.optim, name)([parameter], lr=0.5, **arguments)
-    initial = Initial(optimizer).of(parameter)
+    initial = Initial(optimizer, {}).of(parameter)
     values = {key: value.flatten()[0].item() for key, value in initial.items() if value.dim() and key != "row_var"}
     expected = {"Adagrad": {"sum": 0.25}, "Rprop": {"prev": 0.0, "step_size": 0.5}}
     assert name not in expected or not shape or values == expected[name]
@@ -330,7 +330,7 @@ def test_the_initial_state_is_the_optimizers_own(name: str, shape: tuple[int, ..
     made = optimizer.state[parameter]
     assert made.keys() == initial.keys()
     filled = {"step": made["step"]} if "step" in made else {}
-    Initial(optimizer).fill(parameter, filled)
+    Initial(optimizer, {}).fill(parameter, filled)
     if filled and name != "Adafactor":
         assert {k: (v.shape, v.dtype) for k, v in filled.items()} == {k: (v.shape, v.dtype) for k, v in made.items()}
 

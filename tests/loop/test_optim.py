@@ -10,8 +10,9 @@ from torch.optim import lr_scheduler
 from dist_train.config.lookup import parameters, torch_optimizers
 from dist_train.config.tree import OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
-from dist_train.loop.optim import FUSED, factory, lr_at
+from dist_train.loop.optim import FUSED, factory
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
+from dist_train.loop.schedule import lr_at
 from dist_train.loop.train import evaluation_due, total_steps
 from dist_train.tasks.losses import loss_fn
 
@@ -27,6 +28,11 @@ THEIRS = {
 
 def one_weight() -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(torch.ones(2, 2))]
+
+
+def build(config: OptimConfig, weights: list[torch.nn.Parameter] | None = None, **how) -> torch.optim.Optimizer:
+    named = [(f"weights.{i}", weight) for i, weight in enumerate(weights or one_weight())]
+    return factory(config, **how)(named)
 
 
 @pytest.mark.parametrize("schedule", THEIRS)
@@ -56,7 +62,7 @@ def test_every_optimizer_that_is_offered_works():
     assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"} <= set(names)
     for name in names:
         weights = one_weight()
-        optimizer = factory(OptimConfig(name=name, lr=0.1))(weights)
+        optimizer = build(OptimConfig(name=name, lr=0.1), weights)
         assert type(optimizer).__mro__[1] is getattr(torch.optim, name) and type(optimizer).__name__ == name
         weights[0].sum().backward()
         optimizer.step()
@@ -86,14 +92,15 @@ def test_an_optimizer_gives_torchs_own_bits(name: str):
 
     fused = {"fused": True} if name in FUSED else {}
     plain, ours = [draw(), draw()], [draw(), draw()]
-    build = factory(OptimConfig(name=name, lr=0.1))
     theirs = trained(*(getattr(torch.optim, name)(w, lr=0.1, **fused) for w in plain), plain)
-    assert trained(*map(build, ours), ours) == theirs
+    found = trained(*(build(OptimConfig(name=name, lr=0.1), w) for w in ours), ours)
+    assert found[2][0].pop("lr_scale") == 1
+    assert found == theirs
     assert theirs[1] == 3
 
 
 def test_a_differentiable_optimizer_is_torchs_own():
-    optimizer = factory(OptimConfig(name="SGD", lr=0.1, args={"differentiable": True}))(one_weight())
+    optimizer = build(OptimConfig(name="SGD", lr=0.1, args={"differentiable": True}))
     assert type(optimizer) is torch.optim.SGD
 
 
@@ -108,14 +115,14 @@ def test_arguments_are_read_from_source_as_they_are():
 
 def test_settings_reach_the_optimizer():
     config = OptimConfig(name="SGD", lr=0.1, momentum=0.9, weight_decay=0.01, args={"nesterov": True})
-    group = factory(config)(one_weight()).param_groups[0]
+    group = build(config).param_groups[0]
     assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 0.01, True)
-    assert factory(OptimConfig(name="AdamW"))(one_weight()).param_groups[0]["weight_decay"] == 0.01  # torch's own
+    assert build(OptimConfig(name="AdamW")).param_groups[0]["weight_decay"] == 0.01  # torch's own
 
 
 def test_what_torch_refuses_is_one_line():
     with pytest.raises(ConfigError, match="optim: got SGD with .*nesterov.*Nesterov momentum requires a momentum"):
-        factory(OptimConfig(name="SGD", args={"nesterov": True}))(one_weight())
+        build(OptimConfig(name="SGD", args={"nesterov": True}))
 
 
 def test_losses_are_sums_over_samples():
@@ -158,5 +165,5 @@ def test_when_the_model_is_evaluated(settings: dict, expected: list[int]):
 
 
 def test_sparse_gradients_are_not_for_the_fused_kernel():
-    assert factory(OptimConfig(name="SGD", lr=0.1))(one_weight()).param_groups[0]["fused"]
-    assert not factory(OptimConfig(name="SGD", lr=0.1), sparse=True)(one_weight()).param_groups[0]["fused"]
+    assert build(OptimConfig(name="SGD", lr=0.1)).param_groups[0]["fused"]
+    assert not build(OptimConfig(name="SGD", lr=0.1), sparse=True).param_groups[0]["fused"]

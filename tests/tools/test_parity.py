@@ -16,6 +16,7 @@ from dist_train.backends.fsdp2 import FSDP2
 from dist_train.backends.single import Single
 from dist_train.config.tree import BackendConfig, Config, ModelConfig, OptimConfig
 from dist_train.loop import optim
+from dist_train.loop.schedule import lr_at
 from dist_train.ranks import dist
 from dist_train.tools.agreement import FLOOR, Difference, Trajectory, beyond, difference, limit
 from dist_train.tools.trajectory import rounding
@@ -101,7 +102,7 @@ class ExchangedTooOften(Single):
 
 class OptimizerBeforeSharding(FSDP2):
     def prepare(self, model, optimizer_fn):
-        early = optimizer_fn(list(model.parameters()))
+        early = optimizer_fn(list(model.named_parameters()))
         super().prepare(model, optimizer_fn)
         self.optimizer = early
         return self.model, early
@@ -126,7 +127,7 @@ class ScheduledOncePerRank(DDP):
     done = 0
 
     def step(self, max_norm, measure):
-        lr = optim.lr_at(self.config.optim, self.done * self.world.size, self.config.train.max_steps)
+        lr = lr_at(self.config.optim, self.done * self.world.size, self.config.train.max_steps)
         optim.set_lr(self.optimizer, max(lr, 0.0))
         self.done += 1
         return super().step(max_norm, measure)
