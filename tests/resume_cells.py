@@ -35,7 +35,7 @@ class Outcome:
         weights: by name, of rank 0; empty if it was cut off.
         ledger: this rank's samples of each step that it began, in order.
         metrics: lines of metrics.jsonl, times left out.
-        state_lines: what was said of optimizer state that was not loaded.
+        state_lines: what was said of state that was not loaded.
     """
 
     weights: dict[str, np.ndarray]
@@ -74,7 +74,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
             raise CutOff
 
     def heard(self, text):
-        said.extend(line for line in text.splitlines() if line.startswith("optimizer state"))
+        said.extend(line for line in text.splitlines() if line.startswith(("optimizer state", "optim.ema")))
 
     def noted(self, batches):
         for batch in batches:

@@ -98,7 +98,7 @@ class DeepSpeed(Backend):
                 self._keep_one_copy()
         else:
             self.counted = Counted(self.engine, list(asked.values()))
-        self.trained = trained
+        self.optimized = trained
         return self.engine, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -167,11 +167,11 @@ class DeepSpeed(Backend):
         self.gradients.resumed()
         fragments, shards, initial = self._fragments(), {}, Initial(self.optimizer, self.config.optim.args)
         group_of, like = self._groups(), torch.empty(1, device=self.world.device)  # as every flat buffer
-        wanted = {name: initial.of(like, group_of[name]) for name in self.trained}
+        wanted = {name: initial.of(like, group_of[name]) for name in self.optimized}
         parameters = dict(self.bare.named_parameters())
         keys = optimizer_keys(saved, parameters)
         kept = dict.fromkeys(parameters, next(iter(wanted.values()))) | wanted
-        anew, lines = differences(keys, kept, self.trained)
+        anew, lines = differences(keys, kept, self.optimized)
         if anew and any(not value.dim() for name in anew for value in wanted[name].values()):
             raise ConfigError(
                 f"checkpoint.resume: got a checkpoint without optimizer state of {anew[0]}, whose count of steps would "
@@ -241,7 +241,7 @@ class DeepSpeed(Backend):
         zero = self.engine.optimizer
         members = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
         number = {p: of for of, parameters in zip(self._group_of_flats(), members, strict=True) for p in parameters}
-        return {name: number[p] for name, p in self.trained.items()}
+        return {name: number[p] for name, p in self.optimized.items()}
 
     def _group_of_flats(self) -> list[int]:
         """The number of the group of each flat buffer."""
@@ -293,7 +293,7 @@ class DeepSpeed(Backend):
     def _fragments(self) -> dict[str, "Fragment"]:
         """What this rank holds of the optimizer's state of each trained parameter, at stages 1 to 3, by name."""
         zero, found = self.engine.optimizer, {}
-        for name, parameter in self.trained.items():
+        for name, parameter in self.optimized.items():
             if self.stage == 3:
                 group, offset, count = zero.grad_position[zero.get_param_id(parameter)]
                 flat, start = zero.fp32_partitioned_groups_flat[group], self.world.rank * count
