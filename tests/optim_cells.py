@@ -12,6 +12,7 @@ from dist_train.backends.shards import shards_of
 from dist_train.backends.single import Single
 from dist_train.checkpoint import manifest, storage
 from dist_train.config.tree import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
+from dist_train.errors import ConfigError
 
 from resume_cells import run_once, saving
 
@@ -140,9 +141,85 @@ def wide(value: torch.Tensor) -> np.ndarray:
     return value.double().numpy()
 
 
+def refused(cell: Config, folder: Path) -> str:
+    """In a worker: the lines with which a run is refused; empty if it is not."""
+    try:
+        run(cell, folder)
+    except ConfigError as error:
+        return "\n".join(error.lines)
+    return ""
+
+
 def run_all(runs: list[tuple[Config, Path, int | None]]) -> list[Outcome]:
     """In a worker: one after another."""
     return [run(*of) for of in runs]
+
+
+class Counting(torch.optim.SGD):
+    """Counts in an attribute of its own."""
+
+    count = 0
+
+    def step(self, closure=None):
+        super().step()
+        self.count += 1
+
+
+class CountingInGroups(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            group["k"] = group.get("k", 0) + 1
+
+
+class CountingAsNumber(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["count"] = 1
+
+
+class Shared(torch.optim.SGD):
+    def step(self, closure=None):
+        super().step()
+        self.state["all"]["norm"] = torch.zeros(())
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure=None):
+        raise ArithmeticError("no step")
+
+
+class OwnGroups(torch.optim.SGD):
+    def __init__(self, params, lr):
+        super().__init__([p for group in params for p in group["params"]], lr=lr)
+
+
+class Whole(torch.optim.Optimizer):
+    """Looks at whole weights."""
+
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad / (p.grad.norm() + 1e-3), alpha=-group["lr"])
+
+
+class OfShards(Whole):
+    """Looks at what this rank holds of a weight."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p, g = (t.to_local() if hasattr(t, "to_local") else t for t in (p, p.grad))
+                    p.add_(g / (g.norm() + 1e-3), alpha=-group["lr"])
 
 
 # -- planted faults ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """DeepSpeed's engine, ZeRO stages 0 to 3: optimizer state (1), gradients (2) and weights (3) are shared out."""
 
-import inspect
 import json
 import logging
 import os
@@ -35,7 +34,8 @@ from dist_train.backends.base import (
     whole_norm,
 )
 from dist_train.backends.gradients import Counted, Whole
-from dist_train.backends.initial import Initial, differences
+from dist_train.backends.initial import Initial, differences, maker
+from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, shards_of, shards_of_range
@@ -76,6 +76,8 @@ class DeepSpeed(Backend):
         trained = {name: p for name, p in asked.items() if name not in unused}
         self.optimizer = optimizer_fn(trained.items())
         made = bool(self.optimizer.state)
+        if self.stage and ":" in self.config.optim.name:
+            self._check_own()
         left_out = {name: p for name, p in asked.items() if name in unused}
         if self.stage:
             self.gradients = Whole(trained, left_out, self.stage)  # before a parameter loses its shape
@@ -248,14 +250,22 @@ class DeepSpeed(Backend):
         zero, flats = self.engine.optimizer, range(len(self._flats()))
         return [zero.sub_group_to_group_id[i] for i in flats] if self.stage == 3 else list(flats)
 
+    def _check_own(self) -> None:
+        """Raises ConfigError where the user's own optimizer does not take weights that are cut anywhere."""
+        optim, where = self.config.optim, f"ZeRO {self.stage}"
+
+        def cut(matrix: torch.Tensor) -> list[torch.Tensor]:
+            flat = matrix.reshape(-1)
+            return [flat[: len(flat) // 2 - 1].clone(), flat[len(flat) // 2 - 1 :].clone()]
+
+        check_pieces(optim.name, self.optimizer, optim.args, where, cut, list)
+
     def _begin_with_flats(self) -> None:
         """Makes an optimizer again, for the flat buffers, whose state is made together with it, as Adagrad's is."""
-        old, takes = self.optimizer, inspect.signature(type(self.optimizer)).parameters
-        arguments = {k: v for k, v in (self.config.optim.args | old.defaults).items() if k in takes}
-        groups = [{**group, "params": list[torch.Tensor]()} for group in old.param_groups]
+        groups = [{**group, "params": list[torch.Tensor]()} for group in self.optimizer.param_groups]
         for flat, of in zip(self._flats(), self._group_of_flats(), strict=True):
             groups[of]["params"].append(flat)
-        self.optimizer = self.engine.optimizer.optimizer = type(old)(groups, **arguments)
+        self.optimizer = self.engine.optimizer.optimizer = maker(self.optimizer, self.config.optim.args)(groups)
         if self.stage == 3:
             for group in self.optimizer.param_groups:
                 group["params"] = []  # it is handed each buffer for the time of its step

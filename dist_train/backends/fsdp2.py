@@ -5,9 +5,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dist_train.backends.base import (
     Backend,
@@ -23,6 +23,7 @@ from dist_train.backends.base import (
     trained_of,
     update,
 )
+from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import Shards
 from dist_train.ranks import dist
@@ -67,6 +68,8 @@ class FSDP2(Backend):
         self.syncs = True
         self.parameters = list(self.model.parameters())
         self.optimizer = optimizer_fn(self.model.named_parameters())
+        if ":" in self.config.optim.name:
+            self._check_own(mesh)
         self._group_by_kind()
         return self.model, self.optimizer
 
@@ -114,6 +117,18 @@ class FSDP2(Backend):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()  # what the root has gathered stays after a forward, and would not be gathered again
+
+    def _check_own(self, mesh: DeviceMesh) -> None:
+        """Raises ConfigError where the user's own optimizer does not take sharded weights as it takes whole ones."""
+
+        def joined(pieces: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [piece.full_tensor() for piece in pieces]
+
+        def cut(matrix: torch.Tensor) -> list[torch.Tensor]:
+            return [distribute_tensor(matrix.to(self.world.device), mesh, [Shard(0)])]
+
+        optim = self.config.optim
+        check_pieces(optim.name, self.optimizer, optim.args, "fsdp2", cut, joined)
 
     def _group_by_kind(self) -> None:
         """Parts the optimizer's groups into those of sharded weights and of whole ones: torch takes no list of both."""

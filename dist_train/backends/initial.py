@@ -2,13 +2,31 @@
 weight is trained that was not."""
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from dist_train.backends.fit import some
+
+
+def maker(
+    optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any], group: int = 0
+) -> Callable[[list[nn.Parameter]], torch.optim.Optimizer]:
+    """A function from parameters to another optimizer of the same kind, with the settings of one of its groups.
+
+    Args:
+        optimizer: whose groups hold its settings.
+        arguments: with which it was made, for those that its groups do not hold.
+        group: the number of the group.
+    """
+    kind, takes = type(optimizer), inspect.signature(type(optimizer)).parameters.values()
+    names = {a.name for a in takes if a.kind is not a.VAR_KEYWORD}
+    if any(a.kind is a.VAR_KEYWORD for a in takes):
+        names |= optimizer.defaults.keys()
+    settings = {key: value for key, value in optimizer.param_groups[group].items() if key in names - {"params"}}
+    return lambda parameters: kind(parameters, **{**arguments, **settings})
 
 
 class Initial:
@@ -23,10 +41,8 @@ class Initial:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, arguments: Mapping[str, Any]):
-        self.kind, self.arguments = type(optimizer), arguments
+        self.make = [maker(optimizer, arguments, i) for i in range(len(optimizer.param_groups))]
         self.groups = {p: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        takes = inspect.signature(self.kind).parameters.keys() - {"params"}
-        self.settings = [{k: v for k, v in group.items() if k in takes} for group in optimizer.param_groups]
         self.known: dict[tuple, dict[str, torch.Tensor]] = {}
 
     def of(self, parameter: torch.Tensor, group: int | None = None) -> Mapping[str, torch.Tensor]:
@@ -36,13 +52,13 @@ class Initial:
             parameter: of the model, or a tensor in the place of some.
             group: the number of its group; None looks it up. ZeRO hands the optimizer its tensors only for a step.
         """
-        group = self.groups[parameter] if group is None else group
+        group = self.groups.get(parameter, 0) if group is None else group
         at = group, parameter.dim(), parameter.dtype, parameter.device
         if at not in self.known:
             _, dims, dtype, device = at
             small = nn.Parameter(torch.zeros((2,) * dims, dtype=dtype, device=device))
             small.grad = torch.zeros_like(small)
-            optimizer = self.kind([small], **{**self.arguments, **self.settings[group]})
+            optimizer = self.make[group]([small])
             optimizer.step()
             self.known[at] = {k: v for k, v in optimizer.state[small].items() if v is not None}
         return self.known[at]

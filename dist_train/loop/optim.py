@@ -7,9 +7,13 @@ from functools import cache
 import torch
 from torch import nn
 
+from dist_train.config.lookup import load
+from dist_train.config.own_code import blamed
 from dist_train.config.tree import OptimConfig
 from dist_train.errors import ConfigError
 from dist_train.loop.groups import groups_of
+from dist_train.loop.own_optimizer import Factory, check_groups, check_kind, check_state, is_own
+from dist_train.loop.schedule import check_schedule
 
 # Optimizers whose update torch has as one kernel, and on which devices. Torch takes it only if asked to, though it is
 # much faster than a kernel for each operation and tensor: AdamW of 670,000 weights takes a fifth of the time on a CPU.
@@ -19,8 +23,6 @@ FUSED_SHARDED = ("Adam", "AdamW")  # for which torch 2.14 knows how to split it 
 WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 # Arguments in optim.args with which the user chooses how the update is computed.
 CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
-
-Factory = Callable[[Iterable[tuple[str, nn.Parameter]]], torch.optim.Optimizer]
 
 
 def factory(config: OptimConfig, model: nn.Module | None = None, sparse: bool = False) -> Factory:
@@ -36,30 +38,44 @@ def factory(config: OptimConfig, model: nn.Module | None = None, sparse: bool = 
     """
     given = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     settings = {k: v for k, v in given.items() if v is not None} | config.args
-    groups = groups_of(config, model)
-    kind = getattr(torch.optim, config.name)
-    if not settings.get("differentiable"):
+    groups, own = groups_of(config, model), is_own(config)
+    kind = load({}, config.name, "optim.name") if own else getattr(torch.optim, config.name)
+    if own:
+        check_kind(config.name, kind)
+    elif not settings.get("differentiable"):
         kind = _eager(kind)
 
     def build(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         arranged = groups.arranged(named)
         parameters = [p for group in arranged for p in group["params"]]
-        fuses = not sparse and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
+        fuses = not own and not sparse and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
         fused = {"fused": True} if fuses else {}
         try:
-            return kind(arranged, lr=config.lr, **settings, **fused)
+            with blamed("optim.name", config.name, f"called with {settings}", ours=not own):
+                optimizer = kind(arranged, lr=config.lr, **settings, **fused)
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}"
             ) from error
+        check_groups(config, optimizer)
+        return optimizer
 
     return build
 
 
-def check(config: OptimConfig, model: nn.Module) -> None:
-    """Raises ConfigError where the optimizer's arguments are wrong, or those of its groups."""
+def check(config: OptimConfig, model: nn.Module, total_steps: int) -> None:
+    """Raises ConfigError for what is wrong with the optimizer, its groups or its schedule.
+
+    Args:
+        config: of the optimizer.
+        model: that no backend has prepared.
+        total_steps: optimizer steps of the run.
+    """
     build = factory(config, model)
     build((name, nn.Parameter(torch.zeros(2, 2))) for name, _ in model.named_parameters())
+    if is_own(config):
+        check_state(config.name, build)
+    check_schedule(config, total_steps)
 
 
 @cache

@@ -31,6 +31,17 @@ def lr_at(config: OptimConfig, step: int, total_steps: int) -> float:
     return shape(config, after, length, total_steps) if shape else config.lr * _own_factor(config, after, length)
 
 
+def check_schedule(config: OptimConfig, total_steps: int) -> None:
+    """Raises ConfigError where the user's own function fails, or is no function of its arguments alone."""
+    for step in {0, warmup_steps(config, total_steps), total_steps // 2, max(0, total_steps - 1)}:
+        first, again = (lr_at(config, step, total_steps) for _ in range(2))
+        if first != again:
+            raise ConfigError(
+                f"optim.schedule: got {config.schedule}, which gives {first} and then {again} as the rate of step "
+                f"{step}, expected a function of (step, total_steps) alone: a run that is resumed must find the same"
+            )
+
+
 def warmup_steps(config: OptimConfig, total_steps: int) -> int:
     """Optimizer steps of the warm-up."""
     return config.warmup_steps if config.warmup_share is None else round(config.warmup_share * total_steps)

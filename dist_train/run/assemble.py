@@ -22,6 +22,7 @@ from dist_train.data.order import global_indices, steps_per_epoch
 from dist_train.data.sets import Data, FromFiles
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
+from dist_train.loop.train import total_steps
 from dist_train.models import MODELS
 from dist_train.run.look import LOOKED_AT, look
 
@@ -86,7 +87,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
             f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
         )
     model, loaded = build_model(config, data, dtype, trained, warm)
-    optim.check(config.optim, model)
+    per_epoch = steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last)
+    optim.check(config.optim, model, total_steps(config.train, per_epoch))
     feeds = [
         Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, config.train.loss)
         for split in (data.train, data.test)

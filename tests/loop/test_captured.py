@@ -113,6 +113,8 @@ class Asks(nn.Linear):
 
 BASE = config()
 NESTEROV = OptimConfig(name="SGD", lr=0.003, momentum=0.9, weight_decay=0.01, args={"nesterov": True})
+GROUPS = [{"match": "*.bias", "lr": 0.001, "weight_decay": 0.0}, {"match": "layers.1.*", "lr": 0.006}]
+GROUPED = OptimConfig(name="AdamW", lr=0.003, groups=GROUPS, schedule="linear", warmup_steps=5, ema=0.9, ema_start=4)
 AMSGRAD = OptimConfig(name="Adam", lr=1e-3, args={"amsgrad": True}, schedule="cosine", warmup_steps=5)
 CELLS = {
     "SGD": BASE,
@@ -120,6 +122,7 @@ CELLS = {
     "schedule, pieces, clipping": config(optimizer="linear", micro_batch_size=20, clips=True),
     "nesterov": dataclasses.replace(BASE, optim=NESTEROV),
     "amsgrad, cosine": dataclasses.replace(config(clips=True), optim=AMSGRAD),
+    "groups, averages": dataclasses.replace(with_(BASE, train={"eval_every_steps": 5}), optim=GROUPED),
     "steps": with_(BASE, optim={"schedule": "step", "step_size": 5, "gamma": 0.5}),
     "dropout": with_(config(optimizer="AdamW", micro_batch_size=30), model={"dropout": 0.5}),
     "what layers keep": dataclasses.replace(BASE, model=ModelConfig(f"{__name__}:Normed")),

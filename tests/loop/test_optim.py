@@ -12,7 +12,7 @@ from dist_train.config.tree import OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.loop.optim import FUSED, factory
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
-from dist_train.loop.schedule import lr_at
+from dist_train.loop.schedule import check_schedule, lr_at
 from dist_train.loop.train import evaluation_due, total_steps
 from dist_train.tasks.losses import loss_fn
 
@@ -23,6 +23,17 @@ THEIRS = {
     "linear": ({"lr_final": 0.02}, lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, TOTAL)),
     "cosine": ({"lr_final": 0.02}, lambda o: lr_scheduler.CosineAnnealingLR(o, TOTAL, eta_min=0.02)),
     "step": ({"step_size": 7, "gamma": 0.5}, lambda o: lr_scheduler.StepLR(o, 7, 0.5)),
+    "polynomial": ({"power": 2.0}, lambda o: lr_scheduler.PolynomialLR(o, TOTAL, 2.0)),
+    "cosine_restarts": (
+        {"restart_steps": 5, "restart_factor": 2, "lr_final": 0.02},
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 5, 2, eta_min=0.02),
+    ),
+    "wsd": (
+        {"decay_steps": 8, "lr_final": 0.02},
+        lambda o: lr_scheduler.SequentialLR(
+            o, [lr_scheduler.ConstantLR(o, 1.0), lr_scheduler.LinearLR(o, 1.0, 0.1, 8)], [TOTAL - 8]
+        ),
+    ),
 }
 
 
@@ -55,6 +66,56 @@ def test_the_warm_up_rises_to_lr_and_the_schedule_starts_there(schedule: str):
     assert rates[:10] == pytest.approx([0.02 * (step + 1) for step in range(10)])
     alone = OptimConfig(lr=0.2, schedule=schedule, **settings)
     assert rates[9:] == pytest.approx([lr_at(alone, step, TOTAL) for step in range(TOTAL)])
+
+
+def test_a_share_of_the_run():
+    shares = OptimConfig(lr=0.2, schedule="wsd", warmup_share=0.1, decay_share=0.25)
+    steps = OptimConfig(lr=0.2, schedule="wsd", warmup_steps=4, decay_steps=10)
+    assert [lr_at(shares, step, TOTAL) for step in range(TOTAL)] == [lr_at(steps, step, TOTAL) for step in range(TOTAL)]
+
+
+def test_restarts_of_one_length():
+    config = OptimConfig(lr=0.2, schedule="cosine_restarts", restart_steps=7)
+    assert lr_at(config, 0, TOTAL) == lr_at(config, 7, TOTAL) == lr_at(config, 35, TOTAL) == 0.2
+
+
+def halves(step: int, total_steps: int) -> float:
+    return 1.0 if 2 * step < total_steps else 0.5
+
+
+def fails(step: int, total_steps: int) -> float:
+    return 1 / (total_steps - step - 1)
+
+
+def negative(step: int, total_steps: int) -> float:
+    return -1.0
+
+
+draws = iter(range(1000))
+
+
+def impure(step: int, total_steps: int) -> float:
+    return next(draws)
+
+
+def test_a_schedule_of_ones_own_runs_from_the_warm_up_on():
+    config = OptimConfig(lr=0.2, schedule=f"{__name__}:halves", warmup_steps=2)
+    assert [lr_at(config, step, 6) for step in range(6)] == pytest.approx([0.2 / 3, 0.4 / 3, 0.2, 0.2, 0.1, 0.1])
+    check_schedule(config, 6)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("fails", r"called with \(5, 6\); mend it there:.*ZeroDivisionError"),
+        ("negative", r"got -1.0 from .*:negative\(\d+, 6\), expected a finite number of 0 or more"),
+        ("impure", "which gives .* and then .*, expected a function of"),
+        ("absent", "but there is no 'absent'"),
+    ],
+)
+def test_a_bad_schedule_of_ones_own_is_refused_before_the_run(name: str, line: str):
+    with pytest.raises(ConfigError, match=f"(?s)optim.schedule: .*{line}"):
+        check_schedule(OptimConfig(schedule=f"{__name__}:{name}"), 6)
 
 
 def test_every_optimizer_that_is_offered_works():
