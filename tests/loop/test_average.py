@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from optim_cells import ADAMW, STEPS, Outcome, config, run, run_all
 
+from dist_train.checkpoint import manifest, resume
 from dist_train.config.tree import Config, OptimConfig
+from dist_train.run import assemble
 
-from parity_cells import BACKENDS, TOLERANCE
+from optim_cells import ADAMW, STEPS, Outcome, config, refused, run, run_all
+from parity_cells import ALONE, BACKENDS, TOLERANCE
 from workers import run_ranks
 
 TRAINED = ("inner.weight", "norm.weight", "wide_norm.weight", "first.weight", "again.bias", "head.weight")
@@ -162,6 +164,24 @@ def test_an_average_that_begins_or_ends_at_a_resume_is_said(tmp_path: Path):
     ended = run(off, tmp_path)
     assert ended.lines == ["optim.ema: the checkpoint's averaged weights are not used, as optim.ema is null"]
     assert not ended.averages
+
+
+def test_another_decay_or_group_is_refused_unless_allowed(tmp_path: Path):
+    run(config(), tmp_path, cut_after=4)
+    said = refused(config(optim=changed(ema=0.9, groups=[])), tmp_path)
+    assert "optim.ema: got 0.9, expected 0.7 as in" in said and "optim.groups: got [], expected [{'match'" in said
+    assert "--checkpoint.allow '[optim.groups" in said
+
+
+def test_a_run_goes_on_from_a_checkpoint_of_before_these_keys(tmp_path: Path):
+    plain = config(optim=OptimConfig())
+    run(plain, tmp_path, cut_after=4)
+    folder, what = manifest.listed(tmp_path)[0][0]
+    keys = ("name", "lr", "weight_decay", "momentum", "args", "schedule", "warmup_steps", "lr_final")
+    old = what.config | {"optim": {key: what.config["optim"][key] for key in keys}}
+    parts = assemble.build(plain, ALONE.device)
+    found = resume.Found(folder, dataclasses.replace(what, config=old))
+    assert not resume.differences(found, plain, resume.facts_of(parts.model, parts.data))
 
 
 # -- planted faults ----------------------------------------------------------------------------------------------------

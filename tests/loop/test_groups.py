@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from optim_cells import ADAMW, Mixed, config, refused, run, run_all
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -15,6 +14,7 @@ from dist_train.errors import ConfigError
 from dist_train.loop.optim import check, factory, set_lr
 from dist_train.loop.schedule import lr_at
 
+from optim_cells import ADAMW, Mixed, config, refused, run, run_all
 from parity_cells import TOLERANCE
 from workers import run_ranks
 
