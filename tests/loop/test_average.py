@@ -156,6 +156,14 @@ def test_the_same_ranks_give_the_same_bits(backend: str, tmp_path: Path):
     assert same(alone.left, resumed.left) and resumed.evaluations.items() <= alone.evaluations.items()
 
 
+def test_a_run_that_was_cut_off_after_its_last_step_leaves_the_average(reference, tmp_path: Path):
+    """It takes no step more, only an evaluation."""
+    names = ("fsdp2", "deepspeed:1", "deepspeed:3")
+    runs = [(config(name), tmp_path / name.replace(":", ""), cut) for name in names for cut in (STEPS, None)]
+    for outcome in run_ranks(run_all, 2, runs)[0][1::2]:
+        assert apart(outcome.left, reference().left) < TOLERANCE["float32"]
+
+
 def test_an_average_that_begins_or_ends_at_a_resume_is_said(tmp_path: Path):
     off = config(optim=changed(ema=None, ema_start=0))
     run(off, tmp_path, cut_after=4)
