@@ -82,6 +82,7 @@ class Checkpoints:
         folder: of the run, the same on all ranks.
         facts: of the run.
         backend: has prepared the model.
+        best: what decides which is the best.
         damaged: checkpoints in the folder that were found damaged, to be removed when a newer one stands.
         wandb_id: of the run at W&B; on rank 0.
     """
@@ -93,11 +94,12 @@ class Checkpoints:
         folder: Path,
         facts: Facts,
         backend: Backend,
+        best: manifest.Best,
         damaged: Sequence[Damaged] = (),
         wandb_id: str | None = None,
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
-        self.wandb_id = wandb_id
+        self.best, self.wandb_id = best, wandb_id
         self.folder = folder / manifest.FOLDER
         # Those of another run, from which this one goes on, are not ours to remove.
         self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
@@ -266,7 +268,7 @@ class Checkpoints:
         whole = [(folder, m) for folder, m in newest_first if folder not in self.damaged]
         keep = {folder for folder, _ in whole[: cfg.keep_last]}
         for _ in range(cfg.keep_best):
-            found = manifest.best(whole, cfg.best_metric)
+            found = self.best.of(whole)
             if found is not None:
                 keep.add(found[0])
                 whole.remove(found)

@@ -16,6 +16,9 @@ from dist_train.config.tree import PATH, Config, fields_of, to_config
 from dist_train.config.values import any_value, fitting, is_dict, is_optional, is_text, mismatch, unknown
 from dist_train.errors import ConfigError
 
+# Keys that have another place than before.
+MOVED = {"train.loss": "task.loss", "train.label_smoothing": "task.args.label_smoothing"}
+
 
 def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
     """The config of a command line. Raises ConfigError. `--help` and `--print_config` print and raise SystemExit(0).
@@ -140,6 +143,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]], str]:
 
 def _check_path(path: str) -> None:
     section, _, key = path.partition(".")
+    if path in MOVED:
+        raise ConfigError(_moved(path))
     sections = list(fields_of(""))
     if path in ("help", "print_config"):
         raise ConfigError(f"command line: got --{path} with a value, expected --{path} alone")
@@ -204,4 +209,12 @@ def _unknown_keys(tree: dict, file: str) -> Iterator[str]:
             yield f"{section}: got {body!r} in {file}, expected keys below it: {', '.join(fields_of(section))}"
         else:
             valid = fields_of(section)
-            yield from (unknown(f"{section} in {file}", str(k), list(valid)) for k in body or () if k not in valid)
+            for key in body or ():
+                if f"{section}.{key}" in MOVED:
+                    yield f"{file}: {_moved(f'{section}.{key}')}"
+                elif key not in valid:
+                    yield unknown(f"{section} in {file}", str(key), list(valid))
+
+
+def _moved(path: str) -> str:
+    return f"{path} is now {MOVED[path]}; write --{MOVED[path]} VALUE"

@@ -63,6 +63,21 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    """What the model is trained for. A null is the task's own default."""
+
+    name: str = "classification"
+    """classification, or your own class as module:Class."""
+    loss: str | None = None
+    """classification: cross_entropy (default), which takes logits, nll, log-probabilities, or mse, one-hot targets
+    (data.one_hot)."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that only this task has, such as task.args.label_smoothing of classification."""
+    metrics: list[Any] | None = None
+    """What evaluation measures beside the loss: names, or {name: NAME, ...} with arguments."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimizer and the schedule of its learning rate. A null is torch's own default."""
 
@@ -102,10 +117,6 @@ class TrainConfig:
     """At most this many samples at once on a rank; a larger share is accumulated in pieces."""
     drop_last: bool = False
     """Leave out the last batch of an epoch if it is smaller than global_batch_size."""
-    loss: Literal["cross_entropy", "nll", "mse"] = "cross_entropy"
-    """cross_entropy takes logits, nll log-probabilities, mse one-hot targets (data.one_hot)."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes (cross_entropy)."""
     grad_clip: float | None = None
     """Largest global gradient norm; a larger gradient is scaled down to it."""
     precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = "float32"
@@ -177,8 +188,8 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay: the one before is there if the newest is damaged."""
     keep_best: int = 0
     """How many of the best stay as well, of those that were saved at a step with an evaluation."""
-    best_metric: Literal["eval/accuracy", "eval/loss"] = "eval/accuracy"
-    """What the best is decided by."""
+    best_metric: str | None = None
+    """What the best is decided by, such as eval/loss (null: the task's own; of classification it is eval/accuracy)."""
     resume: str = field(default="auto", metadata=PATH)
     """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
     checkpoint or of a run."""
@@ -230,6 +241,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)

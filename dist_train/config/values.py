@@ -22,7 +22,9 @@ def fitting(path: str, value: Any, hint: Any, where: str = "") -> Any:
         origin, args = typing.get_origin(kind), typing.get_args(kind)
         if kind is float and type(value) is int and abs(value) < 2**1000:
             return float(value)
-        items_fit = origin is not list or (type(value) is list and all(type(item) is args[0] for item in value))
+        items_fit = origin is not list or (
+            type(value) is list and (args[0] is Any or all(type(item) is args[0] for item in value))
+        )
         if items_fit and (type(value) is (origin or kind) or (origin is Literal and value in args)):
             return value
     shown = repr(value) if isinstance(value, str | list | dict) else yaml.safe_dump(value).split("\n")[0]

@@ -15,7 +15,7 @@ import torch
 
 from dist_train.data.image_files import MODES, ImageFiles, Row
 from dist_train.data.randomness import kept_apart
-from dist_train.data.sets import Data, FromFiles
+from dist_train.data.sets import Data, Samples
 from dist_train.errors import ConfigError
 
 MOST_CLASSES = 100_000  # more are a mistake: labels that are years or serial numbers
@@ -102,8 +102,8 @@ def csv_images(
         shape = tuple(files(rows[:1], image, None)[0][0].shape)
         classes = _targets(names, target)
     return Data(
-        FromFiles(files(rows, image, shape), _identity(rows), draws=bool(image or target)),
-        FromFiles(files(test_rows, test_image, shape), _identity(test_rows), draws=bool(test_image or target)),
+        Samples(files(rows, image, shape), _identity(rows), draws=bool(image or target)),
+        Samples(files(test_rows, test_image, shape), _identity(test_rows), draws=bool(test_image or target)),
         input_shape=shape,
         classes=classes,
         mean=tuple(mean),

@@ -181,6 +181,10 @@ class Plan:
             return self._whole_micro_batches
         return pieces(self.batch_size(step), self.world_size, self.micro_batch_size)
 
+    def sizes(self, first_step: int = 0) -> Iterator[tuple[int, int]]:
+        """Samples over all ranks, and micro-batches, of each step of an epoch from `first_step` on."""
+        return ((self.batch_size(step), self.micro_batches(step)) for step in range(first_step, self.steps_per_epoch))
+
     def indices(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """This rank's micro-batches from a step to the end of an epoch: int64 arrays, empty ones included.
 

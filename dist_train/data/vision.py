@@ -109,7 +109,7 @@ def _mapped(folder: Path) -> Splits:
 
 
 def _data(splits: Splits, classes: tuple[str, ...], stats: tuple) -> Data:
-    return Data(*splits, tuple(splits[0].images.shape[1:]), classes, mean=stats[0], std=stats[1])
+    return Data(*splits, tuple(splits[0].tree[0].shape[1:]), classes, mean=stats[0], std=stats[1])
 
 
 def archives_of(name: str, root: str) -> tuple[Path, Archives]:

@@ -13,17 +13,23 @@ from torch.nn.parameter import is_lazy
 from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.checkpoint import weights
+from dist_train.checkpoint.manifest import Best
+from dist_train.config.arguments import asked
 from dist_train.config.lookup import load
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, DataConfig
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
-from dist_train.data.sets import Data, FromFiles
+from dist_train.data.sets import Data, Samples
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
+from dist_train.loop.evaluate import Evaluation
 from dist_train.models import MODELS
+from dist_train.ranks.dist import World
 from dist_train.run.look import LOOKED_AT, look
+from dist_train.tasks import TASKS
+from dist_train.tasks.base import Examiner, Task, units_per_sample
 
 
 @dataclass(frozen=True)
@@ -32,35 +38,57 @@ class Parts:
 
     Args:
         data: the data set.
+        task: what the model is trained for.
         model: on the device, with the weights that training starts from.
-        feed: batches of the training split.
-        test_feed: batches of the test split.
+        feeds: batches of each split, by the names of data.splits.
         precision: the formats of the run.
         loaded: lines about what was loaded from model.init_from.
         findings: what a first forward and backward of the model showed.
     """
 
     data: Data
+    task: Task
     model: nn.Module
-    feed: Feed
-    test_feed: Feed
+    feeds: dict[str, Feed]
     precision: Precision
     loaded: tuple[str, ...]
     findings: Findings = NOTHING
 
+    @property
+    def feed(self) -> Feed:
+        """Batches of the training split."""
+        return self.feeds["train"]
+
+    @property
+    def test_feeds(self) -> dict[str, Feed]:
+        """Batches of each test split; the name of the only one is empty."""
+        return {name: self.feeds[name or "test"] for name in self.data.tests}
+
+    def evaluation(self, config: Config, world: World, examiners: Mapping[str, Examiner] | None = None) -> Evaluation:
+        """Of the test splits.
+
+        Args:
+            config: the run.
+            world: this rank's place.
+            examiners: watch the last one, by the name of their split.
+        """
+        of = config.train, self.task, self.test_feeds, world, self.precision, self.findings.sample_bytes
+        return Evaluation(*of, examiners)
+
     def describe(self) -> str:
         """A line for people."""
         weights = sum(p.numel() for p in self.model.parameters())
-        return f"{len(self.data.train):,} samples to train on, {len(self.data.test):,} to test, {weights:,} weights"
+        tests = "".join(f", {len(split):,} to test{f' as {n}' if n else ''}" for n, split in self.data.tests.items())
+        return f"{len(self.data.train):,} samples to train on{tests}, {weights:,} weights"
 
     def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
         """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is
         no image."""
-        split, shape = self.data.train, tuple(self.data.input_shape)
-        if len(shape) != 3 or shape[0] not in (1, 3):
+        split, shape = self.data.train, tuple(self.data.input_shape or ())
+        if not self.feed.paired or len(shape) != 3 or shape[0] not in (1, 3):
             return None
         first = global_indices(len(split), seed, 0, 0, min(count, len(split)))
-        pixels = self.feed.pixels(first.copy())  # torch takes no read-only array
+        pixels = self.feed.inputs(first.copy())  # torch takes no read-only array
         if pixels.dtype == torch.uint8:
             return pixels
         low, high = pixels.min(), pixels.max()
@@ -85,35 +113,65 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
             f"train.drop_last: got true with {len(data.train)} samples in batches of {config.train.global_batch_size}, "
             f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
         )
+    task = make_task(config, data)
     model, loaded = build_model(config, data, dtype, trained, warm)
     optim.factory(config.optim)([nn.Parameter(torch.zeros(2, 2))])  # its arguments are right, or that is said now
-    feeds = [
-        Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, config.train.loss)
-        for split in (data.train, data.test)
-    ]
-    if config.compile.scope == "step" and trained is None and not feeds[0].resident:
-        kind = "read from files" if isinstance(data.train, FromFiles) else f"too large for {device} beside a model"
+    of_all = device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, task.loss_of_vectors
+    feeds = {name: Feed(split, data, *of_all) for name, split in data.splits.items()}
+    if config.compile.scope == "step" and trained is None:
+        _check_captured(task, data, feeds["train"], device)
+    model = model.to(device)
+    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
+        findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
+    if findings.written:  # which the first samples have done now, so again from the start
+        model = build_model(config, data, dtype, trained, warm)[0].to(device)
+    return Parts(data, task, model, feeds, precision, loaded, findings)
+
+
+def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) -> None:
+    """Raises ConfigError where a step asks the host for something."""
+    if not feed.resident:
+        kind = "read from files" if isinstance(data.train, Samples) else f"too large for {device} beside a model"
         raise ConfigError(
             f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
             f"write --compile.scope model"
         )
-    model = model.to(device)
-    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
-        findings = look(config, model, feeds[0], precision, trains=trained is None)
-    if findings.written:  # which the first samples have done now, so again from the start
-        model = build_model(config, data, dtype, trained, warm)[0].to(device)
-    return Parts(data, model, *feeds, precision, loaded, findings)
+    if units_per_sample(task) is None:
+        raise ConfigError(
+            "compile.scope: got step, but the units of this task are counted in every batch, expected as many in each "
+            "sample; write --compile.scope model"
+        )
 
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    data = _call(DATASETS, cfg.name, "data", root=cfg.root, download=download, **cfg.args)
+    data = _call(DATASETS, cfg.name, "data", {"root": cfg.root, "download": download}, cfg.args)
     if not isinstance(data, Data):
         raise ConfigError(
             f"data.name: got {type(data).__name__} from {cfg.name}, expected a dist_train.data.sets.Data; end it with "
             f"return Data(train, test, input_shape, classes)"
         )
     return data
+
+
+def make_task(config: Config, data: Data) -> Task:
+    """What the model is trained for. Raises ConfigError."""
+    cfg = config.task
+    fields = {"loss": cfg.loss, "metrics": cfg.metrics}
+    given = {k: v for k, v in fields.items() if v is not None} | cfg.args
+    task = _call(TASKS, cfg.name, "task", data.known(), given)
+    if not isinstance(task, Task):
+        raise ConfigError(
+            f"task.name: got {cfg.name}, which gives {type(task).__name__}, expected a class that is derived from "
+            f"dist_train.tasks.base.Task"
+        )
+    return task
+
+
+def best(config: Config, task: Task) -> Best:
+    """What decides which checkpoint is the best."""
+    metric = config.checkpoint.best_metric or f"eval/{task.best}"
+    return Best(metric, metric.rpartition("/")[2] in task.lower_is_better)
 
 
 def build_model(
@@ -140,7 +198,7 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.train.seed)
-            model = _call(MODELS, cfg.name, "model", input_shape=data.input_shape, classes=len(data.classes), **given)
+            model = _call(MODELS, cfg.name, "model", data.known(), given)
             _check_model(model, cfg.name)
             with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
                 _settle_lazy(model, data)
@@ -154,6 +212,11 @@ def _settle_lazy(model: nn.Module, data: Data) -> None:
     """Gives lazy modules their shapes, and so their weights, by a forward of zeros."""
     if not any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
         return
+    if data.input_shape is None:
+        raise ConfigError(
+            "model.name: got a model with lazy layers for data without an input_shape, expected layers with their "
+            "sizes; or give the shape of an input: Data(..., input_shape=(...))"
+        )
     training = {module: module.training for module in model.modules()}
     with torch.no_grad():
         model.eval()(torch.zeros(LOOKED_AT, *data.input_shape))  # not in training, where a norm would remember it
@@ -180,10 +243,21 @@ def _check_model(model: Any, name: str) -> None:
         )
 
 
-def _call(registry: Mapping[str, str], name: str, section: str, **arguments: Any) -> Any:
+def _call(
+    registry: Mapping[str, str], name: str, section: str, known: Mapping[str, Any], given: Mapping[str, Any]
+) -> Any:
     """Calls what a section of the config names. Raises ConfigError: for arguments that it does not take, and for an
-    error in the user's own code, with its file and line."""
+    error in the user's own code, with its file and line.
+
+    Args:
+        registry: names of ours.
+        name: one of them, or module:attribute.
+        section: of the config.
+        known: passed to the arguments that ask for it by name, and to no others.
+        given: passed in any case.
+    """
     function, path = load(registry, name, f"{section}.name"), f"{section}.name"
+    arguments = asked(function, known) | dict(given)
     refused = f"{section}.args: got {arguments}, which {name} refuses"
     try:
         inspect.signature(function).bind(**arguments)

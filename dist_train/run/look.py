@@ -1,6 +1,7 @@
 """A first look at a run's model, before any rank is joined: what only training shows is told now, in a line."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from dist_train.config.tree import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, sizes
 from dist_train.errors import ConfigError
-from dist_train.tasks.losses import loss_fn
+from dist_train.loop.evaluate import Called
+from dist_train.tasks.base import Task, nbytes
 
 LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
-def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, trains: bool) -> Findings:
+def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Precision, trains: bool) -> Findings:
     """Trains on the first samples once, and forgets it: what a model shows only then is told before any rank is joined.
 
     Args:
         config: the run.
         model: on its device.
+        task: what it is trained for.
         feed: of the training split.
         precision: the formats of the run.
         trains: false where the model is only evaluated, so that its gradients take no memory.
@@ -34,29 +37,79 @@ def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, tra
     if trains and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("model: got no weight that asks for a gradient, expected one at least that is trained")
     count = min(LOOKED_AT, len(feed.split))
-    inputs, targets = feed.of(global_indices(len(feed.split), config.train.seed, 0, 0, count).copy())
-    loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
+    first = global_indices(len(feed.split), config.train.seed, 0, 0, count).copy()
+    batch, called = feed.of(first), Called(precision.called(model))
     sample_bytes = []
 
     def loss() -> torch.Tensor:
-        with precision.autocast():
-            outputs = model(inputs)
-        _check_outputs(outputs, targets, feed.classes)
-        sample_bytes.append((inputs.nbytes + outputs.nbytes) // count)
-        return loss_of(outputs.to(precision.dtype), targets, count)
+        checked = Checked(called, lambda outputs: task.check(batch, outputs))
+        total = _sum_of(task.sums(checked, batch), config.task.name)
+        sample_bytes.append((nbytes(batch.tree) + nbytes(called.outputs)) // count)
+        return total / count
 
     found = probe(model, loss, trains)
-    return dataclasses.replace(
-        found, needs_two=bool(found.buffers) and _needs_two(model, inputs), sample_bytes=sample_bytes[0]
-    )
+    _evaluated(model, lambda: task.sums(called, batch))
+    alone = feed.of(first[:1])
+    needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
+    return dataclasses.replace(found, needs_two=needs_two, sample_bytes=sample_bytes[0])
 
 
-def _needs_two(model: nn.Module, inputs: torch.Tensor) -> bool:
+def _evaluated(model: nn.Module, forward: Callable[[], dict[str, torch.Tensor]]) -> None:
+    """Sums as an evaluation has them: what a metric refuses, it refuses now."""
+    modes = [(module, module.training) for module in model.modules()]
+
+    def sums() -> torch.Tensor:
+        with torch.no_grad():
+            for name, value in forward().items():
+                if not isinstance(value, torch.Tensor):
+                    raise ConfigError(
+                        f"task.name: got {type(value).__name__} as the sum {name!r}, expected a tensor that may be "
+                        f"added over batches and ranks"
+                    )
+        return torch.zeros(())
+
+    model.eval()
+    try:
+        probe(model, sums, trains=False)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Checked:
+    """A model whose outputs are checked before the task has them."""
+
+    def __init__(self, model: Called, check: Callable[[Any], None]):
+        self.model, self.check = model, check
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives."""
+        outputs = self.model(*args, **kwargs)
+        self.check(outputs)
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def _sum_of(sums: Any, name: str) -> torch.Tensor:
+    """The loss of what a task gave. Raises ConfigError."""
+    loss = sums.get("loss") if isinstance(sums, Mapping) else None
+    if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.is_floating_point():
+        got = f"loss {list(loss.shape)} {loss.dtype}" if isinstance(loss, torch.Tensor) else f"{type(sums).__name__}"
+        raise ConfigError(
+            f"task.name: got {got} from the sums of {name}, expected a dict with loss, a float tensor without "
+            f"dimensions: the sum of the loss over the units of a batch"
+        )
+    return loss
+
+
+def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
     """Whether a forward of one sample fails, where that of several did not."""
 
     def alone() -> torch.Tensor:
         with torch.no_grad():
-            model(inputs[:1])
+            forward()
         return torch.zeros(())
 
     try:
@@ -81,17 +134,3 @@ def check_shares(cfg: TrainConfig, findings: Findings, n: int, world_size: int) 
                 f"train.global_batch_size: got a batch of {count} samples{ranks} with a single one at once, which the "
                 f"model does not take, as a norm over a batch has no statistics of it; {mend}"
             )
-
-
-def _check_outputs(outputs: Any, targets: torch.Tensor, classes: int) -> None:
-    """Raises ConfigError where a loss would broadcast, or raise from deep inside."""
-    batch, vectors = len(targets), targets.dim() == 2
-    expected = f"a float tensor [{batch}, {classes}] for {batch} samples: a number for each of {classes} classes"
-    if not isinstance(outputs, torch.Tensor):
-        raise ConfigError(
-            f"model: got outputs of type {type(outputs).__name__}, expected {expected}; return the logits alone"
-        )
-    shape = tuple(outputs.shape)
-    fits = len(shape) == 2 and shape[0] == batch and (shape[1] == classes or (shape[1] > classes and not vectors))
-    if not fits or not outputs.is_floating_point():
-        raise ConfigError(f"model: got outputs {outputs.dtype} {list(shape)}, expected {expected}")

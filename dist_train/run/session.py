@@ -2,6 +2,9 @@
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dist_train import backends
@@ -11,20 +14,48 @@ from dist_train.checkpoint.resume import Found
 from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
 from dist_train.config.tree import Config
 from dist_train.data.agree import agree
-from dist_train.data.order import evaluated_at_once, steps_per_epoch
+from dist_train.data.order import steps_per_epoch
 from dist_train.loop import optim
 from dist_train.loop.meter import Control, Metrics, Progress
-from dist_train.loop.train import evaluate, total_steps, train
+from dist_train.loop.train import train
+from dist_train.loop.work import Work, total_steps
 from dist_train.ranks import dist, ending, watchdog
 from dist_train.ranks.dist import World
 from dist_train.ranks.phases import Phases
 from dist_train.ranks.stop import Requests
-from dist_train.run import folder, profiling
+from dist_train.run import assemble, folder, profiling
 from dist_train.run.assemble import Parts
-from dist_train.tasks.losses import loss_fn
-from dist_train.tasks.mistakes import Mistakes
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
+
+
+@dataclass
+class Run:
+    """A run in the processes that have joined: what its parts are handed as one.
+
+    Args:
+        config: the run.
+        world: this rank's place.
+        parts: what it is made of.
+        facts: what its checkpoints must fit.
+        folder: of the run.
+        control: what may end it early, and where it says what it is doing.
+        found: the checkpoint that it resumes from.
+        damaged: checkpoints that were passed over.
+        course: what it has to go.
+        trackers: who is told.
+    """
+
+    config: Config
+    world: World
+    parts: Parts
+    facts: Facts
+    folder: Path
+    control: Control
+    found: Found | None
+    damaged: list[Damaged]
+    course: Course
+    trackers: Trackers
 
 
 def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases | None = None) -> int:
@@ -43,7 +74,16 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
     Raises:
         ConfigError: what only the run's folder can show, or the ranks' data sets together.
     """
-    agree(parts.data, (parts.feed, parts.test_feed), world)  # before anything whose size depends on it
+    with opened(config, world, parts, facts, phases) as one:
+        return _train(one)
+
+
+@contextmanager
+def opened(
+    config: Config, world: World, parts: Parts, facts: Facts, phases: Phases | None = None
+) -> Iterator[Run]:  # fmt: skip
+    """A run with its folder, its trackers and its watchdog; see `run`. Collective."""
+    agree(parts.data, parts.feeds, world)  # before anything whose size depends on it
     cfg = config.train
     phases = phases or profiling.phases(config)
     requests = Requests(cfg.max_time_s, phases.clock)
@@ -61,15 +101,44 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
         ):
             control.phases.progressed()
             with watchdog.watching(world, control.phases, cfg.step_timeout_s, requests.orphaned):
-                return _run(config, world, parts, facts, path, control, found, damaged, course, trackers)
+                yield Run(config, world, parts, facts, path, control, found, damaged, course, trackers)
 
 
-def _run(
-    config: Config, world: World, parts: Parts, facts: Facts, path: Path, control: Control,
-    found: Found | None, damaged: list[Damaged], course: Course, trackers: Trackers,
-) -> int:  # fmt: skip
+def _train(run: Run) -> int:
+    config, world, trackers = run.config, run.world, run.trackers
+    work, flops = prepare(run)
+    best = assemble.best(config, work.task)
+    checkpoints = Checkpoints(config, world, run.folder, run.facts, work.backend, best, run.damaged, trackers.wandb_id)
+    saving = checkpoints.after_step
+    work = replace(
+        work,
+        after_step=profiling.profiled(
+            config, world, run.folder, run.control, trackers.say, flops, run.course.at, saving
+        ),
+    )
+    try:
+        result = train(work)
+    except Stopped as stopped:
+        checkpoints.close()
+        trackers.stopped(stopped.why, stopped.step)
+        return ending.STOPPED
+    checkpoints.close()
+    weights.save_weights(run.folder if world.is_main else None, work.backend.weights())  # first of all that is left
+    examiners = work.evaluation.examiners.values()
+    if not all(examiner.seen for examiner in examiners):  # killed after its last step: no evaluation was left
+        work.evaluation.run(work.model, run.control.phases, last=True)
+    for examiner in examiners:
+        examiner.write(run.folder)
+    trackers.finish(result, checkpoints.stalls_s)
+    return ending.OK
+
+
+def prepare(run: Run) -> tuple[Work, int | None]:
+    """What the loop works with, on the backend, at the step where it starts; and FLOPs of a step, if they are asked
+    for. Collective."""
+    config, world, parts, trackers, found = run.config, run.world, run.parts, run.trackers, run.found
     trackers.say("\n".join([dist.rank_table(world), *parts.loaded]))
-    for error in damaged:
+    for error in run.damaged:
         trackers.say(f"passed over a damaged checkpoint: {error}")
     if found:
         resume.load_model(found, parts.model)  # before it is sharded
@@ -77,33 +146,17 @@ def _run(
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
-    control.phases.journal = backend.journal
+    run.control.phases.journal = backend.journal
     progress = None
     if found:
         progress, beside = resume.load_state(found, backend, world, config.train.seed)
         trackers.say("\n".join([found.describe(), *beside]))
-    trackers.log(_begin(course, progress, trackers.backend, world), None)
-    checkpoints = Checkpoints(config, world, path, facts, backend, damaged, trackers.wandb_id)
-    of = config, world, backend, model, optimizer, parts.feed, parts.test_feed, trackers
-    saving = checkpoints.after_step
-    after_step = profiling.profiled(config, world, path, control, trackers.say, flops, course.at, saving)
-    mistakes = Mistakes(config.train.loss, parts.test_feed, parts.data.classes, world)
-    try:
-        result = train(*of, after_step, control, progress, mistakes)
-    except Stopped as stopped:
-        checkpoints.close()
-        trackers.stopped(stopped.why, stopped.step)
-        return ending.STOPPED
-    checkpoints.close()
-    weights.save_weights(path if world.is_main else None, backend.weights())  # first of all that is left
-    if not mistakes.seen:  # killed after its last step: no evaluation was left
-        cfg, loss_of = config.train, loss_fn(config.train.loss)
-        at_once = evaluated_at_once(cfg, world.size, parts.findings.sample_bytes)
-        of = model, loss_of, parts.test_feed, at_once, world, parts.precision, control.phases
-        evaluate(*of, mistakes)
-    mistakes.write(path)
-    trackers.finish(result, checkpoints.stalls_s)
-    return ending.OK
+    trackers.log(_begin(run.course, progress, trackers.backend, world), None)
+    examiners = {name: parts.task.examiner(parts.data, feed, world) for name, feed in parts.test_feeds.items()}
+    watched = {name: examiner for name, examiner in list(examiners.items())[:1] if examiner is not None}
+    evaluation = parts.evaluation(config, world, watched)
+    of = config, world, backend, model, optimizer, parts.task, parts.feed, evaluation, trackers, run.control
+    return Work(*of, after_step=lambda meter: None, progress=progress), flops
 
 
 def _begin(course: Course, progress: Progress | None, backend: str, world: World) -> Metrics:

@@ -24,6 +24,15 @@ from dist_train.track.jsonl import Jsonl
 from dist_train.track.wandb import WandB, run_id
 from dist_train.whole import write_text
 
+# Words in the names of metrics that are shares of 1.
+SHARES = ("accuracy", "precision", "recall", "f1", "iou", "dice", "match")
+
+
+def spoken(name: str, value: float) -> str:
+    """A metric for people: `accuracy 97.49%`, `loss 0.0812`."""
+    share = any(word in name for word in SHARES)
+    return f"{name} {value:.2%}" if share else f"{name} {value:.4f}"
+
 
 class Trackers:
     """All that the config asks for, as one. One that fails is told of in a line, and the run goes on without it.
@@ -107,8 +116,10 @@ class Trackers:
         if stalls_s:
             median_ms = statistics.median(stalls_s) * 1e3
             self.say(f"{len(stalls_s)} checkpoints, for each of which training waited {median_ms:.0f} ms")
+        found = {name.removeprefix("eval/"): value for name, value in result.evaluation.items()}
+        in_order = sorted(found, key=lambda name: name.endswith("loss"))  # which says least by itself
         self.say(
-            f"finished: accuracy {result.evaluation['eval/accuracy']:.2%}, loss {result.evaluation['eval/loss']:.4f}, "
+            f"finished: {''.join(f'{spoken(name, found[name])}, ' for name in in_order)}"
             f"{result.steps} steps in {duration(result.train_s)}, {what['samples_per_s']:,.0f} samples/s\n"
             f"results in {self.folder}"
         )
