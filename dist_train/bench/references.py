@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from dist_train import backends
-from dist_train.backends.base import blocks, compile_
+from dist_train.backends.base import compile_
 from dist_train.bench import bare
 from dist_train.bench.slices import BARE, CEILING, TUTORIAL
 from dist_train.bench.turns import Steps
@@ -24,6 +24,7 @@ from dist_train.data.batch import Batch
 from dist_train.data.order import Plan
 from dist_train.data.sets import Columns
 from dist_train.loop import optim
+from dist_train.models.blocks import blocks
 from dist_train.ranks.dist import World
 from dist_train.run import assemble
 from dist_train.run.assemble import Parts
@@ -94,7 +95,7 @@ def _bare(
     laid: Callable[[], list[list[Batch]]],
 ) -> Steps:  # fmt: skip
     model, batch_size = _model(config, parts), config.train.global_batch_size // world.size
-    layers, stage = tuple(blocks(model)), config.backend.zero_stage or 0
+    layers, stage = tuple(blocks(model, config.model.blocks)), config.backend.zero_stage or 0
     of = optim.factory(config.optim), _loss(config), world.device, stage, batch_size
     step_of = library(bare.Work(model, layers, *of))
     for step in itertools.cycle(laid()):

@@ -4,6 +4,7 @@
 BY_NAME = (
     *("train.seed", "task.name", "task.loss", "task.args", "train.grad_clip", "train.precision"),
     *("data.normalize", "data.one_hot", "model.name", "model.activation", "model.dropout", "model.args"),
+    "model.frozen",
     *("optim.lr", "optim.weight_decay", "optim.momentum", "optim.args"),
     *("optim.schedule", "optim.warmup_steps", "optim.lr_final", "optim.step_size", "optim.gamma"),
 )

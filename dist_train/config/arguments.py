@@ -1,5 +1,6 @@
 """What the class or function that a section of the config names takes, held against what the section gives it."""
 
+import functools
 import inspect
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -17,13 +18,28 @@ def facts_of(config: Config) -> tuple[str, ...] | None:
 
 
 def asked(function: Any, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what is known, that which has the name of an argument of a function or class."""
-    try:
-        takes = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # of a class in C
-        return {}
-    names = {p.name for p in takes if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    """Of what is known, that which has the name of an argument of a function or class. An argument that a
+    functools.partial has bound does not ask any more."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    names = {p.name for p in _parameters(function) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)} - set(bound)
     return {name: value for name, value in known.items() if name in names}
+
+
+def placed(function: Any, values: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Arguments by name, as a call needs them: those that a function takes by their place alone, and the rest."""
+    first, rest = [], dict(values)
+    for parameter in _parameters(function):
+        if parameter.kind is not parameter.POSITIONAL_ONLY or parameter.name not in rest:
+            break
+        first.append(rest.pop(parameter.name))
+    return first, rest
+
+
+def _parameters(function: Any) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # of a class in C
+        return []
 
 
 def problems(

@@ -54,7 +54,14 @@ class ModelConfig:
     dropout: float | None = None
     """Probability of dropping a hidden unit (mlp: 0)."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments that only this model has."""
+    """Arguments that only this model has. A mapping stands for an object where the argument is annotated with a
+    dataclass, such as the config of a model of transformers."""
+    frozen: list[str] = field(default_factory=list)
+    """Weights that are not trained, by patterns of their names, such as backbone.*; !backbone.head.* takes some back.
+    Norms among them stay in eval mode, so that their running statistics stay as they are."""
+    blocks: list[str] | None = None
+    """Layers that fsdp2 and ZeRO 3 gather and compile each by itself, by patterns of their names or classes (null: the
+    members of the outermost nn.Sequential and nn.ModuleList)."""
     init_from: str | None = field(default=None, metadata=PATH)
     """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
     by name and shape is loaded, and what does not is said."""

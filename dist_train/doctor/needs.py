@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train import backends
-from dist_train.backends.base import blocks
 from dist_train.backends.precision import Precision
 from dist_train.config.tree import Config
 from dist_train.data.batch import Batch, like, mapped
@@ -24,6 +23,7 @@ from dist_train.data.order import evaluated_at_once, largest_piece
 from dist_train.data.sets import Columns, Data
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Called
+from dist_train.models.blocks import blocks
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
 from dist_train.tasks.base import nbytes
@@ -148,7 +148,7 @@ def _shares(config: Config, launcher: Launcher, model: nn.Module, state: State) 
     weights, gradients = _bytes(parameters), _bytes(state)
     optimizer = sum(_bytes(tensors) for tensors in state.values())
     if backend == "fsdp2":
-        layers = [_bytes(layer.parameters()) for layer in blocks(model)]
+        layers = [_bytes(layer.parameters()) for layer in blocks(model, config.model.blocks)]
         rest = weights - sum(layers)
         # The weights outside of layers stay gathered. Of layers one computes and one is on its way, and a gradient.
         library = rest + 3 * max(layers, default=0) if layers else 2 * weights

@@ -14,8 +14,9 @@ from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.checkpoint import weights
 from dist_train.checkpoint.manifest import Best
-from dist_train.config.arguments import asked
+from dist_train.config.arguments import asked, placed
 from dist_train.config.lookup import load
+from dist_train.config.objects import as_objects
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, DataConfig
 from dist_train.data import DATASETS
@@ -26,6 +27,8 @@ from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Evaluation
 from dist_train.models import MODELS
+from dist_train.models.blocks import blocks
+from dist_train.models.frozen import freeze
 from dist_train.ranks.dist import World
 from dist_train.run.look import LOOKED_AT, look
 from dist_train.tasks import TASKS
@@ -123,6 +126,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     model = model.to(device)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
         findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
+    for _ in blocks(model, config.model.blocks):  # are found, or that is said now
+        pass
     if findings.written:  # which the first samples have done now, so again from the start
         model = build_model(config, data, dtype, trained, warm)[0].to(device)
     return Parts(data, task, model, feeds, precision, loaded, findings)
@@ -203,6 +208,9 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
             with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
                 _settle_lazy(model, data)
             _check_state(model)
+            if not model.training:  # as transformers' from_pretrained leaves it
+                model.train()
+            freeze(model, cfg.frozen)
             return model
 
     return make
@@ -257,16 +265,18 @@ def _call(
         given: passed in any case.
     """
     function, path = load(registry, name, f"{section}.name"), f"{section}.name"
-    arguments = asked(function, known) | dict(given)
-    refused = f"{section}.args: got {arguments}, which {name} refuses"
+    with blamed(path, name, "called", ours=name in registry):
+        arguments = asked(function, known) | as_objects(function, given, known, f"{section}.args")
+    refused = f"{section}.args: got {asked(function, known) | dict(given)}, which {name} refuses"
+    first, rest = placed(function, arguments)
     try:
-        inspect.signature(function).bind(**arguments)
+        inspect.signature(function).bind(*first, **rest)
     except TypeError as error:
         raise ConfigError(f"{refused}: {error}") from None
     except ValueError:
         pass  # of a class in C, which cannot be asked before
     try:
         with blamed(path, name, "called", ours=name in registry):
-            return function(**arguments)
+            return function(*first, **rest)
     except TypeError as error:  # of ours, which take what they are given
         raise ConfigError(f"{refused}: {error}") from error
