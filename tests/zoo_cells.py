@@ -27,6 +27,7 @@ from dist_train.tools.trajectory import Recorder, weights_of, wide
 
 from parity_cells import this_world
 from zoo import CLASSES, SHAPE
+from zoo_libraries import LIBRARIES, data_of
 
 GLOBAL_BATCH, STEPS, SAVED_AT = 12, 6, 3
 # A rate at which each weight moves by far more than the tolerance, and decay, which moves weights without a gradient.
@@ -66,9 +67,14 @@ def config(
 ) -> Config:
     """Two epochs; with n = 28 of 12, 12 and 4 samples, with 24 of full steps alone."""
     name, _, stage = backend.partition(":") if backend.startswith("deepspeed") else (backend, "", "")
+    data = DataConfig(name="synthetic", args={"n": n, "n_test": 5, "shape": SHAPE, "classes": CLASSES})
+    model = ModelConfig(name=kind if ":" in kind else f"zoo:{kind}")
+    if kind in LIBRARIES:
+        model, of_sentences = LIBRARIES[kind]
+        data = data_of(of_sentences, n, 5)
     return Config(
-        data=DataConfig(name="synthetic", args={"n": n, "n_test": 5, "shape": SHAPE, "classes": CLASSES}),
-        model=ModelConfig(name=kind if ":" in kind else f"zoo:{kind}"),
+        data=data,
+        model=model,
         optim=optimizer,
         train=TrainConfig(
             epochs=STEPS,

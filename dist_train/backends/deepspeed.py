@@ -136,6 +136,7 @@ class DeepSpeed(Backend):
         """See Backend."""
         if self.stage < 3:
             return to_cpu(self.bare.state_dict())
+        self.engine.empty_partition_cache()  # an evaluation has layers fetched for a backward that does not come
         state = {}
         for name, value in self.bare.state_dict(keep_vars=True).items():
             with self.library.zero.GatheredParameters([value], enabled=isinstance(value, nn.Parameter)):

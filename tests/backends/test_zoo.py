@@ -112,6 +112,13 @@ TABLE = (
     Row("autograd functions of your own", ("OwnFunction",)),
     Row("activation checkpointing, reentrant or not", ("Recomputed",)),
     Row("a forward that changes its input in place", ("InPlace",)),
+    Row("torchvision's ResNet-18 with frozen norms, and its vision transformer", ("ResNet18", "VisionTransformer")),
+    Row(
+        "an encoder or a decoder of transformers, also with frozen layers or activation checkpointing",
+        ("Bert", "BertFrozen", "BertRecomputed", "Llama"),
+        resumed=True,
+    ),
+    Row("LoRA of PEFT: adapters beside frozen weights", ("BertLora",), resumed=True),
 )
 ROWS = {kind: row for row in TABLE for kind in row.kinds}
 
