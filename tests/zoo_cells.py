@@ -103,7 +103,7 @@ def run_cells(cells: list[tuple[Config, bool]], place: Path) -> list[Outcome]:
 
 def _outcome(cell: Config, resumes: bool, place: Path) -> Outcome:
     try:
-        run, backend = _run(cell, place)
+        run, backend = _run(cell, place, saves=resumes)
         held, written = _held(backend), _is_written(backend, place / "end")
         resumed = None
         if resumes:
@@ -116,7 +116,7 @@ def _outcome(cell: Config, resumes: bool, place: Path) -> Outcome:
         return Outcome(broke=traceback.format_exc())
 
 
-def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, Backend]:
+def _run(cell: Config, place: Path, saves: bool = False, resumed: bool = False) -> tuple[Trajectory, Backend]:
     """From the start, saved after SAVED_AT steps; or from there."""
     world = this_world()
     parts = assemble.build(cell, world.device)
@@ -132,7 +132,7 @@ def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, 
     recorder = Recorder()
 
     def after_step(meter: Meter) -> None:
-        if meter.result.steps == SAVED_AT and not resumed:
+        if meter.result.steps == SAVED_AT and saves:
             _write(middle, backend)
             torch.save(dict(meter.progress()), place / f"progress{world.rank}")
 

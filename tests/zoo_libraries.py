@@ -44,7 +44,10 @@ def recomputed(config: BertConfig) -> torch.nn.Module:
 
 # By the name of a kind: the model, and whether its samples are sentences.
 LIBRARIES = {
-    "ResNet18": (ModelConfig(f"{TORCHVISION}:resnet18", args={"num_classes": CLASSES}, frozen=["*bn*", "*.1.*"]), False),
+    "ResNet18": (
+        ModelConfig(f"{TORCHVISION}:resnet18", args={"num_classes": CLASSES}, frozen=["*bn*", "*.1.*"]),
+        False,
+    ),
     "VisionTransformer": (
         ModelConfig(f"{TORCHVISION}.vision_transformer:VisionTransformer", args={**VIT, "num_classes": CLASSES}),
         False,
@@ -63,4 +66,6 @@ LIBRARIES = {
 def data_of(sentences: bool, n: int, n_test: int) -> DataConfig:
     """Of pictures or of sentences."""
     args = {"n": n, "n_test": n_test}
-    return DataConfig("zoo_libraries:sentences", args=args) if sentences else DataConfig("synthetic", args=args | PICTURES)
+    return (
+        DataConfig("zoo_libraries:sentences", args=args) if sentences else DataConfig("synthetic", args=args | PICTURES)
+    )
