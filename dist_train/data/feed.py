@@ -74,8 +74,8 @@ class Feed:
             self.reader, tree = Reader.of(split, data, seed, loss)
         # Of a pair, what the model takes: the one leaf that may be pixels. And its target.
         self.paired = isinstance(tree, (tuple, list)) and len(tree) == 2 and isinstance(tree[0], torch.Tensor)
-        pixels = self.paired and tree[0].dtype == torch.uint8
-        self.affine = self._affine(data, normalize, WHITE if pixels else 1.0) if self.paired else None
+        self.pixels = self.paired and tree[0].dtype == torch.uint8
+        self.affine = self._affine(data, normalize, WHITE if self.pixels else 1.0) if self.paired else None
 
     def __call__(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
         """The batches with these samples, each given as an int64 array; a stand-in for one without any.

@@ -81,8 +81,10 @@ class Parts:
     def describe(self) -> str:
         """A line for people."""
         weights = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         tests = "".join(f", {len(split):,} to test{f' as {n}' if n else ''}" for n, split in self.data.tests.items())
-        return f"{len(self.data.train):,} samples to train on{tests}, {weights:,} weights"
+        of_these = f", {trained:,} of them trained" if trained < weights else ""
+        return f"{len(self.data.train):,} samples to train on{tests}, {weights:,} weights{of_these}"
 
     def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
         """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is

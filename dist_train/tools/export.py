@@ -151,17 +151,44 @@ def _output(name: str, given: str, folder: Path) -> Path:
 
 def describe(config: Config, parts: "Parts") -> dict[str, Any]:
     """What a program that runs the model must know of it. `input` is what the model takes: the same as in training."""
-    data, shape = parts.data, list(parts.data.input_shape or ())
+    import numpy as np
+    import torch
+
+    from dist_train.run.look import LOOKED_AT
+    from dist_train.tasks.base import inputs_and_targets
+
+    data, feed = parts.data, parts.feed
+    inputs = inputs_and_targets(feed.of(np.arange(min(LOOKED_AT, len(feed.split)))).tree)[0]
+    with torch.no_grad():
+        output = _called(parts.model, inputs)
     about: dict[str, Any] = {
-        "input": f"{config.train.precision} {['batch', *shape]}: pixels in [0, 1]".replace("'", ""),
-        "output": f"{config.train.precision} [batch, {len(data.classes)}]",
-        "input_shape": shape,
+        "input": _forms(inputs),
+        "output": _form(output),
+        "input_shape": list(data.input_shape or ()),
         "classes": list(data.classes),
     }
-    if config.data.normalize:
-        about["input"] += ", then minus mean and divided by std, which are a number for each channel or one for all"
+    if feed.pixels:
+        about["input"] += ": pixels in [0, 1]"
+    if config.data.normalize and feed.paired:
+        then = ", then" if feed.pixels else ":"
+        about["input"] += f"{then} minus mean and divided by std, which are a number for each channel or one for all"
         about |= {"mean": list(data.mean), "std": list(data.std)}
     return about
+
+
+def _forms(inputs: Any) -> str:
+    """The type and shape of what a model takes, of several by name."""
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name} {_form(value)}" for name, value in inputs.items())
+    return _form(inputs)
+
+
+def _form(value: Any) -> str:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} [{', '.join(['batch', *map(str, value.shape[1:])])}]"
 
 
 def written(name: str, parts: "Parts", about: dict[str, Any], path: Path) -> None:
