@@ -260,6 +260,17 @@ def test_a_scaled_loss(backend: str, kind: str, place: Path):
     assert by_rank[0].run.grad_norms == pytest.approx(reference(kind, place).run.grad_norms, rel=0.01)
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "deepspeed:3"])
+def test_a_short_format_of_a_model_whose_outputs_are_no_tensor(backend: str, place: Path):
+    """The logits within them are in float32 again before the loss: it is that of float32, but for the rounding within
+    the model."""
+    by_rank = outcomes(cell("Bert", backend, precision="bfloat16"), 2, False, place / f"{backend}-Bert-bfloat16")
+    assert not by_rank[0].broke, by_rank[0].broke
+    got, expected = by_rank[0].run, reference("Bert", place).run
+    assert got.losses == pytest.approx(expected.losses, rel=0.01) and got.losses != expected.losses
+    assert not differing(by_rank)
+
+
 # -- planted faults ----------------------------------------------------------------------------------------------------
 
 
@@ -290,12 +301,26 @@ class NormOfShardsAlone(FSDP2):
         return super()._norm([p for p in parameters if p.dim()])
 
 
+class FrozenIsTrained(DDP):
+    def prepare(self, model, optimizer_fn):
+        return super().prepare(model.requires_grad_(True), optimizer_fn)
+
+
+class NormsInTraining(DDP):
+    def prepare(self, model, optimizer_fn):
+        for module in model.modules():
+            module.training = True
+        return super().prepare(model, optimizer_fn)
+
+
 FAULTS = (
     (BuffersOfEachRank, "BatchNorm2d"),
     (WholeWeightsNotExchanged, "Scalars"),
     (OtherWeightsLeft, "Tied"),
     (MomentsForgotten, "Tied"),
     (NormOfShardsAlone, "Scalars"),
+    (FrozenIsTrained, "BertLora"),
+    (NormsInTraining, "ResNet18"),
 )
 
 
