@@ -101,6 +101,15 @@ def run_cells(cells: list[tuple[Config, bool]], place: Path) -> list[Outcome]:
     return [_outcome(cell, resumes, place / str(i)) for i, (cell, resumes) in enumerate(cells)]
 
 
+def go_on_elsewhere(first: Config, second: Config, place: Path) -> Outcome:
+    """In a worker: the steps after SAVED_AT of a run, by the second config, from what the first one saved there."""
+    try:
+        _run(first, place, saves=True)
+        return Outcome(run=_run(second, place, resumed=True)[0])
+    except Exception:
+        return Outcome(broke=traceback.format_exc())
+
+
 def _outcome(cell: Config, resumes: bool, place: Path) -> Outcome:
     try:
         run, backend = _run(cell, place, saves=resumes)

@@ -17,7 +17,7 @@ from dist_train.tools.agreement import Difference, difference
 
 from parity_cells import BACKENDS, TOLERANCE
 from workers import run_ranks
-from zoo_cells import ADAMW, GLOBAL_BATCH, Outcome, config, run_cells
+from zoo_cells import ADAMW, GLOBAL_BATCH, SAVED_AT, Outcome, config, go_on_elsewhere, run_cells
 from zoo_libraries import LIBRARIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what is deprecated, and tested all the same
@@ -221,6 +221,18 @@ def test_uneven_and_empty_shares(ranks: int, backend: str, place: Path):
     by_rank = run_ranks(run_cells, ranks, runs, place / f"{backend}-{ranks}", timeout_s=120)
     for kind, *each in zip(kinds, *by_rank, strict=True):
         hold(kind, backend, each, reference(kind, place, ranks))
+
+
+@pytest.mark.parametrize(("first", "second"), [("fsdp2", "deepspeed:3"), ("deepspeed:2", "ddp")])
+@pytest.mark.parametrize("kind", ["BertFrozen", "BertLora"])
+def test_a_run_with_frozen_weights_goes_on_under_another_backend(kind: str, first: str, second: str, place: Path):
+    cells = cell(kind, first), cell(kind, second)
+    found = run_ranks(go_on_elsewhere, 2, *cells, place / f"{first}-{second}-{kind}", timeout_s=60)[0]
+    assert not found.broke, found.broke
+    expected = reference(kind, place).run
+    rest = {"losses": expected.losses[SAVED_AT:], "grad_norms": expected.grad_norms[SAVED_AT:]}
+    run = dataclasses.replace(found.run, update=expected.update)  # of the whole run, beside which weights are held
+    assert difference(run, dataclasses.replace(expected, **rest)).worst < TOLERANCE["float32"]
 
 
 # Settings that go another way through the step than those of the table.
