@@ -2,18 +2,22 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from dist_train.config.load import load
 from dist_train.errors import ConfigError
 from dist_train.models.blocks import blocks
 from dist_train.models.frozen import freeze
 from dist_train.run import assemble
 
 import zoo_cells
+from checkpoint_runs import ARGV, DDP, SINGLE, refused
 from parity_cells import ALONE
+from zygote import Zygote
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT asks transformers by an old name
 LAYERS = {
@@ -157,3 +161,22 @@ def test_both_are_checked_before_a_start(key: str):
     cell = replace(cell, model=replace(cell.model, **{key: ["layerX*"]}))
     with pytest.raises(ConfigError, match=f"model.{key}: got 'layerX.'"):
         assemble.build(cell, torch.device("cpu"))
+
+
+def test_weights_are_thawed_in_a_resumed_run_by_one_who_says_so(zygote: Zygote, tmp_path: Path):
+    """The first half with a frozen layer, the second without, on other ranks."""
+    half = ["--train.max_steps", "6"]
+    zygote.run(DDP.run(tmp_path, *half, "--model.frozen", "[layers.1.*]"))[0].check()
+    drawn = assemble.build(load(list(ARGV)), torch.device("cpu")).model.state_dict()
+    first = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert differ(drawn, first) == first.keys() - {"layers.1.weight", "layers.1.bias"}
+    (tmp_path / "summary.json").unlink()  # as of a run that is not finished
+    said = refused(zygote.run(SINGLE.run(tmp_path))[0])
+    assert "model.frozen: got [], expected ['layers.1.*'] as in " in said
+    assert "checkpoint.allow '[model.frozen]'" in said
+    zygote.run(SINGLE.run(tmp_path, "--checkpoint.allow", "[model.frozen]"))[0].check()
+    assert differ(first, torch.load(tmp_path / "weights.pt", weights_only=True)) == first.keys()
+
+
+def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
+    return {name for name, value in a.items() if not torch.equal(value, b[name])}
