@@ -180,3 +180,21 @@ def test_weights_are_thawed_in_a_resumed_run_by_one_who_says_so(zygote: Zygote, 
 
 def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, value in a.items() if not torch.equal(value, b[name])}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "BertRecomputed", "BertLora", "Llama"])
+def test_a_first_look_at_a_model_of_transformers(kind: str):
+    """Its inputs are named numbers that take no gradient; and it leaves no trace, with dropout as well."""
+    cell = zoo_cells.config(kind, n=4)
+    if kind == "Bert":
+        args = {"config": cell.model.args["config"] | {"hidden_dropout_prob": 0.3}}
+        cell = replace(cell, model=replace(cell.model, args=args))
+    drawn = torch.get_rng_state()
+    parts = assemble.build(cell, torch.device("cpu"))
+    found = parts.findings
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert (found.unused, found.written, found.buffers, found.needs_two) == ((), (), (), False)
+    assert found.sample_bytes == (8 + 8 + 1) * 8 + 3 * 4  # words, mask, label; logits
+    assert all(p.grad is None for p in parts.model.parameters())
+    fresh = assemble.maker(cell, parts.data)().state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in parts.model.state_dict().items())
