@@ -46,7 +46,8 @@ class ModelConfig:
     """The model. A null is the model's own default."""
 
     name: str = "mlp"
-    """mlp, or your own class as module:Class."""
+    """mlp, or any class or function that gives a torch.nn.Module, as module:name: your own or a library's, such as
+    torchvision.models:resnet18."""
     hidden: list[int] | None = None
     """Sizes of the hidden layers (mlp: [512, 512])."""
     activation: str | None = None
