@@ -1,5 +1,6 @@
 """Arguments that are objects of a dataclass, made of mappings in a config: those of transformers, and a user's own."""
 
+import contextlib
 import dataclasses
 import inspect
 import types
@@ -66,11 +67,11 @@ def _object(kind: type, given: Mapping[str, Any], known: Mapping[str, Any], path
 def _kinds(function: Any, names: list[str]) -> dict[str, type]:
     """The dataclasses that arguments of these names stand for."""
     try:
-        takes = inspect.signature(function, eval_str=True).parameters
-    except NameError:  # an annotation that is known to a type checker alone
         takes = inspect.signature(function).parameters
     except (TypeError, ValueError):  # of a class in C
         return {}
+    with contextlib.suppress(Exception):  # annotations may be any text, such as what a type checker alone knows
+        takes = inspect.signature(function, eval_str=True).parameters
     own = _hints(function) if isinstance(function, type) else {}
     hints = {
         name: own.get(name) if takes[name].annotation is inspect.Parameter.empty else takes[name].annotation

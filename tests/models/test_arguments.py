@@ -107,6 +107,10 @@ def of_text(config: "Settings | None" = None) -> Seen:
     return Seen(config=config)
 
 
+def of_any_text(config: "what a type checker knows") -> Seen:  # noqa: F722
+    return Seen(config=config)
+
+
 def any_mapping(config: dict, other=None) -> Seen:
     return Seen(config=config, other=other)
 
@@ -151,6 +155,7 @@ def refused(name: str, **args) -> str:
         ("decorated", {"width": 4}, ((), {"classes": 3, "width": 4})),
         ("decorated_anew", {"width": 4}, ((), {"classes": 4, "depth": 4})),
         ("Makes.small", {}, ((), {"classes": 3, "width": 2})),
+        ("of_any_text", {"config": {"width": 1}}, ((), {"config": {"width": 1}})),
         ("any_mapping", {"config": {"width": 1}}, ((), {"config": {"width": 1}, "other": None})),
     ],
 )
