@@ -216,11 +216,21 @@ def test_uneven_and_empty_shares(ranks: int, backend: str, place: Path):
     kinds = ("Scalars", "ChannelsLast", "Tied", "Embedding", "Recurrent", "Attention", "SampleNorms")
     kinds += ("SparseEmbedding",) if backend == "ddp" else ("Empty",)
     if ranks == 3:
-        kinds += ("ResNet18", "BertLora") if backend == "ddp" else ("Bert",)
-    runs = [(cell(kind, backend, ranks), kind != "ResNet18") for kind in kinds]
+        kinds += ("BertLora",) if backend == "ddp" else ("Bert",)
+    runs = [(cell(kind, backend, ranks), True) for kind in kinds]
     by_rank = run_ranks(run_cells, ranks, runs, place / f"{backend}-{ranks}", timeout_s=120)
     for kind, *each in zip(kinds, *by_rank, strict=True):
         hold(kind, backend, each, reference(kind, place, ranks))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uneven_and_empty_shares_of_models_of_libraries(backend: str, place: Path):
+    kinds = ("ResNet18", "VisionTransformer", "Bert", "BertLora", "Llama")
+    runs = [(cell(kind, backend, 3), False) for kind in kinds]
+    by_rank = run_ranks(run_cells, 3, runs, place / f"{backend}-3-libraries", timeout_s=120)
+    for kind, *each in zip(kinds, *by_rank, strict=True):
+        hold(kind, backend, each, reference(kind, place, 3))
 
 
 @pytest.mark.parametrize(("first", "second"), [("fsdp2", "deepspeed:3"), ("deepspeed:2", "ddp")])
@@ -332,7 +342,7 @@ FAULTS = (
     (MomentsForgotten, "Tied"),
     (NormOfShardsAlone, "Scalars"),
     (FrozenIsTrained, "BertLora"),
-    (NormsInTraining, "ResNet18"),
+    (NormsInTraining, "FrozenNorm"),
 )
 
 
