@@ -134,10 +134,11 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
 
 def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]:
     saved, mine, allow = found.manifest.config, to_tree(config), config.checkpoint.allow
+    default = to_tree(Config())  # of a key that was not there when the checkpoint was saved
     paths = BY_NAME if config.optim.schedule in ("constant", "step") else BY_NAME + LENGTH
     pairs: list[tuple[str, Any, Any]] = [
-        (path, mine[path.split(".")[0]][path.split(".")[1]], saved[path.split(".")[0]].get(path.split(".")[1]))
-        for path in paths
+        (path, mine[section][key], saved[section].get(key, default[section][key]))
+        for path, (section, key) in ((path, path.split(".")) for path in paths)
     ]
     pairs.append(("data", facts.data.fingerprint, found.manifest.data.fingerprint))
     changed = [(path, got, expected) for path, got, expected in pairs if got != expected and path not in allow]
