@@ -145,6 +145,30 @@ def test_a_run_with_workers(zygote: Zygote, tmp_path: Path):
     assert "40 samples to train on, 10 to test" in ended.out[0]
 
 
+def test_runs_without_a_test_split_and_with_several(zygote: Zygote, tmp_path: Path):
+    """Saved at the last step and ended there, by two ranks; then nothing is left to do but the end."""
+    argv = [
+        "--train.global_batch_size",
+        "4",
+        "--train.epochs",
+        "2",
+        "--train.device",
+        "cpu",
+        "--checkpoint.every_steps",
+    ]
+    for name, tests in (("none", []), ("two", ["--data.test_args", "{clean: {low: 9}, noisy: {count: 3}}"])):
+        run = [*own("Numbers"), *tests, *argv, "2", "--run.dir", str(tmp_path / name)]
+        for ended in zygote.run(Run(run, 2)):
+            ended.check()
+        (again,) = zygote.run(Run([*run, "--train.epochs", "3", "--run.dir", str(tmp_path / f"{name}-2"),
+                                   "--checkpoint.resume", str(tmp_path / name)]))  # fmt: skip
+        again.check()
+        lines = (tmp_path / name / "metrics.jsonl").read_text() + (tmp_path / f"{name}-2" / "metrics.jsonl").read_text()
+        assert ("eval/" in lines) == ("eval/clean/loss" in lines and "eval/noisy/accuracy" in lines) == (name == "two")
+        (report,) = zygote.run(Run(["report", str(tmp_path / name)]))
+        report.check()
+
+
 def test_an_image_folder_of_torchvision(tmp_path: Path):
     for i, image in enumerate(made_images(8)[0]):
         (tmp_path / "ab"[i % 2]).mkdir(exist_ok=True)
