@@ -189,7 +189,7 @@ class Feed:
                         raise ConfigError(item)
                     samples = asked.popleft()
                     size, read = len(samples), samples if len(samples) else stand_in
-                    leaves, rebuild = flatten(item)
+                    leaves, rebuild = flatten(item.tree)
                     leaves = self._finish(leaves)
                     if transforms is not None:
                         leaves = transforms(*leaves, read, epoch)
@@ -208,7 +208,6 @@ class Feed:
             replace(self.reader, epoch=epoch),
             sampler=batches,  # type: ignore[arg-type]  (an item of the data set is a whole batch)
             batch_size=None,
-            collate_fn=_as_it_is,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # it draws a number for each epoch: not from the training's generator
@@ -290,11 +289,6 @@ def _apart(leaf: torch.Tensor, cuts: list[int]) -> Sequence[torch.Tensor]:
     """Parts of a tensor. A model may change its input in place, which autograd refuses of a part as it is."""
     parts = leaf.split(cuts)
     return [part.detach() for part in parts] if leaf.is_floating_point() or leaf.is_complex() else parts
-
-
-def _as_it_is(batch: Any) -> Any:
-    """In the place of torch's default_convert, which makes lists of tuples."""
-    return batch
 
 
 def _is_numbers(targets: Any) -> bool:

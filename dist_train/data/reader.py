@@ -23,6 +23,22 @@ SUM_TOLERANCE = 1e-2  # of probabilities, which may be float16
 SHOWN = 80  # characters of a value in a message
 
 
+class Read:
+    """A batch as it goes from a worker to the feed.
+
+    The loader does not look into it: it would make lists of tuples, and would not pin what dataclasses hold.
+    """
+
+    __slots__ = ("tree",)
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+    def pin_memory(self) -> "Read":
+        """The same in pinned memory, from which a device copies while the host goes on; the loader asks for it."""
+        return Read(mapped(self.tree, lambda leaf: leaf.pin_memory() if isinstance(leaf, torch.Tensor) else leaf))
+
+
 @dataclass(frozen=True)
 class Pair:
     """What the first item shows of all, where items are pairs of a tensor and a class.
@@ -40,7 +56,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Reader(Dataset[Any]):
-    """An item is a whole batch, a tree [samples, ...]: collated in the worker; a message if a sample is bad."""
+    """An item is a whole batch, collated in the worker; or a message if a sample is bad."""
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Any] | None
@@ -81,17 +97,17 @@ class Reader(Dataset[Any]):
         batch = self[samples]
         if isinstance(batch, str):
             raise ConfigError(batch)
-        return batch
+        return batch.tree
 
     @cached_property
     def seeders(self) -> list[Seeder]:
         """Of the data set's own generators, in this process: a worker has copies of them."""
         return [found for found in map(seeder, held(self.dataset)) if found] if self.own else []
 
-    def __getitem__(self, batch: np.ndarray) -> Any:
+    def __getitem__(self, batch: np.ndarray) -> Read | str:
         try:
             with kept_apart() if self.draws else nullcontext():
-                return self._collated(batch.tolist(), self._samples(batch.tolist()))
+                return Read(self._collated(batch.tolist(), self._samples(batch.tolist())))
         except ConfigError as error:  # a string, because an exception would come with the worker's traceback
             return str(error)
 
