@@ -20,3 +20,7 @@ class ConfigError(ValueError):
 
 class OwnCodeError(ConfigError):
     """The user's own code raises: a line that says where it was called, and lines as Python shows the error."""
+
+
+class TransformError(ValueError):
+    """A transform does not take a sample. The message says which one, and why; who catches it adds the sample."""

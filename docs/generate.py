@@ -50,7 +50,11 @@ def page() -> str:
     parts = [HEAD]
     for section in dataclasses.fields(Config):
         parts.append(_section(section.name, section.type))
-    parts.append(_arguments("data.args, by data set", DATASETS, "data.name", ("root", "download")))
+    parts.append(
+        _arguments(
+            "data.args, by data set", DATASETS, "data.name", ("root", "download", "transforms", "test_transforms")
+        )
+    )
     given = ("self", "input_shape", "classes", "hidden", "activation", "dropout")
     parts.append(_arguments("model.args, by model", MODELS, "model.name", given))
     return "\n".join(parts)

@@ -43,7 +43,7 @@ def facts_of(model: nn.Module, data: Data) -> Facts:
         name: Tensor(list(value.shape), str(value.dtype).removeprefix("torch."))
         for name, value in model.state_dict().items()
     }
-    return Facts(tensors, len(data.train), len(data.test), data.fingerprint)
+    return Facts(tensors, len(data.train), sum(map(len, data.tests.values())), data.fingerprint)
 
 
 def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
@@ -128,16 +128,17 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
     path, got = "train.epochs", cfg.epochs
     if cfg.max_steps is not None and cfg.max_steps < total:
         path, got, total = "train.max_steps", cfg.max_steps, cfg.max_steps
-    if m.step > total or (m.step == total and not m.evaluation):
+    if m.step > total or (m.step == total and facts.test and not m.evaluation):
         yield f"{path}: got {got}, expected more than the {m.step} steps that are done in {there}; {new} {there}"
 
 
 def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]:
     saved, mine, allow = found.manifest.config, to_tree(config), config.checkpoint.allow
+    default = to_tree(Config())  # of a key that was not there when the checkpoint was saved
     paths = BY_NAME if config.optim.schedule in ("constant", "step") else BY_NAME + LENGTH
     pairs: list[tuple[str, Any, Any]] = [
-        (path, mine[path.split(".")[0]][path.split(".")[1]], saved[path.split(".")[0]].get(path.split(".")[1]))
-        for path in paths
+        (path, mine[section][key], saved[section].get(key, default[section][key]))
+        for path, (section, key) in ((path, path.split(".")) for path in paths)
     ]
     pairs.append(("data", facts.data.fingerprint, found.manifest.data.fingerprint))
     changed = [(path, got, expected) for path, got, expected in pairs if got != expected and path not in allow]

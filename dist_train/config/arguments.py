@@ -14,7 +14,7 @@ FACTS = ("input_shape", "classes")
 
 def facts_of(config: Config) -> tuple[str, ...] | None:
     """The names of the facts of a config's data set; None of one that is not ours, which may tell more."""
-    return None if ":" in config.data.name else FACTS
+    return None if ":" in config.data.name else (*FACTS, *config.data.facts)
 
 
 def asked(function: Any, known: Mapping[str, Any]) -> dict[str, Any]:

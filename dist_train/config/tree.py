@@ -26,7 +26,8 @@ class DataConfig:
     """The data set and how it is read."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, or your own function as module:function."""
+    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, or a function or a map-style
+    class by path, as module:name: torchvision.datasets:STL10, datasets:load_dataset, or your own."""
     root: str = field(default="data", metadata=PATH)
     """Folder with the data; downloads go there, in torchvision's layout."""
     download: bool = True
@@ -39,6 +40,26 @@ class DataConfig:
     """Give targets as vectors of class probabilities instead of class numbers."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that only this data set has, such as data.args.n of synthetic."""
+    test_args: dict[str, Any] | None = None
+    """Of a data set by path, the arguments for its test split, which go before those of data.args: {train: false}; or
+    several by name: {clean: {split: test}, noisy: {split: noisy}} (null: no test split)."""
+    test_fraction: float | None = None
+    """Of a data set by path without data.test_args, the share of the samples that is held out to test, the same ones in
+    every run."""
+    pair: list[str] | None = None
+    """Of samples that are dicts, the keys of the input and of the target: [image, label] (null: all goes on as it
+    is)."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the data set does not say itself and a model or a task asks for by name: {classes: 10, input_shape:
+    [3, 32, 32]}. classes is a number, or a list of names."""
+    transforms: list[Any] = field(default_factory=list)
+    """Applied to each sample that is trained on, in order: names of torchvision.transforms.v2, with arguments as
+    {name: RandomCrop, size: 28, padding: 4}, or your own as module:name."""
+    test_transforms: list[Any] = field(default_factory=list)
+    """The same for samples that are tested on."""
+    batch_transforms: list[Any] = field(default_factory=list)
+    """Applied on the device to the batches that are trained on: MixUp, CutMix, RandomErasing, RandomHorizontalFlip,
+    RandomCrop, with arguments as {name: MixUp, alpha: 0.2}, or your own as module:name."""
 
 
 @dataclass(frozen=True)

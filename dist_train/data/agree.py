@@ -14,7 +14,7 @@ import torch
 
 from dist_train.data.batch import leaves_of
 from dist_train.data.feed import Feed
-from dist_train.data.sets import Columns, Data
+from dist_train.data.sets import Columns, Data, bytes_of
 from dist_train.errors import ConfigError
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
@@ -187,7 +187,7 @@ def _sample(feed: Feed, number: int) -> Sample:
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor.contiguous().numpy()).digest()
+    return hashlib.sha256(bytes_of(tensor)).digest()
 
 
 def _spread(n: int, count: int) -> list[int]:

@@ -1,12 +1,13 @@
 """A batch: a tree of tensors that knows which samples it is of; and trees."""
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-Rebuild = Callable[[list[Any]], Any]
+Rebuild = Callable[[Sequence[Any]], Any]
 
 
 class Batch:
@@ -77,6 +78,17 @@ def leaves_of(tree: Any) -> list[Any]:
     return [tree] if children is None else [leaf for value in children[0] for leaf in leaves_of(value)]
 
 
+def is_branch(tree: Any) -> bool:
+    """Whether it has leaves below it, and is none itself."""
+    return _children(tree) is not None
+
+
+def branches_of(tree: Any) -> list[Any]:
+    """All nodes of a tree that are no leaves."""
+    children = _children(tree)
+    return [] if children is None else [tree, *(node for value in children[0] for node in branches_of(value))]
+
+
 def names_of(tree: Any, name: str = "") -> list[str]:
     """What each leaf is called, such as `0`, `labels` or `image.pixels`."""
     if _children(tree) is None:
@@ -106,11 +118,19 @@ def _children(tree: Any) -> tuple[list[Any], Rebuild] | None:
         return [tree[key] for key in keys], lambda values: dict(zip(keys, values, strict=True))
     if isinstance(tree, tuple):  # a NamedTuple
         return list(tree), lambda values: kind(*values)
-    if dataclasses.is_dataclass(tree):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         fields = [field.name for field in dataclasses.fields(tree)]
         values = [getattr(tree, name) for name in fields]
-        return values, lambda values: dataclasses.replace(tree, **dict(zip(fields, values, strict=True)))
+        return values, lambda values: _like(tree, fields, values)
     return None
+
+
+def _like(tree: Any, fields: list[str], values: list[Any]) -> Any:
+    """A dataclass with other values. A copy, as one may take other arguments than its fields, or refuse tensors."""
+    made = copy.copy(tree)
+    for name, value in zip(fields, values, strict=True):
+        object.__setattr__(made, name, value)  # also of one that is frozen
+    return made
 
 
 def _keyed(tree: Any) -> Iterator[tuple[Any, Any]]:

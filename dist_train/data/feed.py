@@ -3,7 +3,7 @@
 import pickle
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_train.data.batch import Batch, flatten, leaves_of
+from dist_train.data.batch import Batch, flatten, leaves_of, names_of
+from dist_train.data.batch_transforms import BatchTransforms
 from dist_train.data.generators import sendable
+from dist_train.data.order import Plan
 from dist_train.data.reader import Reader
 from dist_train.data.sets import Columns, Data, Split
 from dist_train.data.workers import begin, context, ended, not_handed_over, not_started
@@ -24,8 +26,6 @@ DEVICE_SHARE = 0.25
 # Samples that are gathered at once from memory, if the batches are smaller.
 GATHERED = 512
 WHITE = 255.0
-# Numbers that a model looks up, such as tokens, which stay as they are.
-NUMBERS = (torch.int64, torch.int32, torch.int16, torch.bool)
 STAND_IN = 2  # samples: a norm over a batch takes no single one
 
 
@@ -44,9 +44,10 @@ class Feed:
         workers: DataLoader processes, for a split from files. They end with the iterator that a call gives.
         seed: decides random transforms, together with epoch and sample.
         loss: of a task of classes, which decides what targets that are vectors may be.
+        transforms: what is done to the pairs of the batches of `steps`.
 
     Raises:
-        ConfigError: the first sample of a split from files is bad.
+        ConfigError: the first sample of a split from files is bad; or there are transforms, and samples are no pairs.
     """
 
     def __init__(
@@ -60,11 +61,13 @@ class Feed:
         workers: int = 0,
         seed: int = 0,
         loss: str | None = None,
+        transforms: BatchTransforms | None = None,
     ):
         self.split, self.device, self.dtype, self.one_hot = split, device, dtype, one_hot
         self.classes, self.workers = len(data.classes), workers
         self.numbers = torch.arange(self.classes, device=device)
-        self.stand_in = np.arange(min(STAND_IN, len(split)))
+        self.transforms = transforms
+        self.before = 0 if transforms is None else transforms.before
         if isinstance(split, Columns):
             home = device if _fits(split, device) else torch.device("cpu")
             self.columns = [leaf.to(home) for leaf in split.leaves]
@@ -76,6 +79,11 @@ class Feed:
         self.paired = isinstance(tree, (tuple, list)) and len(tree) == 2 and isinstance(tree[0], torch.Tensor)
         self.pixels = self.paired and tree[0].dtype == torch.uint8
         self.affine = self._affine(data, normalize, WHITE if self.pixels else 1.0) if self.paired else None
+        if transforms is not None and not (self.paired and isinstance(tree[1], torch.Tensor)):
+            raise ConfigError(
+                f"data.batch_transforms: got samples of {names_of(tree)}, expected pairs of two tensors, input and "
+                f"target; leave it out, or use data.pair for samples that are dicts"
+            )
 
     def __call__(self, batches: Iterable[np.ndarray], epoch: int = 0) -> Iterator[Batch]:
         """The batches with these samples, each given as an int64 array; a stand-in for one without any.
@@ -83,9 +91,27 @@ class Feed:
         Raises:
             ConfigError: when the iterator comes to a bad sample.
         """
+        return self._batches(batches, epoch, None)
+
+    def steps(self, plan: Plan, epoch: int = 0, first: int = 0) -> Iterator[Batch]:
+        """The micro-batches of a rank from a step to the end of an epoch, as they are trained on.
+
+        Args:
+            plan: of the rank.
+            epoch: counts from 0.
+            first: step of the epoch.
+
+        Raises:
+            ConfigError: when the iterator comes to a bad sample.
+        """
+        return self._batches(plan.indices(epoch, first, self.before), epoch, self.transforms)
+
+    def _batches(
+        self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None
+    ) -> Iterator[Batch]:  # fmt: skip
         if isinstance(self.split, Columns):
-            return self._from_memory(batches)
-        return self._from_files(batches, epoch)
+            return self._from_memory(batches, epoch, transforms)
+        return self._from_files(batches, epoch, transforms)
 
     @property
     def resident(self) -> bool:
@@ -98,15 +124,21 @@ class Feed:
         return Batch(self.rebuild(self._gathered(index)), index, len(index))
 
     def of(self, samples: np.ndarray) -> Batch:
-        """The batch with these samples, int64 [batch], read in this process.
+        """The batch with these samples, int64 [batch], read in this process; with the transforms of training, in which
+        it is taken for a global batch.
 
         Raises:
             ConfigError: one of them is bad.
         """
-        ids = torch.from_numpy(samples)
+        read = samples[np.arange(-self.before, len(samples)) % len(samples)] if self.before else samples
         if isinstance(self.split, Columns):
-            return self.gather(ids.to(self.home))
-        return self._batch(self.reader.read(samples), ids, len(ids))
+            leaves, rebuild = self._gathered(torch.from_numpy(read).to(self.home)), self.rebuild
+        else:
+            leaves, rebuild = flatten(self.reader.read(read))
+            leaves = self._finish(leaves)
+        if self.transforms is not None:
+            leaves = list(self.transforms(*leaves, read, 0))
+        return Batch(rebuild(leaves), torch.from_numpy(samples), len(samples))
 
     def inputs(self, samples: np.ndarray) -> torch.Tensor:
         """What a model takes of these samples, as the data set has it, on the CPU: the first of each pair.
@@ -119,25 +151,35 @@ class Feed:
             return self.split.leaves[0][torch.from_numpy(samples)]
         return leaves_of(self.reader.read(samples))[0]
 
-    def _from_memory(self, batches: Iterable[np.ndarray]) -> Iterator[Batch]:
+    def _from_memory(
+        self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None
+    ) -> Iterator[Batch]:
+        before, stand_in = self._more(transforms)
         for several in _at_once(batches):
             sizes = [len(batch) for batch in several]
             if 0 in sizes:
-                several = [batch if len(batch) else self.stand_in for batch in several]
+                several = [batch if len(batch) else stand_in for batch in several]
             index = torch.from_numpy(np.concatenate(several)).to(self.home, non_blocking=True)
             cuts = [len(batch) for batch in several]
-            columns = [leaf.split(cuts) for leaf in self._gathered(index)]
-            for size, ids, *leaves in zip(sizes, index.split(cuts), *columns, strict=True):
-                # A model may change its input, which is no part of the other batches then.
-                yield Batch(self.rebuild([leaf.detach() for leaf in leaves]), ids, size)
+            columns = [_apart(leaf, cuts) for leaf in self._gathered(index)]
+            for batch, size, ids, leaves in zip(
+                several, sizes, index.split(cuts), zip(*columns, strict=True), strict=True
+            ):
+                if transforms is not None:
+                    leaves, ids = transforms(*leaves, batch, epoch), ids[before:]
+                    size -= before if size else 0
+                yield Batch(self.rebuild(leaves), ids, size)
 
-    def _from_files(self, batches: Iterable[np.ndarray], epoch: int) -> Iterator[Batch]:
+    def _from_files(
+        self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None
+    ) -> Iterator[Batch]:
+        before, stand_in = self._more(transforms)
         asked: deque[np.ndarray] = deque()
 
         def ask() -> Iterator[np.ndarray]:
             for batch in batches:
                 asked.append(batch)
-                yield batch if len(batch) else self.stand_in
+                yield batch if len(batch) else stand_in
 
         with ended() if self.workers else nullcontext():
             items = self._items(ask(), epoch)
@@ -146,8 +188,12 @@ class Feed:
                     if isinstance(item, str):
                         raise ConfigError(item)
                     samples = asked.popleft()
-                    ids = torch.from_numpy(samples if len(samples) else self.stand_in)
-                    yield self._batch(item, ids, len(samples))
+                    size, read = len(samples), samples if len(samples) else stand_in
+                    leaves, rebuild = flatten(item.tree)
+                    leaves = self._finish(leaves)
+                    if transforms is not None:
+                        leaves = transforms(*leaves, read, epoch)
+                    yield Batch(rebuild(leaves), torch.from_numpy(read[before:]), size - before if size else 0)
             except RuntimeError as error:
                 refusal = not_handed_over(error, self.workers)
                 if refusal is None:
@@ -184,9 +230,10 @@ class Feed:
         # index_select copies whole rows; indexing with [] goes through them number by number.
         return self._finish([column.index_select(0, index) for column in self.columns])
 
-    def _batch(self, tree: Any, ids: torch.Tensor, size: int) -> Batch:
-        leaves, rebuild = flatten(tree)
-        return Batch(rebuild(self._finish(leaves)), ids, size)
+    def _more(self, transforms: BatchTransforms | None) -> tuple[int, np.ndarray]:
+        """Samples before those of a batch, and what is read for an empty one."""
+        before = 0 if transforms is None else transforms.before
+        return before, np.arange(before + min(STAND_IN, len(self.split))) % len(self.split)
 
     def _finish(self, leaves: list[Any]) -> list[Any]:
         """What was read, on the device and in the formats of the run."""
@@ -194,14 +241,16 @@ class Feed:
             return [self._placed(leaf) for leaf in leaves]
         first, *rest = leaves
         images = first.to(self.device, non_blocking=True)
-        inputs = images if images.dtype in NUMBERS else images.to(self.dtype)
-        if self.affine is not None:
+        floats = images.dtype == torch.uint8 or images.is_floating_point()
+        inputs = images.to(self.dtype) if floats else images  # others are numbers that a model looks up, such as tokens
+        if self.affine is not None and floats:
             shift, factor = self.affine
-            inputs = inputs.sub_(shift).mul_(factor)
+            # What a data set holds itself is not changed.
+            inputs = (inputs.sub(shift) if inputs is first else inputs.sub_(shift)).mul_(factor)
         elif images.dtype == torch.uint8:
             inputs = inputs.div_(WHITE)  # as ToTensor does, to the last bit
         targets = [self._placed(leaf) for leaf in rest]
-        if self.one_hot and len(targets) == 1 and targets[0].dim() == 1 and not targets[0].is_floating_point():
+        if self.one_hot and len(targets) == 1 and _is_numbers(targets[0]):
             # F.one_hot first reads the labels' range.
             targets = [(targets[0].unsqueeze(1) == self.numbers).to(self.dtype)]
         return [inputs, *targets]
@@ -234,6 +283,17 @@ def _at_once(batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
             several, samples = [], 0
     if several:
         yield several
+
+
+def _apart(leaf: torch.Tensor, cuts: list[int]) -> Sequence[torch.Tensor]:
+    """Parts of a tensor. A model may change its input in place, which autograd refuses of a part as it is."""
+    parts = leaf.split(cuts)
+    return [part.detach() for part in parts] if leaf.is_floating_point() or leaf.is_complex() else parts
+
+
+def _is_numbers(targets: Any) -> bool:
+    """Whether a target is class numbers [batch]."""
+    return isinstance(targets, torch.Tensor) and targets.dim() == 1 and not targets.is_floating_point()
 
 
 def _fits(split: Columns, device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -11,14 +11,32 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from dist_train.data.batch import leaves_of
+from dist_train.config.own_code import frames
+from dist_train.data.batch import branches_of, flatten, is_branch, leaves_of, mapped
 from dist_train.data.generators import Seeder, held, seeder
 from dist_train.data.randomness import kept_apart, seed_for
-from dist_train.data.sets import Data, Samples
+from dist_train.data.sets import Data, Samples, kinds_of
+from dist_train.data.workers import no_room
 from dist_train.errors import ConfigError
 
 SUM_TOLERANCE = 1e-2  # of probabilities, which may be float16
 SHOWN = 80  # characters of a value in a message
+
+
+class Read:
+    """A batch as it goes from a worker to the feed.
+
+    The loader does not look into it: it would make lists of tuples, and would not pin what dataclasses hold.
+    """
+
+    __slots__ = ("tree",)
+
+    def __init__(self, tree: Any):
+        self.tree = tree
+
+    def pin_memory(self) -> "Read":
+        """The same in pinned memory, from which a device copies while the host goes on; the loader asks for it."""
+        return Read(mapped(self.tree, lambda leaf: leaf.pin_memory() if isinstance(leaf, torch.Tensor) else leaf))
 
 
 @dataclass(frozen=True)
@@ -38,7 +56,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Reader(Dataset[Any]):
-    """An item is a whole batch, a tree [samples, ...]: collated in the worker; a message if a sample is bad."""
+    """An item is a whole batch, collated in the worker; or a message if a sample is bad."""
 
     dataset: Dataset[Any]
     collate: Callable[[list[Any]], Any] | None
@@ -79,27 +97,34 @@ class Reader(Dataset[Any]):
         batch = self[samples]
         if isinstance(batch, str):
             raise ConfigError(batch)
-        return batch
+        return batch.tree
 
     @cached_property
     def seeders(self) -> list[Seeder]:
         """Of the data set's own generators, in this process: a worker has copies of them."""
         return [found for found in map(seeder, held(self.dataset)) if found] if self.own else []
 
-    def __getitem__(self, batch: np.ndarray) -> Any:
+    def __getitem__(self, batch: np.ndarray) -> Read | str:
         try:
             with kept_apart() if self.draws else nullcontext():
-                return self._collated(batch.tolist(), self._samples(batch.tolist()))
+                return Read(self._collated(batch.tolist(), self._samples(batch.tolist())))
         except ConfigError as error:  # a string, because an exception would come with the worker's traceback
             return str(error)
 
     def _collated(self, batch: list[int], samples: list[Any]) -> Any:
+        many = f"samples {batch[0]} to {batch[-1]}" if len(batch) > 1 else f"sample {batch[0]}"
         if self.collate is not None:
-            return self.collate(samples)
+            try:
+                return mapped(self.collate(samples), _tensor)
+            except Exception as error:
+                if isinstance(error, ConfigError) or no_room(error):
+                    raise
+                raise ConfigError(f"data.name: {many}: {raised(error, 'they are put together')}") from error
         try:
-            return default_collate(samples)
-        except (TypeError, RuntimeError, KeyError) as error:
-            many = f"samples {batch[0]} to {batch[-1]}" if len(batch) > 1 else f"sample {batch[0]}"
+            return _stacked(samples)
+        except (TypeError, RuntimeError, KeyError, ValueError) as error:
+            if no_room(error):
+                raise
             raise ConfigError(
                 f"data.name: {many}: got items ({_described(samples[0])}) that cannot be stacked: "
                 f"{str(error).splitlines()[0]}; expected tensors or numbers of one shape in all, or a function that "
@@ -108,7 +133,15 @@ class Reader(Dataset[Any]):
 
     def _samples(self, batch: list[int]) -> list[Any]:
         item = self._seeded if self.draws else self.dataset.__getitem__
-        samples = [item(index) for index in batch]
+        samples: list[Any] = []
+        try:
+            for index in batch:
+                samples.append(item(index))
+        except Exception as error:
+            if isinstance(error, ConfigError) or no_room(error):
+                raise
+            number = batch[len(samples)]
+            raise ConfigError(f"data.name: sample {number}: {raised(error, 'it is read')}") from error
         if self.pair is None:
             return samples
         if not self.pair.vectors:  # what most are, in a rush
@@ -131,8 +164,10 @@ class Reader(Dataset[Any]):
         if not self.classes or self.collate is not None:
             return None
         with kept_apart() if self.draws else nullcontext():
-            first = self._seeded(0) if self.draws else self.dataset[0]
+            (first,) = self._samples([0])
         if not isinstance(first, (tuple, list)) or len(first) != 2 or _as_tensor(first[1]).dim() > 1:
+            return None
+        if is_branch(first[0]):  # several inputs
             return None
         image, target = first
         shape = tuple(image.shape) if isinstance(image, torch.Tensor) else ()
@@ -182,6 +217,28 @@ class Reader(Dataset[Any]):
         return int(out) if number else out
 
 
+def _stacked(samples: list[Any]) -> Any:
+    """As torch's default_collate does, which knows no dataclasses. Raises what that raises."""
+    if not any(is_dataclass(branch) for branch in branches_of(samples[0])):
+        return default_collate(samples)
+    rebuild = flatten(samples[0])[1]
+    columns = zip(*(flatten(sample)[0] for sample in samples), strict=True)
+    return rebuild([default_collate(list(column)) for column in columns])
+
+
+def _tensor(leaf: Any) -> Any:
+    return torch.as_tensor(leaf) if isinstance(leaf, (np.ndarray, np.number, np.bool_)) else leaf
+
+
+def raised(error: Exception, when: str) -> str:
+    """What the user's code raises, with the line of it where that was."""
+    own = frames(error)
+    where = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    whose = "your own code" if own else "the data set"
+    return f"{whose} raises an error when {when}: {said}{where}; mend it there"
+
+
 def _as_tensor(target: Any) -> torch.Tensor:
     try:
         return torch.as_tensor(target)
@@ -201,7 +258,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _not_seeded(split: Samples, fixed: list[str]) -> str:
-    name = type(split.dataset).__name__
+    name = kinds_of(split.dataset)[-1].__name__
     if not split.draws:
         return (
             f"data.name: sample 0 of {name} differs when it is read again, but draws=False says that nothing in it is "

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -35,7 +36,7 @@ class Columns:
     identity: str = ""
 
     def __post_init__(self) -> None:
-        tree = mapped(self.tree, lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf)
+        tree = mapped(self.tree, _tensor)
         object.__setattr__(self, "tree", tree)
         leaves = self.leaves
         if not leaves:
@@ -160,12 +161,13 @@ class Data:
         digest = hashlib.sha256(repr((shape, tuple(self.classes), self.mean, self.std)).encode())
         if self.facts:
             digest.update(repr(sorted(self.facts.items())).encode())
+        digest.update("".join(self.tests).encode())
         for split in self.splits.values():
             digest.update(str(len(split)).encode())
             if isinstance(split, Columns) and not split.identity:
                 for leaf in split.leaves:
                     for piece in leaf.split(HASHED_ROWS):  # no copy of all, where they do not lie in a row
-                        digest.update(piece.contiguous().view(torch.uint8).numpy())
+                        digest.update(bytes_of(piece))
             else:
                 digest.update(split.identity.encode())
         return digest.hexdigest()
@@ -184,6 +186,11 @@ class Data:
             raise _no_split("test", self.test)
         if not isinstance(self.train, (Columns, Samples)):
             raise _no_split("train", self.train)
+        for name in self.test if isinstance(self.test, Mapping) else ():
+            if not isinstance(name, str) or name in ("", "train") or "/" in name:
+                raise ConfigError(
+                    f"data.name: got {name!r} as the name of a test split, expected text other than train, without a /"
+                )
         for name, split in self.splits.items():
             if not isinstance(split, (Columns, Samples)):
                 raise _no_split(name, split)
@@ -202,6 +209,33 @@ class Data:
                 raise ConfigError(f"data.name: got {name} {tuple(values)}, expected finite numbers")
         if not all(value > 0 for value in self.std):
             raise ConfigError(f"data.name: got std {tuple(self.std)}, expected numbers above 0")
+
+
+def kinds_of(dataset: Any) -> list[type]:
+    """The class of a data set, and of those that it wraps, as torch's Subset does."""
+    inside = getattr(dataset, "dataset", None)
+    return [type(dataset), *(kinds_of(inside) if inside is not None else ())]
+
+
+def bytes_of(tensor: torch.Tensor) -> np.ndarray:
+    """What a tensor of any type holds, uint8 [bytes], for a hash."""
+    flat = tensor.resolve_conj().contiguous().flatten()
+    return (torch.view_as_real(flat) if flat.is_complex() else flat).view(torch.uint8).numpy()
+
+
+def _tensor(leaf: Any) -> Any:
+    """An array as a tensor of the same memory. Raises ConfigError."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nor is it written
+            return torch.from_numpy(leaf)
+    except (TypeError, ValueError) as error:  # text and objects; another byte order, a step below 0
+        raise ConfigError(
+            f"data.name: got an array {leaf.dtype} {list(leaf.shape)} in Columns, which torch does not take: {error}; "
+            f"expected numbers in this machine's order, such as array.astype(numpy.float32)"
+        ) from None
 
 
 def _no_split(name: str, got: Any) -> ConfigError:

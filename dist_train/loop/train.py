@@ -45,7 +45,7 @@ class Eager:
 
     def begin(self, epoch: int, first: int) -> None:
         """Goes on from step `first` of an epoch."""
-        batches = self.feed(self.plan.indices(epoch, first), epoch)
+        batches = self.feed.steps(self.plan, epoch, first)
         self.steps = counted(self.task, batches, self.plan.sizes(first), self.feed.device)
 
     def take(self, count: int, lr: float, measure: bool) -> tuple[Units, torch.Tensor | None]:

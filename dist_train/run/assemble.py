@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from dist_train.config.lookup import load
 from dist_train.config.objects import as_objects
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, DataConfig
-from dist_train.data import DATASETS
+from dist_train.data import BATCH_TRANSFORMS, DATASETS, read
+from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
+from dist_train.data.rules import parts_of
 from dist_train.data.sets import Data, Samples
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
@@ -113,6 +116,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     precision.apply()
     cfg, dtype = config.data, precision.dtype
     data = read_data(cfg, cfg.download)
+    mixed = batch_transforms(config, data)
     if steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last) == 0:
         raise ConfigError(
             f"train.drop_last: got true with {len(data.train)} samples in batches of {config.train.global_batch_size}, "
@@ -122,7 +126,9 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     model, loaded = build_model(config, data, dtype, trained, warm)
     optim.factory(config.optim)([nn.Parameter(torch.zeros(2, 2))])  # its arguments are right, or that is said now
     of_all = device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, task.loss_of_vectors
-    feeds = {name: Feed(split, data, *of_all) for name, split in data.splits.items()}
+    feeds = {
+        name: Feed(split, data, *of_all, mixed if name == "train" else None) for name, split in data.splits.items()
+    }
     if config.compile.scope == "step" and trained is None:
         _check_captured(task, data, feeds["train"], device)
     model = model.to(device)
@@ -152,13 +158,22 @@ def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) ->
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    data = _call(DATASETS, cfg.name, "data", {"root": cfg.root, "download": download}, cfg.args)
-    if not isinstance(data, Data):
-        raise ConfigError(
-            f"data.name: got {type(data).__name__} from {cfg.name}, expected a dist_train.data.sets.Data; end it with "
-            f"return Data(train, test, input_shape, classes)"
-        )
-    return data
+    return read.data(cfg, partial(_call, DATASETS, cfg.name, "data"), download)
+
+
+def batch_transforms(config: Config, data: Data) -> BatchTransforms | None:
+    """What is done to batches that are trained on. Raises ConfigError."""
+    each = []
+    for entry in config.data.batch_transforms:
+        name, args = parts_of(entry)
+        made = _call(BATCH_TRANSFORMS, name, "data.batch_transforms", data.known(), args)
+        if not isinstance(made, BatchTransform):
+            raise ConfigError(
+                f"data.batch_transforms: got {name}, which gives {type(made).__name__}, expected a class that is "
+                f"derived from dist_train.data.batch_transforms.BatchTransform"
+            )
+        each.append(made)
+    return BatchTransforms(each, config.train.seed) if each else None
 
 
 def make_task(config: Config, data: Data) -> Task:
@@ -262,14 +277,15 @@ def _call(
     Args:
         registry: names of ours.
         name: one of them, or module:attribute.
-        section: of the config.
+        section: of the config, or the path of a list of names.
         known: passed to the arguments that ask for it by name, and to no others.
         given: passed in any case.
     """
-    function, path = load(registry, name, f"{section}.name"), f"{section}.name"
+    path, args = (section, section) if "." in section else (f"{section}.name", f"{section}.args")
+    function = load(registry, name, path)
     with blamed(path, name, "called", ours=name in registry):
-        arguments = asked(function, known) | as_objects(function, given, known, f"{section}.args")
-    refused = f"{section}.args: got {asked(function, known) | dict(given)}, which {name} refuses"
+        arguments = asked(function, known) | as_objects(function, given, known, args)
+    refused = f"{args}: got {asked(function, known) | dict(given)}, which {name} refuses"
     first, rest = placed(function, arguments)
     try:
         inspect.signature(function).bind(*first, **rest)

@@ -28,7 +28,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     parts = assemble.build(config, device)
     alone = dist.World(0, 1, 0, 1, device, launcher.name)
     plan = Plan.of(len(parts.feed.split), config.train, alone)
-    batch = next(parts.feed(plan.indices(0)))
+    batch = next(parts.feed.steps(plan))
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of breaks, which are printed below
     inputs, _ = inputs_and_targets(batch.tree)
     args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else ((inputs,), {})
