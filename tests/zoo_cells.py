@@ -20,6 +20,7 @@ from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.meter import Control, Meter
 from dist_train.loop.train import train
+from dist_train.loop.work import Work
 from dist_train.run import assemble
 from dist_train.tools.agreement import Trajectory
 from dist_train.tools.trajectory import Recorder, weights_of, wide
@@ -129,9 +130,9 @@ def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, 
             _write(middle, backend)
             torch.save(dict(meter.progress()), place / f"progress{world.rank}")
 
-    result = train(
-        cell, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, after_step, Control(), progress
-    )
+    evaluation = parts.evaluation(cell, world)
+    of = cell, world, backend, model, optimizer, parts.task, parts.feed, evaluation, recorder, Control()
+    result = train(Work(*of, after_step, progress))
     losses, norms = ([m[f"train/{of}"] for m in recorder.steps] for of in ("loss", "grad_norm"))
     end = _numbers(backend.weights())
     weights = {name: value for name, value in end.items() if name in start}

@@ -54,6 +54,7 @@ class Evaluation:
         phases("evaluate")
         modes = [(module, module.training) for module in model.modules()]
         model.eval()
+        model.training = False  # DeepSpeed's engine passes eval() on, and stays as it was itself
         found: dict[str, float] = {}
         try:
             for name, feed in self.splits.items():
