@@ -7,4 +7,5 @@ and `model.dropout` are passed if they are set, and its other arguments are `mod
 
 MODELS = {
     "mlp": "dist_train.models.mlp:MLP",
+    "unet": "dist_train.models.unet:UNet",
 }

@@ -10,6 +10,10 @@ Metrics are rows too, by the kind of task; a row names a class that fulfils `met
 
 TASKS = {
     "classification": "dist_train.tasks.classification:Classification",
+    "regression": "dist_train.tasks.regression:Regression",
+    "multi_label": "dist_train.tasks.multi_label:MultiLabel",
+    "segmentation": "dist_train.tasks.segmentation:Segmentation",
+    "model_loss": "dist_train.tasks.model_loss:ModelLoss",
 }
 
 METRICS = {
