@@ -8,8 +8,8 @@ from typing import Any
 from dist_train.config.lookup import accepts
 from dist_train.config.tree import Config
 
-# What every data set of ours tells of itself, for arguments of these names.
-FACTS = ("input_shape", "classes")
+# What data sets of ours tell of themselves, for arguments of these names.
+FACTS = ("input_shape", "classes", "outputs", "target_shape")
 
 
 def facts_of(config: Config) -> tuple[str, ...] | None:

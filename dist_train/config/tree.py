@@ -26,8 +26,9 @@ class DataConfig:
     """The data set and how it is read."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, or a function or a map-style
-    class by path, as module:name: torchvision.datasets:STL10, datasets:load_dataset, or your own."""
+    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, diabetes, multi_label, shapes,
+    or a function or a map-style class by path, as module:name: torchvision.datasets:STL10, datasets:load_dataset, or
+    your own."""
     root: str = field(default="data", metadata=PATH)
     """Folder with the data; downloads go there, in torchvision's layout."""
     download: bool = True
@@ -67,8 +68,8 @@ class ModelConfig:
     """The model. A null is the model's own default."""
 
     name: str = "mlp"
-    """mlp, or any class or function that gives a torch.nn.Module, as module:name: your own or a library's, such as
-    torchvision.models:resnet18."""
+    """mlp, unet (for segmentation), or any class or function that gives a torch.nn.Module, as module:name: your own or a
+    library's, such as torchvision.models:resnet18."""
     hidden: list[int] | None = None
     """Sizes of the hidden layers (mlp: [512, 512])."""
     activation: str | None = None
@@ -96,14 +97,16 @@ class TaskConfig:
     """What the model is trained for. A null is the task's own default."""
 
     name: str = "classification"
-    """classification, or your own class as module:Class."""
+    """classification, regression, multi_label, segmentation, model_loss (the loss that the model returns), or your own
+    class as module:Class."""
     loss: str | None = None
     """classification: cross_entropy (default), which takes logits, nll, log-probabilities, or mse, one-hot targets
-    (data.one_hot)."""
+    (data.one_hot). regression: mse (default), l1, huber or smooth_l1."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that only this task has, such as task.args.label_smoothing of classification."""
     metrics: list[Any] | None = None
-    """What evaluation measures beside the loss: names, or {name: NAME, ...} with arguments."""
+    """What evaluation measures beside the loss: names, or {name: NAME, ...} with arguments (null: accuracy; mae,
+    rmse and r2; f1; mean_iou and pixel_accuracy)."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,7 @@ class CheckpointConfig:
     keep_best: int = 0
     """How many of the best stay as well, of those that were saved at a step with an evaluation."""
     best_metric: str | None = None
-    """What the best is decided by, such as eval/loss (null: the task's own; of classification it is eval/accuracy)."""
+    """What the best is decided by, such as eval/loss (null: the first of task.metrics, such as eval/accuracy)."""
     resume: str = field(default="auto", metadata=PATH)
     """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
     checkpoint or of a run."""

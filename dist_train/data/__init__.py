@@ -12,6 +12,9 @@ DATASETS = {
     "kmnist": "dist_train.data.vision:kmnist",
     "cifar10": "dist_train.data.vision:cifar10",
     "synthetic": "dist_train.data.synthetic:synthetic",
+    "diabetes": "dist_train.data.diabetes:diabetes",
+    "multi_label": "dist_train.data.multi_label:multi_label",
+    "shapes": "dist_train.data.shapes:shapes",
     "csv_images": "dist_train.data.csv_images:csv_images",
     "image_folder": "dist_train.data.image_folder:image_folder",
 }

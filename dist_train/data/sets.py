@@ -120,7 +120,10 @@ class Data:
         classes: names by class number; empty where there are none.
         mean: of the training pixels in [0, 1]: a number per channel, or one for all.
         std: their standard deviation, likewise.
-        facts: more that a model or a task may ask for by the name of an argument, such as {"vocab_size": 50257}.
+        facts: more that a model or a task may ask for by the name of an argument, such as {"vocab_size": 50257}. Known
+            without it are input_shape, classes (a count), outputs (how many numbers a model gives for a sample: one for
+            each class; without classes as many as the float targets of pairs in memory have), and target_shape of pairs
+            in memory.
 
     Raises:
         ConfigError: the parts do not fit together. A data set may be the user's own function.
@@ -151,8 +154,9 @@ class Data:
         found: dict[str, Any] = {}
         if self.input_shape is not None:
             found["input_shape"] = tuple(self.input_shape)
+        found |= _known_of_targets(self.train)
         if self.classes:
-            found["classes"] = len(self.classes)
+            found["classes"] = found["outputs"] = len(self.classes)
         return found | dict(self.facts)
 
     def fingerprint(self) -> str:
@@ -236,6 +240,16 @@ def _tensor(leaf: Any) -> Any:
             f"data.name: got an array {leaf.dtype} {list(leaf.shape)} in Columns, which torch does not take: {error}; "
             f"expected numbers in this machine's order, such as array.astype(numpy.float32)"
         ) from None
+
+
+def _known_of_targets(split: Split) -> dict[str, Any]:
+    """The shape of a target, and how many numbers it is, of pairs in memory."""
+    tree = split.tree if isinstance(split, Columns) else None
+    if not isinstance(tree, tuple) or len(tree) != 2 or not isinstance(tree[1], torch.Tensor):
+        return {}
+    shape = tuple(tree[1].shape[1:])
+    numbers = {"outputs": math.prod(shape)} if tree[1].is_floating_point() and len(shape) < 2 else {}
+    return {"target_shape": shape} | numbers
 
 
 def _no_split(name: str, got: Any) -> ConfigError:

@@ -1,6 +1,6 @@
 """Evaluation: sums over every sample of a split, each counted once at any world size, and divided once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Evaluation:
     ):  # fmt: skip
         self.task, self.splits, self.world, self.precision = task, splits, world, precision
         self.examiners = dict(examiners or {})
+        # A loss over the samples of a batch is one over as many as it is trained with, at any world size.
+        self.together = cfg.global_batch_size if task.mixes_samples else None
         self.at_once = evaluated_at_once(cfg, world.size, sample_bytes)
 
     def run(self, model: nn.Module, phases: Phases | None = None, last: bool = False) -> dict[str, float]:
@@ -68,21 +70,28 @@ class Evaluation:
 
     @torch.no_grad()
     def _split(self, model: nn.Module, feed: Feed, phases: Phases, watch: Examiner | None) -> dict[str, float]:
-        n = len(feed.split)
-        part = share(n, self.world.rank, self.world.size)
-        mine = np.arange(part.start, part.stop)
-        count = pieces(
-            n, self.world.size, self.at_once
-        )  # the same on every rank: a sharded model's forward is collective
         called = Called(self.precision.called(model))
         sums = Sums(feed.device)
-        for batch in feed(mine[share(len(mine), i, count)] for i in range(count)):
+        for batch in feed(self._batches(len(feed.split))):
             found = self.task.sums(called, batch)
             sums.add(found | {"units": torch.as_tensor(units_of(self.task, batch))}, batch.size > 0)
             phases.progressed()
             if watch and batch.size:
                 watch(batch, called.outputs)
         return self.task.metrics(sums.over_ranks())
+
+    def _batches(self, n: int) -> Iterator[np.ndarray]:
+        """Numbers of this rank's samples, batch by batch: as many on every rank, as a sharded model's forward is
+        collective."""
+        rank, size = self.world.rank, self.world.size
+        if self.together is not None:
+            for first in range(0, n, self.together):
+                samples = np.arange(first, min(first + self.together, n))
+                yield samples[share(len(samples), rank, size)]
+            return
+        mine = np.arange(n)[share(n, rank, size)]
+        count = pieces(n, size, self.at_once)
+        yield from (mine[share(len(mine), i, count)] for i in range(count))
 
 
 class Sums:

@@ -2,6 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,13 +11,17 @@ from torch import nn
 
 from dist_train.backends.precision import Precision
 from dist_train.backends.probe import Findings, probe
+from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, TrainConfig
 from dist_train.data.feed import Feed
-from dist_train.data.order import global_indices, sizes
+from dist_train.data.order import global_indices, pieces, sizes
 from dist_train.errors import ConfigError
 from dist_train.loop.evaluate import Called
-from dist_train.tasks.base import Task, nbytes
+from dist_train.models import MODELS
+from dist_train.tasks import TASKS
+from dist_train.tasks.base import Task, nbytes, units_of
 
+LOOKS = "called on the first samples"
 LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
@@ -39,19 +45,27 @@ def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Pr
     count = min(LOOKED_AT, len(feed.split))
     first = global_indices(len(feed.split), config.train.seed, 0, 0, count).copy()
     batch, called = feed.of(first), Called(precision.called(model))
+    own_model = partial(blamed, "model.name", config.model.name, LOOKS, ours=config.model.name in MODELS)
+    own_task = partial(blamed, "task.name", config.task.name, LOOKS, ours=config.task.name in TASKS)
     sample_bytes = []
 
     def loss() -> torch.Tensor:
-        checked = Checked(called, lambda outputs: task.check(batch, outputs))
-        total = _sum_of(task.sums(checked, batch), config.task.name)
+        checked = Checked(called, lambda outputs: task.check(batch, outputs), own_model)
+        with own_task():
+            total = _sum_of(task.sums(checked, batch), config.task.name)
         sample_bytes.append((nbytes(batch.tree) + nbytes(called.outputs)) // count)
         return total / count
 
     found = probe(model, loss, trains)
-    _evaluated(model, lambda: task.sums(called, batch))
+    with own_task():
+        _evaluated(model, lambda: task.sums(Checked(called, lambda outputs: None, own_model), batch))
+        _check_units(units_of(task, batch), config.task.name)
     alone = feed.of(first[:1])
-    needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
-    return dataclasses.replace(found, needs_two=needs_two, sample_bytes=sample_bytes[0])
+    with own_task():
+        needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
+    return dataclasses.replace(
+        found, needs_two=needs_two, sample_bytes=sample_bytes[0], mixes_samples=task.mixes_samples
+    )
 
 
 def _evaluated(model: nn.Module, forward: Callable[[], dict[str, torch.Tensor]]) -> None:
@@ -77,14 +91,15 @@ def _evaluated(model: nn.Module, forward: Callable[[], dict[str, torch.Tensor]])
 
 
 class Checked:
-    """A model whose outputs are checked before the task has them."""
+    """A model whose outputs are checked before the task has them, and whose errors are told from the task's."""
 
-    def __init__(self, model: Called, check: Callable[[Any], None]):
-        self.model, self.check = model, check
+    def __init__(self, model: Called, check: Callable[[Any], None], blame: Callable[[], AbstractContextManager[None]]):
+        self.model, self.check, self.blame = model, check, blame
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model gives."""
-        outputs = self.model(*args, **kwargs)
+        with self.blame():
+            outputs = self.model(*args, **kwargs)
         self.check(outputs)
         return outputs
 
@@ -104,6 +119,17 @@ def _sum_of(sums: Any, name: str) -> torch.Tensor:
     return loss
 
 
+def _check_units(units: Any, name: str) -> None:
+    """Raises ConfigError for what is no number of units."""
+    number = isinstance(units, int) or (isinstance(units, torch.Tensor) and not units.dim())
+    if not number or units < 0:
+        got = f"a tensor {list(units.shape)}" if isinstance(units, torch.Tensor) and units.dim() else repr(units)
+        raise ConfigError(
+            f"task.name: got {got} as the units of {name}, expected a number of 0 or more, or a tensor without "
+            f"dimensions: what the loss of a batch is a mean over, counted"
+        )
+
+
 def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
     """Whether a forward of one sample fails, where that of several did not."""
 
@@ -120,7 +146,19 @@ def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
 
 
 def check_shares(cfg: TrainConfig, findings: Findings, n: int, world_size: int) -> None:
-    """Raises ConfigError where a step would give a rank a single one of `n` samples, and the model takes none alone."""
+    """Raises ConfigError where a step would give a rank a single one of `n` samples, and the model takes none alone, or
+    where it would cut a rank's share into pieces, and the loss takes them only together."""
+    if findings.mixes_samples and pieces(min(cfg.global_batch_size, n), world_size, cfg.micro_batch_size) > 1:
+        raise ConfigError(
+            f"train.micro_batch_size: got {cfg.micro_batch_size} in steps of {cfg.global_batch_size} samples on "
+            f"{world_size} ranks, but the loss of this task compares the samples of a step with each other "
+            f"(mixes_samples), expected each rank's share at once; leave it out, or start more ranks"
+        )
+    if findings.mixes_samples and cfg.eval_batch_size is not None:
+        raise ConfigError(
+            f"train.eval_batch_size: got {cfg.eval_batch_size}, but the loss of this task compares the samples of a "
+            f"batch with each other (mixes_samples), and is evaluated on train.global_batch_size samples; leave it out"
+        )
     if not findings.needs_two:
         return
     ragged = 0 if cfg.drop_last else n % cfg.global_batch_size

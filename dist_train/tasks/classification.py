@@ -1,22 +1,23 @@
 """Classification: one class for each sample."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.ranks.dist import World
-from dist_train.tasks.base import Task, inputs_and_targets, outputs_and_targets, tensor_of
+from dist_train.tasks.base import inputs_and_targets
+from dist_train.tasks.class_weights import weight_of, weights_of
+from dist_train.tasks.measured import Measured, checked_pair
 from dist_train.tasks.mistakes import Mistakes
 
 
-class Classification(Task):
+class Classification(Measured):
     """One class for each sample. The model gives a number for each class, [batch, classes].
 
     Args:
@@ -25,10 +26,9 @@ class Classification(Task):
         label_smoothing: share of the target that is spread over all classes (cross_entropy).
         class_weights: of each class in the loss, which then is the mean weighted by them, as torch's is; by number.
         ignore_index: samples of this class number count neither in the loss nor in metrics.
+        metrics: names of METRICS["classification"], or one's own.
         classes: of the data set.
     """
-
-    best = "accuracy"
 
     def __init__(
         self,
@@ -36,6 +36,7 @@ class Classification(Task):
         label_smoothing: float = 0.0,
         class_weights: list[float] | None = None,
         ignore_index: int | None = None,
+        metrics: Sequence[Any] = ("accuracy",),
         classes: int | None = None,
     ):
         if classes is None:
@@ -43,12 +44,9 @@ class Classification(Task):
                 "task.name: got classification of a data set without classes, expected their names; give them as "
                 "Data(..., classes=(...)), or choose another task"
             )
+        super().__init__("classification", metrics, {"classes": classes, "ignore_index": ignore_index})
         self.loss, self.classes, self.smoothing, self.ignored = loss, classes, label_smoothing, ignore_index
-        self.weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float64)
-        if class_weights is not None and len(class_weights) != classes:
-            raise ConfigError(
-                f"task.args.class_weights: got {len(class_weights)} numbers, expected one for each of {classes} classes"
-            )
+        self.weights = weights_of(class_weights, classes)
         if loss == "mse" and (class_weights is not None or ignore_index is not None):
             raise ConfigError("task.args: got class_weights or ignore_index with mse, which has neither; leave it out")
         self.loss_of_vectors = loss
@@ -56,21 +54,7 @@ class Classification(Task):
 
     def units(self, batch: Batch) -> torch.Tensor:
         """Samples that count, by the weights of their classes."""
-        targets = inputs_and_targets(batch.tree)[1]
-        counts = targets != self.ignored if self.ignored is not None else torch.ones_like(targets, dtype=torch.bool)
-        if self.weights is None:
-            return counts.sum()
-        return self.weights.to(targets.device)[targets.where(counts, 0)].mul(counts).sum()
-
-    def sums(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
-        """`loss`, and in evaluation the samples that are `correct`."""
-        outputs, targets = outputs_and_targets(model, batch)
-        sums = {"loss": self.loss_of(outputs, targets, "sum")}
-        if not model.training:
-            labels = targets if targets.dim() == 1 else targets.argmax(1)
-            counts = torch.ones_like(labels, dtype=torch.bool) if self.ignored is None else labels != self.ignored
-            sums |= {"correct": ((outputs.argmax(1) == labels) & counts).sum(), "samples": counts.sum()}
-        return sums
+        return weight_of(inputs_and_targets(batch.tree)[1], self.weights, self.ignored)
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """The sum of the loss over a batch, or the loss of each sample, [batch].
@@ -92,19 +76,20 @@ class Classification(Task):
             return F.nll_loss(outputs, targets, **settings)
         return F.cross_entropy(outputs, targets, label_smoothing=self.smoothing, **settings)
 
-    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Loss and accuracy."""
-        return super().metrics(sums) | {"accuracy": float(sums["correct"] / sums["samples"])}
-
     def check(self, batch: Batch, outputs: Any) -> None:
         """Where a loss would broadcast, or raise from deep inside."""
-        outputs, targets = tensor_of(outputs), inputs_and_targets(batch.tree)[1]
+        outputs, targets = checked_pair(batch, outputs)
         vectors, samples, classes, shape = targets.dim() == 2, len(targets), self.classes, tuple(outputs.shape)
         fits = len(shape) == 2 and shape[0] == samples and (shape[1] == classes or (shape[1] > classes and not vectors))
         if not fits or not outputs.is_floating_point():
             raise ConfigError(
                 f"model: got outputs {outputs.dtype} {list(shape)}, expected a float tensor [{samples}, {classes}] for "
                 f"{samples} samples: a number for each of {classes} classes"
+            )
+        if vectors and (self.weights is not None or self.ignored is not None):
+            raise ConfigError(
+                "task.args: got class_weights or ignore_index for targets that are vectors, which have no class "
+                "number, expected numbers; leave it out, or write --data.one_hot false"
             )
 
     def examiner(self, data: Data, feed: Feed, world: World) -> Mistakes | None:

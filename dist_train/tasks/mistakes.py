@@ -47,18 +47,20 @@ class Mistakes:
         outputs, targets = tensor_of(outputs), inputs_and_targets(batch.tree)[1]
         count, width = outputs.shape
         true, predicted = targets if targets.dim() == 1 else targets.argmax(1), outputs.argmax(1)
+        ignored = self.task.ignored
+        counts = torch.ones_like(true, dtype=torch.bool) if ignored is None else true != ignored
         if not self.seen and len(self.classes) <= CONFUSION_CLASSES and width <= CONFUSION_CLASSES:
             self.classes += tuple(str(i) for i in range(len(self.classes), width))  # outputs that are no class
             size = len(self.classes)
             self.confusion = torch.zeros(size * size, dtype=torch.int64, device=outputs.device)
         if self.confusion is not None:
             size = len(self.classes)
-            self.confusion.index_add_(0, true * size + predicted, torch.ones_like(true))
+            self.confusion.index_add_(0, true.where(counts, 0) * size + predicted, counts.to(torch.int64))
         found = {
             "index": torch.arange(self.next, self.next + count, device=outputs.device),
             "true": true,
             "predicted": predicted,
-            "loss": self.task.loss_of(outputs, targets, "none"),
+            "loss": self.task.loss_of(outputs, targets, "none").masked_fill(~counts, -torch.inf),  # below all others
             "confidence": self._confidence(outputs, predicted),
         }
         both = {name: torch.cat([self.worst[name], found[name]]) if self.seen else found[name] for name in COLUMNS}
@@ -87,6 +89,8 @@ class Mistakes:
         if not self.is_main:
             return
         worst = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        counted = worst["loss"] != -np.inf
+        worst = {name: value[counted] for name, value in worst.items()}
         key = np.nan_to_num(worst["loss"].astype(np.float64), nan=np.inf)
         order = np.lexsort([worst["index"], -key, ~np.isnan(worst["loss"])])[:WORST]  # the last is the first key
         worst = {name: value[order] for name, value in worst.items()}
