@@ -138,6 +138,12 @@ class TrainConfig:
     """Evaluate after every so many epochs (null: only at the end and by eval_every_steps)."""
     eval_every_steps: int | None = None
     """Evaluate after every so many optimizer steps."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """End where a metric no longer gets better: metric, such as eval/loss (the task's own); patience, evaluations in a
+    row that are no better (3); min_delta, by which a better one is better at least (0.0). With none of them, never."""
+    hooks: list[Any] = field(default_factory=list)
+    """Your own classes that are called at the steps of the run, as module:Class, or {name: module:Class, ...} with
+    arguments; see hooks.md."""
     eval_batch_size: int | None = None
     """Samples at once on a rank during evaluation. Does not change the result. null: as many as a training micro-batch
     has, or more, up to 2048, where their inputs and outputs take little memory."""

@@ -145,7 +145,7 @@ def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) ->
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    data = _call(DATASETS, cfg.name, "data", {"root": cfg.root, "download": download}, cfg.args)
+    data = call(DATASETS, cfg.name, "data", {"root": cfg.root, "download": download}, cfg.args)
     if not isinstance(data, Data):
         raise ConfigError(
             f"data.name: got {type(data).__name__} from {cfg.name}, expected a dist_train.data.sets.Data; end it with "
@@ -159,7 +159,7 @@ def make_task(config: Config, data: Data) -> Task:
     cfg = config.task
     fields = {"loss": cfg.loss, "metrics": cfg.metrics}
     given = {k: v for k, v in fields.items() if v is not None} | cfg.args
-    task = _call(TASKS, cfg.name, "task", data.known(), given)
+    task = call(TASKS, cfg.name, "task", data.known(), given)
     if not isinstance(task, Task):
         raise ConfigError(
             f"task.name: got {cfg.name}, which gives {type(task).__name__}, expected a class that is derived from "
@@ -170,7 +170,12 @@ def make_task(config: Config, data: Data) -> Task:
 
 def best(config: Config, task: Task) -> Best:
     """What decides which checkpoint is the best."""
-    metric = config.checkpoint.best_metric or f"eval/{task.best}"
+    return best_of(config.checkpoint.best_metric, task)
+
+
+def best_of(metric: str | None, task: Task) -> Best:
+    """Which way a metric gets better; None is the task's own."""
+    metric = metric or f"eval/{task.best}"
     return Best(metric, metric.rpartition("/")[2] in task.lower_is_better)
 
 
@@ -198,7 +203,7 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.train.seed)
-            model = _call(MODELS, cfg.name, "model", data.known(), given)
+            model = call(MODELS, cfg.name, "model", data.known(), given)
             _check_model(model, cfg.name)
             with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
                 _settle_lazy(model, data)
@@ -243,7 +248,7 @@ def _check_model(model: Any, name: str) -> None:
         )
 
 
-def _call(
+def call(
     registry: Mapping[str, str], name: str, section: str, known: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Any:
     """Calls what a section of the config names. Raises ConfigError: for arguments that it does not take, and for an
