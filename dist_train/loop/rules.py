@@ -117,6 +117,6 @@ def _early_stopping(config: Config) -> Iterator[str]:
     if metric is not None and not isinstance(metric, str):
         yield f"{path}.metric: got {metric!r}, expected the name of a metric; for example --{path}.metric eval/loss"
     if type(patience) is not int or patience < 1:
-        yield f"{path}.patience: got {patience!r}, expected a whole number of at least 1; for example --{path}.patience 3"
+        yield f"{path}.patience: got {patience!r}, expected a whole number above 0; for example --{path}.patience 3"
     if type(delta) not in (int, float) or not (math.isfinite(delta) and delta >= 0):
         yield f"{path}.min_delta: got {delta!r}, expected a number of 0 or more; for example --{path}.min_delta 0.001"

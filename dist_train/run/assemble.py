@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dist_train.checkpoint.manifest import Best
 from dist_train.config.arguments import asked
 from dist_train.config.lookup import load
 from dist_train.config.own_code import blamed
-from dist_train.config.tree import Config, DataConfig
+from dist_train.config.tree import Config, DataConfig, OptimConfig
 from dist_train.data import DATASETS
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
@@ -30,6 +30,9 @@ from dist_train.ranks.dist import World
 from dist_train.run.look import LOOKED_AT, look
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Examiner, Task, units_per_sample
+
+# Of a model that nobody knows how to call but a loop of the user's own: any step may take another way through it.
+UNSEEN = Findings(varies=True)
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Parts:
         precision: the formats of the run.
         loaded: lines about what was loaded from model.init_from.
         findings: what a first forward and backward of the model showed.
+        optims: of the parts of a model that have an optimizer each, by their name.
     """
 
     data: Data
@@ -53,6 +57,7 @@ class Parts:
     precision: Precision
     loaded: tuple[str, ...]
     findings: Findings = NOTHING
+    optims: Mapping[str, OptimConfig] = field(default_factory=dict)
 
     @property
     def feed(self) -> Feed:
@@ -62,7 +67,7 @@ class Parts:
     @property
     def test_feeds(self) -> dict[str, Feed]:
         """Batches of each test split; the name of the only one is empty."""
-        return {name: self.feeds[name or "test"] for name in self.data.tests}
+        return {name: self.feeds[name or "test"] for name in self.data.tests} if self.task.evaluates else {}
 
     def evaluation(self, config: Config, world: World, examiners: Mapping[str, Examiner] | None = None) -> Evaluation:
         """Of the test splits.
@@ -121,6 +126,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if config.compile.scope == "step" and trained is None:
         _check_captured(task, data, feeds["train"], device)
     model = model.to(device)
+    if not task.evaluates:
+        return Parts(data, task, model, feeds, precision, loaded, UNSEEN)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
         findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
     if findings.written:  # which the first samples have done now, so again from the start

@@ -56,14 +56,14 @@ def _hooks(config: Config, _: Launcher) -> Iterator[str]:
         found = hook_of(entry)
         if found is None or ":" not in found[0]:
             yield (
-                f"train.hooks: got {entry!r}, expected module:Class, or {{name: module:Class, ...}} with its arguments; "
+                f"train.hooks: got {entry!r}, expected module:Class, or {{name: module:Class, ...}} with arguments; "
                 f"for example --train.hooks '[my_module:MyHook]'"
             )
             continue
         name, args = found
         takes = accepts({}, name, "train.hooks")
         for key in args.keys() - takes.keys() if "**" not in takes else ():
-            yield f"train.hooks: got {key} of {name}, expected one of its arguments ({', '.join(takes) or 'it has none'})"
+            yield f"train.hooks: got {key} of {name}, expected one of its arguments: {', '.join(takes) or 'none'}"
         for key in [key for key, required in takes.items() if required and key not in args]:
             yield f"train.hooks: got no {key} of {name}, which needs it; write {{name: {name}, {key}: VALUE}}"
 

@@ -1,5 +1,6 @@
 """train.early_stopping: ends a run whose metric no longer gets better."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,15 +35,20 @@ class EarlyStopping(Hook):
                 f"--train.early_stopping.metric {next(iter(metrics), 'eval/loss')}"
             )
         value = metrics[name]
-        if self.best is None or (self.best - value if self.of.lowest else value - self.best) > self.min_delta:
-            if value == value:  # not a number is never the best
-                self.best, self.best_step, self.worse = value, run.step, 0
-                return
+        if self._better(value):
+            self.best, self.best_step, self.worse = value, run.step, 0
+            return
         self.worse += 1
         if self.worse >= self.patience:
-            best = "a number" if self.best is None else f"better than {self.best:.6g} at step {self.best_step}"
+            best = "a number" if self.best is None else f"better than {self.best:.6g}, of step {self.best_step}"
             times = f"{self.worse} evaluation{'s' if self.worse > 1 else ''}"
-            run.stop(f"train.early_stopping: in {times} {name} was not {best}")
+            by = f" by more than {self.min_delta}" if self.min_delta else ""
+            run.stop(f"train.early_stopping: in {times} {name} was not {best}{by}")
+
+    def _better(self, value: float) -> bool:
+        if self.best is None:
+            return not math.isnan(value)
+        return (self.best - value if self.of.lowest else value - self.best) > self.min_delta
 
     def state(self) -> dict[str, float | int]:
         """See Hook."""

@@ -47,8 +47,8 @@ class Hook:
         """When the run has finished, or was asked to end and is saved."""
 
     def state(self) -> Mapping[str, Value]:
-        """What a checkpoint keeps of it: numbers and tensors by name. They are taken from rank 0. Of a DTensor each rank
-        saves its shard, so that it resumes at another world size. Asked for after `start`."""
+        """What a checkpoint keeps of it: numbers and tensors by name, those of rank 0. Of a DTensor each rank saves its
+        shard, so that it resumes at another world size. Asked for after `start`."""
         return {}
 
     def load(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""A run in the processes that have joined: the one object that its parts, hooks and loops of a user's own are handed."""
+"""A run in the processes that have joined: the one object that its parts, hooks and own loops are handed."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -121,9 +121,7 @@ class Run:
         """
         taken = sorted(set(metrics) & set(OF_A_LINE))
         if taken:
-            raise ValueError(
-                f"log: got {taken[0]!r}, which each line of metrics has for itself; call it train/{taken[0]}"
-            )
+            raise ValueError(f"log: got {taken[0]!r}, which each line of metrics has anyway; call it train/{taken[0]}")
         self.work.meter.event({name: float(value) for name, value in metrics.items()})
 
     def say(self, text: str) -> None:

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from dist_train import backends
+from dist_train.backends.base import Backend
 from dist_train.checkpoint import resume, weights
 from dist_train.checkpoint.save import Checkpoints, Facts, Stopped, saves
 from dist_train.config.tree import Config
@@ -102,15 +103,16 @@ class Training:
     Args:
         run: opened.
         hooks: by name.
+        own_loop: the steps are taken by a loop of the user's own, which may end early as a hook may.
 
     Attributes:
         work: for the loop; to call its `after_step` after every step.
     """
 
-    def __init__(self, run: Run, hooks: Mapping[str, Hook]):
+    def __init__(self, run: Run, hooks: Mapping[str, Hook], own_loop: bool = False):
         work, flops = prepare(run)
         config, say = run.config, run.trackers.say
-        self.run, self.hooks = run, Hooks(hooks, run) if hooks else None
+        self.run, self.hooks = run, Hooks(hooks, run) if hooks or own_loop else None
         best = assemble.best(config, work.task)
         self.checkpoints = Checkpoints(
             config, run.world, run.folder, run.facts, work.backend, best, run.damaged, run.trackers.wandb_id
@@ -134,15 +136,19 @@ class Training:
     def _with_hooks(self, meter: Meter) -> None:
         assert self.hooks is not None
         self.hooks.after_step(meter)
-        ends = self.run.stopped is not None and meter.result.steps < meter.total_steps
-        if ends and self.work.evaluation.splits and meter.evaluated_step != meter.result.steps:
+        if self.run.stopped is not None and meter.result.steps < meter.total_steps:
+            self.end_early()
+        self.checkpoints.after_step(meter)
+
+    def end_early(self) -> None:
+        """Ends the run after the step that was taken last, as Run.stop says. Raises Ended."""
+        meter = self.work.meter
+        if self.work.evaluation.splits and meter.evaluated_step != meter.result.steps:
             with meter.evaluating() as metrics:
                 metrics.update(self.work.evaluation.run(self.work.model, meter.phases, last=True))
-        self.checkpoints.after_step(meter)
-        if ends:
-            if saves(self.run.config.checkpoint):
-                self.checkpoints.save(meter)
-            raise Ended
+        if saves(self.run.config.checkpoint):
+            self.checkpoints.save(meter)
+        raise Ended
 
     def stop(self, stopped: Stopped) -> Outcome:
         """The run was asked to end, and is saved."""
@@ -184,7 +190,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
-    backend = backends.create(config, world, parts.findings)
+    backend = _backend(config, world, parts)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
     run.control.phases.journal = backend.journal
     progress = None
@@ -197,6 +203,15 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     evaluation = parts.evaluation(config, world, watched)
     of = config, world, backend, model, optimizer, parts.task, parts.feed, evaluation, trackers, run.control
     return Work(*of, after_step=lambda meter: None, progress=progress), flops
+
+
+def _backend(config: Config, world: World, parts: Parts) -> Backend:
+    if not parts.optims:
+        return backends.create(config, world, parts.findings)
+    from dist_train.backends.several import Several
+
+    factories = {name: optim.factory(cfg) for name, cfg in parts.optims.items()}
+    return Several(config, world, lambda *of: backends.create(*of, parts.findings), factories)
 
 
 def _begin(course: Course, progress: Progress | None, backend: str, world: World) -> Metrics:

@@ -11,6 +11,7 @@ from dist_train.checkpoint import resume
 from dist_train.checkpoint.rules import resumes
 from dist_train.checkpoint.save import Facts
 from dist_train.config.tree import Config, run_folder
+from dist_train.errors import ConfigError
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.ranks.launcher import Launcher
@@ -30,19 +31,25 @@ class Joined(NamedTuple):
 
 
 @contextmanager
-def joined(config: Config, launcher: Launcher) -> Iterator[Joined]:
+def joined(config: Config, launcher: Launcher, own_loop: bool = False) -> Iterator[Joined]:
     """Builds the parts of a run, says what is wrong with them, and joins the ranks. The process keeps no number of
     threads of it. Raises ConfigError.
 
     Args:
         config: passed `check`.
         launcher: who started this process.
+        own_loop: the user's loop has the loss, so that no task needs to.
     """
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     threads = torch.get_num_threads()
     dist.set_threads(config.train.threads, launcher.local_world_size)
     try:
         parts = assemble.build(config, device, warm=not resumes(config))
+        if not (parts.task.evaluates or own_loop):
+            raise ConfigError(
+                f"task.name: got {config.task.name}, which has no loss, for a loop of your own in dist_train.session; "
+                f"expected another, for example --task.name classification"
+            )
         backend = chosen(config.backend.name, launcher.name)
         fit.check_model(backend, parts.findings, parts.model, config.backend.zero_stage)
         fit.check_sparse(config, backend, device, parts.findings)
