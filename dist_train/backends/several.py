@@ -62,9 +62,9 @@ class Several(Backend):
         others = self.pending - {name}
         if others:
             raise ConfigError(
-                f"session: got a backward of {name} while gradients of {', '.join(sorted(others))} wait for their update, "
-                f"which would mix with it; expected update({sorted(others)[0]!r}) before; with micro-batches, go through "
-                f"the step once for each part"
+                f"session: got a backward of {name} while gradients of {', '.join(sorted(others))} wait for their "
+                f"update, which would mix with it; expected update({sorted(others)[0]!r}) before; with micro-batches, "
+                f"go through the step once for each part"
             )
         self.parts[name].backward(loss)
         self.pending.add(name)
@@ -118,12 +118,14 @@ def _check(model: nn.Module, children: Mapping[str, nn.Module], parts: Mapping[s
         for parameter in children[name].parameters():
             if owner.setdefault(parameter, name) != name:
                 raise ConfigError(
-                    f"optimizers: got a weight that {owner[parameter]} and {name} share, expected parts with weights of "
-                    f"their own"
+                    f"optimizers: got a weight that {owner[parameter]} and {name} share, expected parts with weights "
+                    f"of their own"
                 )
     loose = [name for name, p in [*model.named_parameters(), *model.named_buffers()] if name.split(".")[0] not in parts]
     if loose:
-        raise ConfigError(f"optimizers: got no optimizer for {loose[0]}, expected all of the model in {', '.join(parts)}")
+        raise ConfigError(
+            f"optimizers: got no optimizer for {loose[0]}, expected all of the model in {', '.join(parts)}"
+        )
 
 
 def _is_of(name: str, path: str) -> bool:
@@ -140,5 +142,3 @@ def _of_part(name: str, path: str) -> str:
 def _whole(name: str, path: str) -> str:
     section, _, rest = path.partition(".")
     return f"{section}.{name}.{rest}"
-
-

@@ -49,4 +49,6 @@ def named(value: Any) -> str | None:
         found = getattr(importlib.import_module(module), name, None)
     except ImportError:
         return None
+    if module == "__mp_main__":  # as a spawned process calls the script that it was started for
+        module = "__main__"
     return f"{module}:{name}" if found is value else None

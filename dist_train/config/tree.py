@@ -258,7 +258,7 @@ class Config:
 
 def to_config(tree: dict[str, dict[str, Any]]) -> Config:
     """The dataclasses of a nested dictionary whose values have been checked."""
-    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})
+    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})  # type: ignore[operator]
 
 
 def to_tree(config: Config) -> dict[str, dict[str, Any]]:

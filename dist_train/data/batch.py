@@ -106,7 +106,7 @@ def _children(tree: Any) -> tuple[list[Any], Rebuild] | None:
         return [tree[key] for key in keys], lambda values: dict(zip(keys, values, strict=True))
     if isinstance(tree, tuple):  # a NamedTuple
         return list(tree), lambda values: kind(*values)
-    if dataclasses.is_dataclass(tree):
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         fields = [field.name for field in dataclasses.fields(tree)]
         values = [getattr(tree, name) for name in fields]
         return values, lambda values: dataclasses.replace(tree, **dict(zip(fields, values, strict=True)))

@@ -22,7 +22,7 @@ def fit(
     hooks: "Sequence[HookLike]" = (),
     **sections: Mapping[str, Any],
 ) -> Outcome:
-    """Trains, as `python -m dist_train` does: in this process alone, or under torchrun and its like on all of its ranks.
+    """Trains, as `python -m dist_train` does: in this process alone, or under torchrun and the like on all its ranks.
 
     What it does to the process it takes back at its end: signal handlers, the number of threads, its group of ranks.
 

@@ -57,7 +57,9 @@ def configured(
             callables[f"hook{i}"] = _called("hook", hook)
             asked.append(f"hook{i}")
     with given.objects(callables) as names:
-        objects = {section: {"name": names[section]} for section in ("data", "model", "task") if section in names}
+        objects: dict[str, Any] = {
+            section: {"name": names[section]} for section in ("data", "model", "task") if section in names
+        }
         listed = [names.get(entry, entry) if isinstance(entry, str) else dict(entry) for entry in asked]
         yield made(config, objects, {"train": {"hooks": listed}})
 
@@ -69,7 +71,8 @@ def _called(what: str, value: Any) -> Any:
     if not callable(value) or (what == "model" and not isinstance(value, type) and hasattr(value, "parameters")):
         raise ConfigError(
             f"{what}: got {type(value).__name__}, expected a function or class that makes the {what}, as its first "
-            f"weights are drawn from train.seed, the same on every rank; for example {what}=lambda: {type(value).__name__}()"
+            f"weights are drawn from train.seed, the same on every rank; for example {what}=lambda: "
+            f"{type(value).__name__}()"
         )
     return value
 

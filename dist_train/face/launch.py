@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
+from multiprocessing.context import ForkContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
@@ -41,9 +41,9 @@ def launch(function: Callable[..., Answer], *args: Any, ranks: int = 2, **kwargs
     """Calls a function in several new processes of this machine that are ranks of one another, as under torchrun: `fit`
     and `session` join them. What the ranks write is written here.
 
-    A function of a module is called in fresh processes that import it. One that only this process knows (of a notebook's
-    cell, a lambda, a nested one) is called in copies of this process, made by fork: that is refused once this process
-    has used a GPU, and such ranks compute with one CPU thread each, as torch's own threads do not survive a fork.
+    A function of a module is called in fresh processes that import it. One that only this process knows (of a cell of a
+    notebook, a lambda, a nested one) is called in copies of this process, made by fork: that is refused once this
+    process has used a GPU, and such ranks compute with one CPU thread each, as torch's threads do not survive a fork.
     A script that calls this at its top level does so below `if __name__ == "__main__":`.
 
     Args:
@@ -73,7 +73,7 @@ def launch(function: Callable[..., Answer], *args: Any, ranks: int = 2, **kwargs
             output, writing = context.Pipe(duplex=False)
             place = _place(rank, ranks, port)
             given = place, context.get_start_method() == "fork", answering, writing, function, args, kwargs
-            process = context.Process(target=_rank, args=given, name=f"rank {rank}", daemon=False)
+            process: BaseProcess = context.Process(target=_rank, args=given, name=f"rank {rank}", daemon=False)
             _start(process)
             answering.close()
             writing.close()
@@ -90,7 +90,7 @@ def launch(function: Callable[..., Answer], *args: Any, ranks: int = 2, **kwargs
             link.close()
 
 
-def _context(function: Callable[..., Any]) -> BaseContext:
+def _context(function: Callable[..., Any]) -> SpawnContext | ForkContext:
     """How processes are made that know the function."""
     found = named(function)
     script = getattr(sys.modules["__main__"], "__file__", None)
@@ -99,9 +99,9 @@ def _context(function: Callable[..., Any]) -> BaseContext:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise ConfigError(
-            f"launch: got {getattr(function, '__name__', function)!r}, which only this process knows, after this process "
-            f"has used a GPU, which a copy of it cannot; put the function into a module of its own, or start the kernel "
-            f"anew and call launch before anything on the GPU"
+            f"launch: got {getattr(function, '__name__', function)!r}, which only this process knows, after this "
+            f"process has used a GPU, which a copy of it cannot; put the function into a module of its own, or start "
+            f"the kernel anew and call launch before anything on the GPU"
         )
     return multiprocessing.get_context("fork")
 
@@ -200,7 +200,9 @@ class _Ranks:
         failed = {rank: found for rank, found in self.came.items() if isinstance(found, _Failed)}
         if not failed:
             return
-        rank = min(failed, key=lambda rank: (failed[rank].echo, not failed[rank].text))  # of equals, the first that came
+        rank = min(
+            failed, key=lambda rank: (failed[rank].echo, not failed[rank].text)
+        )  # of equals, the first that came
         found = failed[rank]
         error = RankError(rank, found.what, found.text)
         cause = pickle.loads(found.error) if found.error else None

@@ -230,7 +230,9 @@ class Session(Run):
         self._count()
         meter, evaluation = self.work.meter, self.work.evaluation
         if not evaluation.splits:
-            raise ConfigError("session: got evaluate(), but there is no task, or no test split, to evaluate by; expected both")
+            raise ConfigError(
+                "session: got evaluate(), but there is no task, or no test split, to evaluate by; expected both"
+            )
         if meter.evaluated_step != meter.result.steps:
             with meter.evaluating() as metrics:
                 metrics.update(evaluation.run(self.work.model, meter.phases))
@@ -257,7 +259,7 @@ class Session(Run):
         super().stop(why)
 
     def _part(self, name: str | None) -> str:
-        if name not in self.models:
+        if name is None or name not in self.models:
             raise ConfigError(f"session: got the part {name!r}, expected one of {', '.join(self.models)}")
         return name
 
@@ -269,7 +271,9 @@ class Session(Run):
         self._open = None
         expected = set(self.models) or {""}
         if step._updated != expected:
-            missing = ", ".join(f"update({name!r})" if name else "update()" for name in sorted(expected - step._updated))
+            missing = ", ".join(
+                f"update({name!r})" if name else "update()" for name in sorted(expected - step._updated)
+            )
             raise ConfigError(f"session: got a step without {missing}, expected it after the batches of every step")
         self.work.meter.step(step.count, step.units, step.lr, step._norm())
         self._due = True
@@ -280,12 +284,12 @@ class Session(Run):
         if not self._due:
             return
         self._due = False
-        work, meter, cfg = self.work, self.work.meter, self.config.train
-        if work.evaluation.splits and meter.evaluated_step != meter.result.steps:
-            if evaluation_due(cfg, meter.result.steps, work.total_steps, meter.steps_per_epoch):
-                last = meter.result.steps == work.total_steps
-                with meter.evaluating() as metrics:
-                    metrics.update(work.evaluation.run(work.model, meter.phases, last=last))
+        work, meter = self.work, self.work.meter
+        done, total = meter.result.steps, work.total_steps
+        wanted = work.evaluation.splits and meter.evaluated_step != done
+        if wanted and evaluation_due(self.config.train, done, total, meter.steps_per_epoch):
+            with meter.evaluating() as metrics:
+                metrics.update(work.evaluation.run(work.model, meter.phases, last=done == total))
         work.after_step(meter)
 
     def _leave(self) -> None:
@@ -307,12 +311,14 @@ def _optims(config: Config, launcher: Launcher, optimizers: Mapping[str, Mapping
     name = chosen(config.backend.name, launcher.name)
     if name == "deepspeed":
         raise ConfigError(
-            f"backend.name: got deepspeed with optimizers of {', '.join(optimizers)}, but its engine has one optimizer; "
+            f"backend.name: got deepspeed with optimizers of {', '.join(optimizers)}, but its engine has one; "
             f"write backend={{'name': 'ddp'}} or {{'name': 'fsdp2'}}"
         )
     if config.train.precision == "float16":
-        raise ConfigError("train.precision: got float16 with several optimizers, whose losses would need a scale each; "
-                          "write train={'precision': 'bfloat16'}")
+        raise ConfigError(
+            "train.precision: got float16 with several optimizers, whose losses would need a scale each; "
+            "write train={'precision': 'bfloat16'}"
+        )
     found = {}
     for part, differs in optimizers.items():
         one = made(config, {"optim": differs})

@@ -143,7 +143,7 @@ class Hooks:
             values, fill = {}, {}
             for path in paths:
                 key = path.removeprefix(prefix)
-                value = now.get(key)
+                value: Any = now.get(key)
                 if not is_sharded(value):
                     value = torch.zeros(saved[path].size, dtype=saved[path].properties.dtype)
                 values[key], fill[path] = value, value if isinstance(value, Shards) else shards_of(value)

@@ -17,6 +17,6 @@ class OwnLoop(Task):
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """Raises ConfigError."""
         raise ConfigError(
-            "task.name: got none, which has no loss, expected a task where one is asked for its loss; give one, such as "
-            "task='classification'"
+            "task.name: got none, which has no loss, expected a task where one is asked for its loss; give one, such "
+            "as task='classification'"
         )
