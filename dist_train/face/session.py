@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 import torch
 from torch import nn
@@ -64,8 +64,8 @@ def session(
     """
     with configured(config, data, model, task, hooks, sections) as settled:
         launcher = detect()
-        check(settled, launcher)
         optims = _optims(settled, launcher, optimizers or {})
+        check(settled, launcher)
         orphan.started_by(launcher.name)
         with start.joined(settled, launcher, own_loop=True) as (world, parts, facts, every):
             parts = dataclasses.replace(parts, optims=optims)
@@ -134,10 +134,11 @@ class Step:
         if not self._batch.size:  # a stand-in, as this rank has no sample
             loss_sum = loss_sum * 0.0
         loss = loss_sum / self.units
+        name = loop._part(part)
         if loop.several is None:
             loop.backend.backward(loss)
         else:
-            loop.several.backward_of(loop._part(part), loss)
+            loop.several.backward_of(name, loss)
         if part is None or part == next(iter(loop.models)):
             loop.work.meter.add(loss_sum)  # `train/loss` is that of the first part
         loop.control.phases("forward")
@@ -152,11 +153,12 @@ class Step:
         loop, config = self._loop, self._loop.config
         loop.control.phases("optimizer")
         measure = loop.work.meter.due(loop.step + 1)
+        name = loop._part(part)
         if loop.several is None:
             norm = loop.backend.step(config.train.grad_clip, measure)
         else:
-            norm = loop.several.step_of(loop._part(part), config.train.grad_clip, measure)
-        self._updated.add(part or "")
+            norm = loop.several.step_of(name, config.train.grad_clip, measure)
+        self._updated.add(name)
         self._norms += [] if norm is None else [norm]
         loop.control.phases("data")
 
@@ -220,9 +222,18 @@ class Session(Run):
                 lr = lr_at(self.config.optim, meter.result.steps, total)
                 self._open = Step(self, plan.batch_size(at), list(micro_batches), units, lr)
                 yield self._open
-                if self._open is not None and not self._open._begun:
-                    raise ConfigError("session: got a step without backward and update, expected both in every step")
+                self._check_taken()
                 self._close()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, the one that was just updated among them."""
+        return super().step + (self._open is not None and not self._missing)
+
+    def log(self, metrics: Mapping[str, SupportsFloat]) -> None:
+        """See Run; after an update, under its step."""
+        self._count()
+        super().log(metrics)
 
     def evaluate(self) -> dict[str, float]:
         """The metrics of the task on all test splits, as the model is now: those of the step, if it was evaluated.
@@ -259,24 +270,35 @@ class Session(Run):
         super().stop(why)
 
     def _part(self, name: str | None) -> str:
+        """The name of a part; empty where the model has one optimizer. Raises ConfigError."""
+        if not self.models and name is not None:
+            raise ConfigError(
+                f"session: got the part {name!r}, but the model has one optimizer; leave it out, or write "
+                f"session(..., optimizers={{{name!r}: {{}}, ...}})"
+            )
+        if not self.models:
+            return ""
         if name is None or name not in self.models:
             raise ConfigError(f"session: got the part {name!r}, expected one of {', '.join(self.models)}")
         return name
 
+    @property
+    def _missing(self) -> list[str]:
+        """The updates that the open step lacks."""
+        assert self._open is not None
+        return sorted((set(self.models) or {""}) - self._open._updated)
+
     def _count(self) -> None:
-        """The open step counts, if it was taken."""
-        step = self._open
-        if step is None or not step._begun:
-            return
-        self._open = None
-        expected = set(self.models) or {""}
-        if step._updated != expected:
-            missing = ", ".join(
-                f"update({name!r})" if name else "update()" for name in sorted(expected - step._updated)
-            )
-            raise ConfigError(f"session: got a step without {missing}, expected it after the batches of every step")
-        self.work.meter.step(step.count, step.units, step.lr, step._norm())
-        self._due = True
+        """The open step counts, if it is taken."""
+        if self._open is not None and not self._missing:
+            step, self._open, self._due = self._open, None, True
+            self.work.meter.step(step.count, step.units, step.lr, step._norm())
+
+    def _check_taken(self) -> None:
+        """Raises ConfigError where the open step is not taken whole."""
+        if self._open is not None and self._missing:
+            calls = ", ".join(f"update({name!r})" if name else "update()" for name in self._missing)
+            raise ConfigError(f"session: got a step without {calls}, expected it after the batches of every step")
 
     def _close(self) -> None:
         """Does what is due after a step. Raises Stopped and Ended."""
@@ -294,7 +316,8 @@ class Session(Run):
 
     def _leave(self) -> None:
         """The loop has ended, or was left. Raises Stopped and Ended."""
-        self._count()
+        if self._open is not None and self._open._begun:  # else it was left as it came
+            self._check_taken()
         if self.step < self.total_steps:
             super().stop(LEFT)
         self._close()
