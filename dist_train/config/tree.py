@@ -67,7 +67,7 @@ class TaskConfig:
     """What the model is trained for. A null is the task's own default."""
 
     name: str = "classification"
-    """classification, or your own class as module:Class."""
+    """classification, or your own class as module:Class; none, for a loop of your own (dist_train.session)."""
     loss: str | None = None
     """classification: cross_entropy (default), which takes logits, nll, log-probabilities, or mse, one-hot targets
     (data.one_hot)."""

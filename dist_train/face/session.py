@@ -50,14 +50,15 @@ def session(
     on after the context.
 
     Args:
-        config: as for `fit`, like all that follows.
-        data: ...
-        model: ...
-        task: gives units and evaluation; "none" goes without: units are samples, and evaluation is the loop's own.
-        hooks: ...
+        config: see `fit`.
+        data: see `fit`.
+        model: see `fit`.
+        task: see `fit`: gives units and evaluation; "none" goes without, units are samples then, and evaluation is the
+            loop's own.
+        hooks: see `fit`.
         optimizers: of a model of several parts with an optimizer each: by the name of a child of the model what differs
             from the section `optim`, such as `{"generator": {}, "discriminator": {"lr": 4e-4}}`.
-        **sections: ...
+        **sections: see `fit`.
 
     Raises:
         ConfigError: a mistake in what was given, with a line for each.
