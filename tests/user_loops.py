@@ -86,8 +86,8 @@ def gan(folder: str, mixed: bool = False, kill_at: int | None = None, **more: di
     return run.outcome
 
 
-def contrastive(folder: str, **more: dict[str, Any]) -> dist_train.Outcome:
-    """Each sample's output is told from all others of the global batch."""
+def contrastive(folder: str, worse_after: int = 99, **more: dict[str, Any]) -> dist_train.Outcome:
+    """Each sample's output is told from all others of the global batch. Its evaluation is no better after a step."""
     with dist_train.session(settings(folder, more), data=DATA, model={"hidden": [9]}, task="none") as run:
         for step in run.steps():
             for batch in step:
@@ -98,7 +98,7 @@ def contrastive(folder: str, **more: dict[str, Any]) -> dist_train.Outcome:
                 likeness = outputs[: len(batch)] @ every.T
                 step.backward(F.cross_entropy(likeness, targets, reduction="sum"))
             step.update()
-            run.evaluated({"eval/loss": 1.0 / (1 + run.step)})
+            run.evaluated({"eval/loss": 1.0 / (1 + min(run.step, worse_after))})
     assert run.outcome is not None
     return run.outcome
 

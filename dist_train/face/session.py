@@ -251,7 +251,7 @@ class Session(Run):
         return dict(meter.result.evaluation)
 
     def evaluated(self, metrics: Mapping[str, float]) -> None:
-        """Takes the metrics of an evaluation of the loop's own, such as `eval/fid`, alike on all ranks: hooks, early
+        """Takes the metrics of an evaluation of the loop's own, such as `eval/score`, alike on all ranks: hooks, early
         stopping and the best checkpoint go by them. After the update of a step. Collective."""
         self._count()
         with self.work.meter.evaluating() as found:

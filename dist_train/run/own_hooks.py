@@ -25,7 +25,7 @@ def _early_stopping(config: Config, parts: assemble.Parts) -> list[Hook]:
     asked = config.train.early_stopping
     if not asked:
         return []
-    if not parts.test_feeds:
+    if parts.task.evaluates and not parts.test_feeds:
         raise ConfigError(
             "train.early_stopping: got a metric to look at, but the data set has no test split to evaluate; leave it "
             "out, or give a test split"

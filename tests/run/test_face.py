@@ -169,7 +169,8 @@ def reference(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("backend", "ranks"), [("single", 1), ("ddp", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3)]
+    ("backend", "ranks"),
+    [("single", 1), ("ddp", 1), ("ddp", 2), ("ddp", 3), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("accelerate", 2)],
 )
 def test_an_own_loop_agrees_with_the_packages(
     zygote: Zygote, tmp_path: Path, reference: Path, backend: str, ranks: int
@@ -280,7 +281,11 @@ def test_a_loss_over_the_whole_batch_and_an_evaluation_of_its_own(zygote: Zygote
         ended.check()
     assert apart(one, ranks) < 1e-9
     told = json.loads((ranks / "summary.json").read_text())
-    assert told["eval/loss"] == 1 / 16
+    assert told["eval/loss"] == 1 / 16 and "ended_early" not in told
+    early = {"train": whole["train"] | {"early_stopping": {"patience": 2}}}
+    zygote.run(script("contrastive", tmp_path / "early", 2, worse_after=6, **early))[0].check()
+    told = json.loads((tmp_path / "early" / "summary.json").read_text())
+    assert told["steps"] == 8 and told["ended_early"].endswith("was not better than 0.142857, of step 6")
 
 
 @pytest.mark.parametrize(
