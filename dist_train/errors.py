@@ -9,6 +9,23 @@ class LaunchError(RuntimeError):
     """What keeps ranks from meeting, in a line of its own: no mistake in the config, and no code to look at."""
 
 
+class RankError(RuntimeError):
+    """A rank that `launch` started has failed. Its message ends with the traceback of that rank.
+
+    Args:
+        rank: which.
+        what: has happened there.
+        text: of its traceback, if it left one.
+    """
+
+    def __init__(self, rank: int, what: str, text: str = ""):
+        super().__init__(f"rank {rank}: {what}" + (f"\n\n{text}" if text else ""))
+        self.rank, self.what, self.text = rank, what, text
+
+    def __reduce__(self) -> tuple:
+        return RankError, (self.rank, self.what, self.text)
+
+
 class ConfigError(ValueError):
     """The user's mistake. Each line names the config path, what was got, what is expected and how to mend it."""
 

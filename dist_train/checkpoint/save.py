@@ -108,6 +108,7 @@ class Checkpoints:
         self.saved_step: int | None = None
         self.pending: Future[None] | None = None
         cfg = config.checkpoint
+        self.beside: Callable[[], dict[str, Shards]] = dict  # what this rank saves beside the backend's state
         self.host = HostCopy()
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
@@ -152,6 +153,7 @@ class Checkpoints:
                 f"random.{self.world.rank}.{name}": shards_of(value)
                 for name, value in randomness.state(self.world.device).items()
             }
+            state |= self.beside()
             what = self._manifest(meter)
             if self.thread is None:
                 self._write(state, what)

@@ -26,9 +26,9 @@ class DataConfig:
     """The data set and how it is read."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, diabetes, multi_label, shapes,
-    or a function or a map-style class by path, as module:name: torchvision.datasets:STL10, datasets:load_dataset, or
-    your own."""
+    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, diabetes, multi_label,
+    shapes, or a function or a map-style class by path, as module:name: torchvision.datasets:STL10,
+    datasets:load_dataset, or your own."""
     root: str = field(default="data", metadata=PATH)
     """Folder with the data; downloads go there, in torchvision's layout."""
     download: bool = True
@@ -68,8 +68,8 @@ class ModelConfig:
     """The model. A null is the model's own default."""
 
     name: str = "mlp"
-    """mlp, unet (for segmentation), or any class or function that gives a torch.nn.Module, as module:name: your own or a
-    library's, such as torchvision.models:resnet18."""
+    """mlp, unet (for segmentation), or any class or function that gives a torch.nn.Module, as module:name: your own or
+    a library's, such as torchvision.models:resnet18."""
     hidden: list[int] | None = None
     """Sizes of the hidden layers (mlp: [512, 512])."""
     activation: str | None = None
@@ -98,7 +98,7 @@ class TaskConfig:
 
     name: str = "classification"
     """classification, regression, multi_label, segmentation, model_loss (the loss that the model returns), or your own
-    class as module:Class."""
+    class as module:Class; none, for a loop of your own (dist_train.session)."""
     loss: str | None = None
     """classification: cross_entropy (default), which takes logits, nll, log-probabilities, or mse, one-hot targets
     (data.one_hot). regression: mse (default), l1, huber or smooth_l1."""
@@ -170,6 +170,12 @@ class TrainConfig:
     """Evaluate after every so many epochs (null: only at the end and by eval_every_steps)."""
     eval_every_steps: int | None = None
     """Evaluate after every so many optimizer steps."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """End where a metric no longer gets better: metric, such as eval/loss (the task's own); patience, evaluations in a
+    row that are no better (3); min_delta, by which a better one is better at least (0.0). With none of them, never."""
+    hooks: list[Any] = field(default_factory=list)
+    """Your own classes that are called at the steps of the run, as module:Class, or {name: module:Class, ...} with
+    arguments; see hooks.md."""
     eval_batch_size: int | None = None
     """Samples at once on a rank during evaluation. Does not change the result. null: as many as a training micro-batch
     has, or more, up to 2048, where their inputs and outputs take little memory."""
@@ -284,7 +290,7 @@ class Config:
 
 def to_config(tree: dict[str, dict[str, Any]]) -> Config:
     """The dataclasses of a nested dictionary whose values have been checked."""
-    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})
+    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})  # type: ignore[operator]
 
 
 def to_tree(config: Config) -> dict[str, dict[str, Any]]:

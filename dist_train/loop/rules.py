@@ -1,5 +1,6 @@
 """What the loop asks of the config: its sizes, the optimizer and its schedule. Pure, and before torch is imported."""
 
+import math
 from collections.abc import Iterator
 
 from dist_train.config.lookup import parameters, torch_optimizers
@@ -7,6 +8,8 @@ from dist_train.config.tree import Config
 from dist_train.config.values import not_finite, too_small, unknown
 from dist_train.ranks.launcher import Launcher
 
+# The keys of train.early_stopping, with their defaults.
+EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
 OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
 UNFIT_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step",
@@ -21,6 +24,7 @@ def problems(config: Config, launcher: Launcher) -> Iterator[str]:
     yield from _batch(config, launcher)
     yield from _optimizer(config)
     yield from _schedule(config)
+    yield from _early_stopping(config)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -102,3 +106,17 @@ def _schedule(config: Config) -> Iterator[str]:
     total = config.train.max_steps
     if total is not None and o.warmup_steps > total:
         yield f"optim.warmup_steps: got {o.warmup_steps}, expected at most train.max_steps, which is {total}"
+
+
+def _early_stopping(config: Config) -> Iterator[str]:
+    asked, path = config.train.early_stopping, "train.early_stopping"
+    for key in asked.keys() - EARLY_STOPPING.keys():
+        yield unknown(path, str(key), list(EARLY_STOPPING))
+    settings = EARLY_STOPPING | asked
+    metric, patience, delta = (settings[key] for key in EARLY_STOPPING)
+    if metric is not None and not isinstance(metric, str):
+        yield f"{path}.metric: got {metric!r}, expected the name of a metric; for example --{path}.metric eval/loss"
+    if type(patience) is not int or patience < 1:
+        yield f"{path}.patience: got {patience!r}, expected a whole number above 0; for example --{path}.patience 3"
+    if type(delta) not in (int, float) or not (math.isfinite(delta) and delta >= 0):
+        yield f"{path}.min_delta: got {delta!r}, expected a number of 0 or more; for example --{path}.min_delta 0.001"

@@ -17,9 +17,7 @@ def train(work: Work) -> Result:
     config, plan, total, evaluation = work.config, work.plan, work.total_steps, work.evaluation
     if work.progress is None:
         dist.seed_draws(config.train.seed, work.world)
-    meter = Meter(
-        work.tracker, total, plan, config.track.every_steps, work.world.device, work.control, work.progress
-    )  # fmt: skip
+    meter = work.meter
     steps = Captured(work, meter) if config.compile.scope == "step" else Eager(work, meter)
     while (done := meter.result.steps) < total:
         epoch, first = divmod(done, plan.steps_per_epoch)

@@ -60,6 +60,14 @@ class Work:
         """The steps of the run, and this rank's part of each."""
         return Plan.of(len(self.feed.split), self.config.train, self.world)
 
+    @cached_property
+    def meter(self) -> Meter:
+        """Counts the steps, from the first that is asked of it."""
+        cfg, control = self.config.track, self.control
+        return Meter(
+            self.tracker, self.total_steps, self.plan, cfg.every_steps, self.world.device, control, self.progress
+        )
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run."""

@@ -110,6 +110,7 @@ def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TI
     yield world
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    _hosts.cache_clear()
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dist_train.config.arguments import asked, placed
 from dist_train.config.lookup import load
 from dist_train.config.objects import as_objects
 from dist_train.config.own_code import blamed
-from dist_train.config.tree import Config, DataConfig
+from dist_train.config.tree import Config, DataConfig, OptimConfig
 from dist_train.data import BATCH_TRANSFORMS, DATASETS, read
 from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
@@ -37,6 +37,9 @@ from dist_train.run.look import LOOKED_AT, look
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Examiner, Task, units_per_sample
 
+# Of a model that nobody knows how to call but a loop of the user's own: any step may take another way through it.
+UNSEEN = Findings(varies=True)
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -50,6 +53,7 @@ class Parts:
         precision: the formats of the run.
         loaded: lines about what was loaded from model.init_from.
         findings: what a first forward and backward of the model showed.
+        optims: of the parts of a model that have an optimizer each, by their name.
     """
 
     data: Data
@@ -59,6 +63,7 @@ class Parts:
     precision: Precision
     loaded: tuple[str, ...]
     findings: Findings = NOTHING
+    optims: Mapping[str, OptimConfig] = field(default_factory=dict)
 
     @property
     def feed(self) -> Feed:
@@ -68,7 +73,7 @@ class Parts:
     @property
     def test_feeds(self) -> dict[str, Feed]:
         """Batches of each test split; the name of the only one is empty."""
-        return {name: self.feeds[name or "test"] for name in self.data.tests}
+        return {name: self.feeds[name or "test"] for name in self.data.tests} if self.task.evaluates else {}
 
     def evaluation(self, config: Config, world: World, examiners: Mapping[str, Examiner] | None = None) -> Evaluation:
         """Of the test splits.
@@ -132,6 +137,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if config.compile.scope == "step" and trained is None:
         _check_captured(task, data, feeds["train"], device)
     model = model.to(device)
+    if not task.evaluates:
+        return Parts(data, task, model, feeds, precision, loaded, UNSEEN)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
         findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now
@@ -158,7 +165,7 @@ def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) ->
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    return read.data(cfg, partial(_call, DATASETS, cfg.name, "data"), download)
+    return read.data(cfg, partial(call, DATASETS, cfg.name, "data"), download)
 
 
 def batch_transforms(config: Config, data: Data) -> BatchTransforms | None:
@@ -166,7 +173,7 @@ def batch_transforms(config: Config, data: Data) -> BatchTransforms | None:
     each = []
     for entry in config.data.batch_transforms:
         name, args = parts_of(entry)
-        made = _call(BATCH_TRANSFORMS, name, "data.batch_transforms", data.known(), args)
+        made = call(BATCH_TRANSFORMS, name, "data.batch_transforms", data.known(), args)
         if not isinstance(made, BatchTransform):
             raise ConfigError(
                 f"data.batch_transforms: got {name}, which gives {type(made).__name__}, expected a class that is "
@@ -181,7 +188,7 @@ def make_task(config: Config, data: Data) -> Task:
     cfg = config.task
     fields = {"loss": cfg.loss, "metrics": cfg.metrics}
     given = {k: v for k, v in fields.items() if v is not None} | cfg.args
-    task = _call(TASKS, cfg.name, "task", data.known(), given)
+    task = call(TASKS, cfg.name, "task", data.known(), given)
     if not isinstance(task, Task):
         raise ConfigError(
             f"task.name: got {cfg.name}, which gives {type(task).__name__}, expected a class that is derived from "
@@ -192,7 +199,12 @@ def make_task(config: Config, data: Data) -> Task:
 
 def best(config: Config, task: Task) -> Best:
     """What decides which checkpoint is the best."""
-    metric = config.checkpoint.best_metric or f"eval/{task.best}"
+    return best_of(config.checkpoint.best_metric, task)
+
+
+def best_of(metric: str | None, task: Task) -> Best:
+    """Which way a metric gets better; None is the task's own."""
+    metric = metric or f"eval/{task.best}"
     return Best(metric, metric.rpartition("/")[2] in task.lower_is_better)
 
 
@@ -220,7 +232,7 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.train.seed)
-            model = _call(MODELS, cfg.name, "model", data.known(), given)
+            model = call(MODELS, cfg.name, "model", data.known(), given)
             _check_model(model, cfg.name)
             with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
                 _settle_lazy(model, data)
@@ -268,7 +280,7 @@ def _check_model(model: Any, name: str) -> None:
         )
 
 
-def _call(
+def call(
     registry: Mapping[str, str], name: str, section: str, known: Mapping[str, Any], given: Mapping[str, Any]
 ) -> Any:
     """Calls what a section of the config names. Raises ConfigError: for arguments that it does not take, and for an

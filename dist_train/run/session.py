@@ -2,63 +2,42 @@
 
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Literal
 
 from dist_train import backends
+from dist_train.backends.base import Backend
 from dist_train.checkpoint import resume, weights
-from dist_train.checkpoint.manifest import Damaged
-from dist_train.checkpoint.resume import Found
-from dist_train.checkpoint.save import Checkpoints, Facts, Stopped
+from dist_train.checkpoint.save import Checkpoints, Facts, Stopped, saves
 from dist_train.config.tree import Config
 from dist_train.data.agree import agree
 from dist_train.data.order import steps_per_epoch
 from dist_train.loop import optim
-from dist_train.loop.meter import Control, Metrics, Progress
+from dist_train.loop.meter import Control, Meter, Metrics, Progress, Result
 from dist_train.loop.train import train
 from dist_train.loop.work import Work, total_steps
-from dist_train.ranks import dist, ending, watchdog
+from dist_train.ranks import dist, watchdog
 from dist_train.ranks.dist import World
 from dist_train.ranks.phases import Phases
 from dist_train.ranks.stop import Requests
 from dist_train.run import assemble, folder, profiling
 from dist_train.run.assemble import Parts
+from dist_train.run.hooks import Hook, Hooks
+from dist_train.run.outcome import Outcome
+from dist_train.run.running import Run
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
 
-
-@dataclass
-class Run:
-    """A run in the processes that have joined: what its parts are handed as one.
-
-    Args:
-        config: the run.
-        world: this rank's place.
-        parts: what it is made of.
-        facts: what its checkpoints must fit.
-        folder: of the run.
-        control: what may end it early, and where it says what it is doing.
-        found: the checkpoint that it resumes from.
-        damaged: checkpoints that were passed over.
-        course: what it has to go.
-        trackers: who is told.
-    """
-
-    config: Config
-    world: World
-    parts: Parts
-    facts: Facts
-    folder: Path
-    control: Control
-    found: Found | None
-    damaged: list[Damaged]
-    course: Course
-    trackers: Trackers
+NO_HOOKS: Mapping[str, Hook] = MappingProxyType({})
 
 
-def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases | None = None) -> int:
+def run(
+    config: Config, world: World, parts: Parts, facts: Facts, hooks: Mapping[str, Hook] = NO_HOOKS,
+    phases: Phases | None = None, quits: bool = True,
+) -> Outcome:  # fmt: skip
     """Trains to the end of the config, or until it is stopped. Collective.
 
     Args:
@@ -66,27 +45,37 @@ def run(config: Config, world: World, parts: Parts, facts: Facts, phases: Phases
         world: this rank's place.
         parts: what the run is made of.
         facts: what its checkpoints must fit.
+        hooks: the user's own, by name.
         phases: where the loop is to say what it is doing, for who wants to know.
-
-    Returns:
-        The exit code.
+        quits: see `opened`.
 
     Raises:
         ConfigError: what only the run's folder can show, or the ranks' data sets together.
     """
-    with opened(config, world, parts, facts, phases) as one:
-        return _train(one)
+    with opened(config, world, parts, facts, phases, quits) as one:
+        training = Training(one, hooks)
+        try:
+            training.begin()
+            return training.finish(train(training.work))
+        except Ended:
+            return training.finish(training.work.meter.finish())
+        except Stopped as stopped:
+            return training.stop(stopped)
 
 
 @contextmanager
 def opened(
-    config: Config, world: World, parts: Parts, facts: Facts, phases: Phases | None = None
+    config: Config, world: World, parts: Parts, facts: Facts, phases: Phases | None = None, quits: bool = True
 ) -> Iterator[Run]:  # fmt: skip
-    """A run with its folder, its trackers and its watchdog; see `run`. Collective."""
+    """A run with its folder, its trackers and its watchdog; see `run`. Collective.
+
+    Args:
+        quits: two interrupts in a row end the process; else they raise KeyboardInterrupt.
+    """
     agree(parts.data, parts.feeds, world)  # before anything whose size depends on it
     cfg = config.train
     phases = phases or profiling.phases(config)
-    requests = Requests(cfg.max_time_s, phases.clock)
+    requests = Requests(cfg.max_time_s, phases.clock, quits)
     control = Control(requests, phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
@@ -104,36 +93,93 @@ def opened(
                 yield Run(config, world, parts, facts, path, control, found, damaged, course, trackers)
 
 
-def _train(run: Run) -> int:
-    config, world, trackers = run.config, run.world, run.trackers
-    work, flops = prepare(run)
-    best = assemble.best(config, work.task)
-    checkpoints = Checkpoints(config, world, run.folder, run.facts, work.backend, best, run.damaged, trackers.wandb_id)
-    saving = checkpoints.after_step
-    work = replace(
-        work,
-        after_step=profiling.profiled(
-            config, world, run.folder, run.control, trackers.say, flops, run.course.at, saving
-        ),
-    )
-    try:
-        result = train(work)
-    except Stopped as stopped:
-        checkpoints.close()
-        trackers.stopped(stopped.why, stopped.step)
-        return ending.STOPPED
-    checkpoints.close()
-    weights.save_weights(run.folder if world.is_main else None, work.backend.weights())  # first of all that is left
-    examiners = work.evaluation.examiners.values()
-    if not all(examiner.seen for examiner in examiners):  # killed after its last step: no evaluation was left
-        work.evaluation.run(work.model, run.control.phases, last=True)
-    for examiner in examiners:
-        examiner.write(run.folder)
-    trackers.finish(result, checkpoints.stalls_s)
-    return ending.OK
+class Ended(Exception):
+    """The run was ended by a hook, after a step that is all done; see Run.stop."""
 
 
-def prepare(run: Run) -> tuple[Work, int | None]:
+class Training:
+    """What a run does around its steps, whoever takes them. Methods are collective.
+
+    Args:
+        run: opened.
+        hooks: by name.
+        own_loop: the steps are taken by a loop of the user's own, which may end early as a hook may.
+
+    Attributes:
+        work: for the loop; to call its `after_step` after every step.
+    """
+
+    def __init__(self, run: Run, hooks: Mapping[str, Hook], own_loop: bool = False):
+        work, flops = prepare(run)
+        config, say = run.config, run.trackers.say
+        self.run, self.hooks = run, Hooks(hooks, run) if hooks or own_loop else None
+        best = assemble.best(config, work.task)
+        self.checkpoints = Checkpoints(
+            config, run.world, run.folder, run.facts, work.backend, best, run.damaged, run.trackers.wandb_id
+        )
+        after_step = self.checkpoints.after_step
+        if self.hooks is not None:
+            self.checkpoints.beside = self.hooks.state
+            after_step = self._with_hooks
+        of = config, run.world, run.folder, run.control, say, flops, run.course.at, after_step
+        self.work = run.prepared = replace(work, after_step=profiling.profiled(*of))
+
+    def begin(self) -> None:
+        """Before the first step. Raises Ended."""
+        if self.hooks is None:
+            return
+        for line in self.hooks.start():
+            self.run.trackers.say(line)
+        if self.run.stopped is not None:  # killed between the last checkpoint and the end
+            raise Ended
+
+    def _with_hooks(self, meter: Meter) -> None:
+        assert self.hooks is not None
+        self.hooks.after_step(meter)
+        if self.run.stopped is not None and meter.result.steps < meter.total_steps:
+            self.end_early()
+        self.checkpoints.after_step(meter)
+
+    def end_early(self) -> None:
+        """Ends the run after the step that was taken last, as Run.stop says. Raises Ended."""
+        meter = self.work.meter
+        if self.work.evaluation.splits and meter.evaluated_step != meter.result.steps:
+            with meter.evaluating() as metrics:
+                metrics.update(self.work.evaluation.run(self.work.model, meter.phases, last=True))
+        if saves(self.run.config.checkpoint):
+            self.checkpoints.save(meter)
+        raise Ended
+
+    def stop(self, stopped: Stopped) -> Outcome:
+        """The run was asked to end, and is saved."""
+        self.checkpoints.close()
+        if self.hooks is not None:
+            self.hooks.end()
+        self.run.trackers.stopped(stopped.why, stopped.step)
+        return self._outcome(self.work.meter.result, "preempted", stopped.why)
+
+    def finish(self, result: Result) -> Outcome:
+        """The run has come to its end, or was ended by a hook."""
+        run, work, evaluation = self.run, self.work, self.work.evaluation
+        self.checkpoints.close()
+        weights.save_weights(run.folder if run.world.is_main else None, work.backend.weights())  # first of what is left
+        examiners = evaluation.examiners.values()
+        if not all(examiner.seen for examiner in examiners):  # no evaluation was left to be the last one
+            evaluation.run(work.model, run.control.phases, last=True)
+        for examiner in examiners:
+            examiner.write(run.folder)
+        if self.hooks is not None:
+            self.hooks.end()
+        early = run.stopped if result.steps < run.course.steps else None
+        run.trackers.finish(result, self.checkpoints.stalls_s, early)
+        return self._outcome(result, "finished", early)
+
+    def _outcome(self, result: Result, status: Literal["finished", "preempted"], why: str | None) -> Outcome:
+        of = result.steps, self.work.meter.epoch, result.samples, result.train_s, dict(result.evaluation)
+        return Outcome(status, why, self.run.folder, *of)
+
+
+def prepare(run: Run) -> tuple[Work, int | str | None]:
     """What the loop works with, on the backend, at the step where it starts; and FLOPs of a step, if they are asked
     for. Collective."""
     config, world, parts, trackers, found = run.config, run.world, run.parts, run.trackers, run.found
@@ -144,7 +190,7 @@ def prepare(run: Run) -> tuple[Work, int | None]:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
     trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
-    backend = backends.create(config, world, parts.findings)
+    backend = _backend(config, world, parts)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, bool(parts.findings.sparse)))
     run.control.phases.journal = backend.journal
     progress = None
@@ -157,6 +203,15 @@ def prepare(run: Run) -> tuple[Work, int | None]:
     evaluation = parts.evaluation(config, world, watched)
     of = config, world, backend, model, optimizer, parts.task, parts.feed, evaluation, trackers, run.control
     return Work(*of, after_step=lambda meter: None, progress=progress), flops
+
+
+def _backend(config: Config, world: World, parts: Parts) -> Backend:
+    if not parts.optims:
+        return backends.create(config, world, parts.findings)
+    from dist_train.backends.several import Several
+
+    factories = {name: optim.factory(cfg) for name, cfg in parts.optims.items()}
+    return Several(config, world, lambda *of: backends.create(*of, parts.findings), factories)
 
 
 def _begin(course: Course, progress: Progress | None, backend: str, world: World) -> Metrics:

@@ -50,6 +50,8 @@ class Task(ABC):
     lower_is_better: tuple[str, ...] = ("loss",)
     """Metrics of which the least is the best; of all others it is the largest."""
 
+    evaluates = True
+    """Whether test splits are evaluated."""
     loss_of_vectors: str | None = None
     """Of a task of classes, its loss: it decides what targets that are vectors may be."""
 

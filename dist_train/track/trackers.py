@@ -18,7 +18,7 @@ from dist_train.ranks import ending
 from dist_train.ranks.dist import World
 from dist_train.ranks.speech import marked
 from dist_train.track import summary
-from dist_train.track.base import Course, Summary, Tracker
+from dist_train.track.base import Course, Summary, Tracker, numbers
 from dist_train.track.console import Lines, shows_bar
 from dist_train.track.jsonl import Jsonl
 from dist_train.track.wandb import WandB, run_id
@@ -54,6 +54,7 @@ class Trackers:
         self.backend = chosen(config.backend.name, world.launcher)
         self.trackers: list[Tracker] = []
         self.code = ending.FAILED
+        self.newest: dict[str, float] = {}  # value of each metric, on every rank
         self.wandb_id: str | None = None
         if not world.is_main:
             return
@@ -93,6 +94,7 @@ class Trackers:
 
     def log(self, metrics: Metrics, line: str | None) -> None:
         """See Tracker."""
+        self.newest |= {name: value for name, value in numbers(metrics).items() if "/" in name}
         self._each("log", metrics, line)
 
     def stopped(self, why: str, step: int) -> None:
@@ -101,13 +103,21 @@ class Trackers:
         self.code = ending.STOPPED
         self.say(f"stopped by {why} after step {step}, and saved; --run.dir {self.folder} goes on from there")
 
-    def finish(self, result: Result, stalls_s: list[float]) -> None:
-        """summary.json, and a last line that says where the results are."""
+    def finish(self, result: Result, stalls_s: list[float], early: str | None = None) -> None:
+        """summary.json, and a last line that says where the results are.
+
+        Args:
+            result: of the run.
+            stalls_s: seconds that training waited for each checkpoint.
+            early: why it ended before its last step; None where it did not.
+        """
         if not self.world.is_main:
             return
         what = summary.finished(self.config, self.world, self.backend, result, stalls_s)
-        self._summary(what)
+        self._summary(what | ({"ended_early": early} if early is not None else {}))
         self.code = ending.OK
+        if early is not None:
+            self.say(f"ended early: {early}")
         if self.config.compile.mode != "off" and (result.recompilations or not result.graphs):
             self.say(
                 f"compile: {result.graphs} graphs, {result.recompilations} after the first epoch and evaluation. "
