@@ -85,7 +85,7 @@ def page() -> str:
             "data.args, by data set", DATASETS, "data.name", ("root", "download", "transforms", "test_transforms")
         )
     )
-    given = ("self", "input_shape", "classes", "hidden", "activation", "dropout")
+    given = ("self", "input_shape", "classes", "outputs", "target_shape", "hidden", "activation", "dropout")
     parts.append(_arguments("model.args, by model", MODELS, "model.name", given))
     return "\n".join(parts)
 

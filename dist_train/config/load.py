@@ -181,7 +181,7 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]], str]:
 def _check_path(path: str) -> None:
     section, _, key = path.partition(".")
     if path in MOVED:
-        raise ConfigError(_moved(path))
+        raise ConfigError(f"{path}: {_moved(path)}")
     sections = list(fields_of(""))
     if path in ("help", "print_config"):
         raise ConfigError(f"command line: got --{path} with a value, expected --{path} alone")
@@ -258,7 +258,7 @@ def _unknown_keys(tree: Mapping[str, Any], file: str) -> Iterator[str]:
             valid = fields_of(section)
             for key in body or ():
                 if f"{section}.{key}" in MOVED:
-                    yield f"{file}: {_moved(f'{section}.{key}')}"
+                    yield f"{section} in {file}: {_moved(f'{section}.{key}')}"
                 elif key not in valid:
                     yield unknown(f"{section} in {file}", str(key), list(valid))
 

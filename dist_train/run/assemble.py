@@ -20,6 +20,7 @@ from dist_train.config.lookup import load
 from dist_train.config.objects import as_objects
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, DataConfig, OptimConfig
+from dist_train.config.values import unknown
 from dist_train.data import BATCH_TRANSFORMS, DATASETS, read
 from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
@@ -143,9 +144,23 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
         findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now
         pass
+    _check_best(config, data, findings.metrics)
     if findings.written:  # which the first samples have done now, so again from the start
         model = build_model(config, data, dtype, trained, warm)[0].to(device)
     return Parts(data, task, model, feeds, precision, loaded, findings)
+
+
+def _check_best(config: Config, data: Data, metrics: tuple[str, ...]) -> None:
+    """Raises ConfigError where nothing measures what the best checkpoint is decided by."""
+    wanted, keeps = config.checkpoint.best_metric, config.checkpoint.keep_best
+    valid = [f"eval/{name}/{metric}" if name else f"eval/{metric}" for name in data.tests for metric in metrics]
+    if keeps and not valid:
+        raise ConfigError(
+            f"checkpoint.keep_best: got {keeps} for a data set without a test split, expected one that the best is "
+            f"measured on; leave it out"
+        )
+    if wanted is not None and valid and wanted not in valid:
+        raise ConfigError(unknown("checkpoint.best_metric", wanted, valid, "metric"))
 
 
 def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) -> None:

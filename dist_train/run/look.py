@@ -13,10 +13,11 @@ from dist_train.backends.precision import Precision
 from dist_train.backends.probe import Findings, probe
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, TrainConfig
+from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, pieces, sizes
 from dist_train.errors import ConfigError
-from dist_train.loop.evaluate import Called
+from dist_train.loop.evaluate import Called, Sums
 from dist_train.models import MODELS
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Task, nbytes, units_of
@@ -58,28 +59,31 @@ def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Pr
 
     found = probe(model, loss, trains)
     with own_task():
-        _evaluated(model, lambda: task.sums(Checked(called, lambda outputs: None, own_model), batch))
+        metrics = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
         _check_units(units_of(task, batch), config.task.name)
     alone = feed.of(first[:1])
     with own_task():
         needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
     return dataclasses.replace(
-        found, needs_two=needs_two, sample_bytes=sample_bytes[0], mixes_samples=task.mixes_samples
+        found, needs_two=needs_two, sample_bytes=sample_bytes[0], mixes_samples=task.mixes_samples, metrics=metrics
     )
 
 
-def _evaluated(model: nn.Module, forward: Callable[[], dict[str, torch.Tensor]]) -> None:
-    """Sums as an evaluation has them: what a metric refuses, it refuses now."""
+def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) -> tuple[str, ...]:
+    """The names of the metrics of an evaluation: what one of them refuses, it refuses now."""
     modes = [(module, module.training) for module in model.modules()]
+    total = Sums(batch.ids.device)
 
     def sums() -> torch.Tensor:
         with torch.no_grad():
-            for name, value in forward().items():
+            found = task.sums(called, batch)
+            for name, value in found.items():
                 if not isinstance(value, torch.Tensor):
                     raise ConfigError(
                         f"task.name: got {type(value).__name__} as the sum {name!r}, expected a tensor that may be "
                         f"added over batches and ranks"
                     )
+            total.add(found | {"units": torch.as_tensor(units_of(task, batch))}, counts=True)
         return torch.zeros(())
 
     model.eval()
@@ -88,6 +92,7 @@ def _evaluated(model: nn.Module, forward: Callable[[], dict[str, torch.Tensor]])
     finally:
         for module, training in modes:
             module.training = training
+    return tuple(task.metrics({name: value.cpu() for name, value in total.tensors.items()}))
 
 
 class Checked:
