@@ -31,7 +31,8 @@ from dist_train.data.order import Plan
 from dist_train.loop import optim
 from dist_train.loop.captured import Captured
 from dist_train.loop.meter import Control, Meter, Metrics, Result
-from dist_train.loop.train import total_steps, train
+from dist_train.loop.train import train
+from dist_train.loop.work import Work, total_steps
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.run import assemble
@@ -74,9 +75,13 @@ class Prepared:
 
     def train(self, after_step: Callable[[Meter], None] = lambda meter: None) -> tuple[Lines, Result]:
         """The product's own loop, from the weights as they are."""
-        lines, parts = Lines(), self.parts
-        of = self.config, self.world, self.backend, self.model, self.optimizer, parts.feed, parts.test_feed, lines
-        return lines, train(*of, after_step, Control())
+        lines = Lines()
+        return lines, train(self.work(lines, Control(), after_step))
+
+    def work(self, lines: Lines, control: Control, after_step: Callable[[Meter], None] = lambda meter: None) -> Work:
+        """What the loop works with."""
+        of = self.config, self.world, self.backend, self.model, self.optimizer, self.parts.task, self.parts.feed
+        return Work(*of, self.parts.evaluation(self.config, self.world), lines, control, after_step)
 
 
 def tutorial(prepared: Prepared, steps: int) -> float:
@@ -122,9 +127,7 @@ def bare(prepared: Prepared, steps: int) -> float:
     config, world, parts = prepared.config, prepared.world, prepared.parts
     plan = Plan.of(len(parts.feed.split), config.train, world)
     meter = Meter(Lines(), total_steps(config.train, plan.steps_per_epoch), plan, EVERY_STEPS, world.device, Control())
-    captured = Captured(
-        config, prepared.backend, prepared.model, prepared.optimizer, parts.feed, plan, parts.precision, meter
-    )
+    captured = Captured(prepared.work(Lines(), Control()), meter)
     captured.begin(0, 0)
     for _ in range(2):  # the first as it is, the second captured
         captured.take(plan.batch_size(0), 0.0, measure=False)

@@ -137,7 +137,7 @@ def serve(folder: Path, name: str) -> None:
     dist.set_threads(config.train.threads, 1)
     parts = assemble.build(config, device)
     with dist.joined(Launcher(), device) as world:
-        laid = [step[0] for step in lay_out(config, world, parts)]
+        laid = [step[0].tree for step in lay_out(config, world, parts)]
     loader: Iterable = laid
     optimizer_of = optim.factory(config.optim, parts.model)
     if way == "written":
@@ -150,7 +150,7 @@ def serve(folder: Path, name: str) -> None:
         def optimizer_of(parameters):
             return getattr(torch.optim, config.optim.name)(parameters, lr=config.optim.lr, **settings)
 
-    loss_of = torch.nn.CrossEntropyLoss(label_smoothing=config.train.label_smoothing)
+    loss_of = torch.nn.CrossEntropyLoss(label_smoothing=config.task.args.get("label_smoothing", 0.0))
     turns = Turns(str(folder / SOCKET), 0, device)
     WAYS[peer](parts.model, optimizer_of, loss_of, loader, len(laid), turns, way, folder)
 

@@ -98,6 +98,7 @@ def stepper(name: str, batch: int, world: Any) -> Callable[[], list[float]]:
     from dist_train.loop import optim
     from dist_train.loop.meter import Control
     from dist_train.loop.train import train
+    from dist_train.loop.work import Work
     from dist_train.run import assemble
     from dist_train.tools.trajectory import Recorder
 
@@ -107,8 +108,9 @@ def stepper(name: str, batch: int, world: Any) -> Callable[[], list[float]]:
     config = load([*argv, "--train.eval_every_epochs", "null", "--train.threads", "1"])
     parts = assemble.build(config, world.device)
     backend = backends.create(config, world, parts.findings)
-    of = backend, *backend.prepare(parts.model, optim.factory(config.optim, parts.model)), parts.feed, parts.test_feed
-    return lambda: train(config, world, *of, Recorder(), lambda meter: None, Control()).step_ms
+    prepared = backend.prepare(parts.model, optim.factory(config.optim, parts.model))
+    of = config, world, backend, *prepared, parts.task, parts.feed, parts.evaluation(config, world)
+    return lambda: train(Work(*of, Recorder(), Control(), lambda meter: None)).step_ms
 
 
 def feeder(batch: int) -> Callable[[], list[float]]:

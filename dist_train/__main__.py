@@ -6,10 +6,8 @@ Without a command it trains. This is the one module that sees all the others.
 import importlib
 import sys
 
-from dist_train.backends import chosen
-from dist_train.checkpoint.rules import resumes
 from dist_train.config.load import load
-from dist_train.config.tree import Config, run_folder
+from dist_train.config.tree import Config
 from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
 from dist_train.ranks import ending, orphan
@@ -60,23 +58,10 @@ def run(config: Config, launcher: Launcher) -> int:
     check(config, launcher)
     orphan.started_by(launcher.name)
 
-    from dist_train.backends import fit
-    from dist_train.checkpoint import resume
-    from dist_train.ranks import dist
-    from dist_train.run import assemble, session
-    from dist_train.run.look import check_shares
+    from dist_train.run import session, start
 
-    device = dist.resolve_device(config.train.device, launcher.local_rank)
-    dist.set_threads(config.train.threads, launcher.local_world_size)
-    parts = assemble.build(config, device, warm=not resumes(config))
-    backend = chosen(config.backend.name, launcher.name)
-    fit.check_model(backend, parts.findings, parts.model, config.backend.zero_stage)
-    fit.check_sparse(config, backend, device, parts.findings)
-    check_shares(config.train, parts.findings, len(parts.data.train), launcher.world_size)
-    facts = resume.facts_of(parts.model, parts.data)
-    resume.check_newest(config, run_folder(config), facts)
-    with dist.joined(launcher, device) as world:
-        return session.run(config, world, parts, facts)
+    with start.joined(config, launcher) as joined:
+        return session.run(config, *joined).code
 
 
 if __name__ == "__main__":

@@ -9,6 +9,23 @@ class LaunchError(RuntimeError):
     """What keeps ranks from meeting, in a line of its own: no mistake in the config, and no code to look at."""
 
 
+class RankError(RuntimeError):
+    """A rank that `launch` started has failed. Its message ends with the traceback of that rank.
+
+    Args:
+        rank: which.
+        what: has happened there.
+        text: of its traceback, if it left one.
+    """
+
+    def __init__(self, rank: int, what: str, text: str = ""):
+        super().__init__(f"rank {rank}: {what}" + (f"\n\n{text}" if text else ""))
+        self.rank, self.what, self.text = rank, what, text
+
+    def __reduce__(self) -> tuple:
+        return RankError, (self.rank, self.what, self.text)
+
+
 class ConfigError(ValueError):
     """The user's mistake. Each line names the config path, what was got, what is expected and how to mend it."""
 
@@ -20,3 +37,7 @@ class ConfigError(ValueError):
 
 class OwnCodeError(ConfigError):
     """The user's own code raises: a line that says where it was called, and lines as Python shows the error."""
+
+
+class TransformError(ValueError):
+    """A transform does not take a sample. The message says which one, and why; who catches it adds the sample."""

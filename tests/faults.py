@@ -41,7 +41,8 @@ from dist_train.loop import meter
 from dist_train.models.mlp import MLP
 from dist_train.ranks import dist, ending, orphan, rendezvous, watchdog
 from dist_train.ranks.phases import Phases
-from dist_train.run import folder
+from dist_train.run import folder, session
+from dist_train.run.early_stopping import EarlyStopping
 
 
 class Event(NamedTuple):
@@ -823,3 +824,19 @@ def _private_bytes(name: str) -> int | None:
         elif inside and line.startswith("Anonymous:"):
             found = (found or 0) + int(line.split()[1]) * 1024
     return found
+
+
+def forgets_early_stopping() -> None:
+    """The state of early stopping is not taken from a checkpoint."""
+    EarlyStopping.load = lambda self, state: None
+
+
+def tells_what_follows_a_step() -> None:
+    """Prints what the loop calls after each step."""
+    trains = session.train
+
+    def tells(work: Any) -> Any:
+        print("after a step:", work.after_step.__qualname__)
+        return trains(work)
+
+    session.train = tells

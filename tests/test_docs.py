@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import dist_train
 from dist_train.__main__ import TOOLS
 from dist_train.config.load import load
 from launch.options import parse
@@ -63,7 +64,7 @@ def test_a_page_does_what_it_shows(page: Path, place: Path, zygote: Zygote):
             run = Run(rest[2:], ranks, plant, kill_all=True, cwd=str(place))
         else:
             (script,) = rest
-            run = Run([], ranks, cwd=str(place), script=script)
+            run = Run([], ranks, cwd=str(place), script=str(place / script))
         (ended,) = zygote.run(run)
         code = next((code for code in ended.codes if code), 0)
         if code and words[0] == "torchrun":
@@ -197,6 +198,16 @@ def test_the_reference_of_the_config_is_the_codes():
     assert page == generate.FILE.read_text(), "run python docs/generate.py"
     assert "| `checkpoint.allow` | a list such as [train.seed] (text each) | `[]` |" in page
     assert "| `compile.mode` | one of off, " in page and page.count("\n| `train.") == 18
+
+
+def test_the_reference_of_the_python_names_is_the_codes():
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs/generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    assert sorted(generate.PUBLIC) == sorted(dist_train.__all__)
+    page = generate.python_page()
+    assert page == generate.PYTHON_FILE.read_text(), "run python docs/generate.py"
+    assert "    dist_train.launch(function, *args, ranks=2, **kwargs)" in page and "- `why`: for the console" in page
 
 
 def test_the_pictures_are_there_small_and_shown():

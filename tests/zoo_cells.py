@@ -20,12 +20,14 @@ from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.meter import Control, Meter
 from dist_train.loop.train import train
+from dist_train.loop.work import Work
 from dist_train.run import assemble
 from dist_train.tools.agreement import Trajectory
 from dist_train.tools.trajectory import Recorder, weights_of, wide
 
 from parity_cells import this_world
 from zoo import CLASSES, SHAPE
+from zoo_libraries import LIBRARIES, data_of
 
 GLOBAL_BATCH, STEPS, SAVED_AT = 12, 6, 3
 # A rate at which each weight moves by far more than the tolerance, and decay, which moves weights without a gradient.
@@ -65,9 +67,14 @@ def config(
 ) -> Config:
     """Two epochs; with n = 28 of 12, 12 and 4 samples, with 24 of full steps alone."""
     name, _, stage = backend.partition(":") if backend.startswith("deepspeed") else (backend, "", "")
+    data = DataConfig(name="synthetic", args={"n": n, "n_test": 5, "shape": SHAPE, "classes": CLASSES})
+    model = ModelConfig(name=kind if ":" in kind else f"zoo:{kind}")
+    if kind in LIBRARIES:
+        model, of_sentences = LIBRARIES[kind]
+        data = data_of(of_sentences, n, 5)
     return Config(
-        data=DataConfig(name="synthetic", args={"n": n, "n_test": 5, "shape": SHAPE, "classes": CLASSES}),
-        model=ModelConfig(name=kind if ":" in kind else f"zoo:{kind}"),
+        data=data,
+        model=model,
         optim=optimizer,
         train=TrainConfig(
             epochs=STEPS,
@@ -94,9 +101,18 @@ def run_cells(cells: list[tuple[Config, bool]], place: Path) -> list[Outcome]:
     return [_outcome(cell, resumes, place / str(i)) for i, (cell, resumes) in enumerate(cells)]
 
 
+def go_on_elsewhere(first: Config, second: Config, place: Path) -> Outcome:
+    """In a worker: the steps after SAVED_AT of a run, by the second config, from what the first one saved there."""
+    try:
+        _run(first, place, saves=True)
+        return Outcome(run=_run(second, place, resumed=True)[0])
+    except Exception:
+        return Outcome(broke=traceback.format_exc())
+
+
 def _outcome(cell: Config, resumes: bool, place: Path) -> Outcome:
     try:
-        run, backend = _run(cell, place)
+        run, backend = _run(cell, place, saves=resumes)
         held, written = _held(backend), _is_written(backend, place / "end")
         resumed = None
         if resumes:
@@ -109,7 +125,7 @@ def _outcome(cell: Config, resumes: bool, place: Path) -> Outcome:
         return Outcome(broke=traceback.format_exc())
 
 
-def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, Backend]:
+def _run(cell: Config, place: Path, saves: bool = False, resumed: bool = False) -> tuple[Trajectory, Backend]:
     """From the start, saved after SAVED_AT steps; or from there."""
     world = this_world()
     parts = assemble.build(cell, world.device)
@@ -125,13 +141,13 @@ def _run(cell: Config, place: Path, resumed: bool = False) -> tuple[Trajectory, 
     recorder = Recorder()
 
     def after_step(meter: Meter) -> None:
-        if meter.result.steps == SAVED_AT and not resumed:
+        if meter.result.steps == SAVED_AT and saves:
             _write(middle, backend)
             torch.save(dict(meter.progress()), place / f"progress{world.rank}")
 
-    result = train(
-        cell, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, after_step, Control(), progress
-    )
+    evaluation = parts.evaluation(cell, world)
+    of = cell, world, backend, model, optimizer, parts.task, parts.feed, evaluation, recorder, Control()
+    result = train(Work(*of, after_step, progress))
     losses, norms = ([m[f"train/{of}"] for m in recorder.steps] for of in ("loss", "grad_norm"))
     end = _numbers(backend.weights())
     weights = {name: value for name, value in end.items() if name in start}

@@ -2,8 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -287,24 +286,3 @@ def compiled(function: Function, config: CompileConfig) -> Function:
 def to_cpu(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A copy that later steps do not change."""
     return {name: value.detach().cpu().clone() for name, value in state.items()}
-
-
-def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The layers of `model` that are sharded each by itself: the members of its outermost nn.Sequential and
-    nn.ModuleList. The rest goes with the model, and so does a layer that shares a parameter with another part."""
-    uses = Counter(p for _, p in model.named_parameters(remove_duplicate=False))
-    for layer in _layers(model):
-        own = Counter(p for _, p in layer.named_parameters(remove_duplicate=False))
-        if own and all(uses[p] == own[p] for p in own):
-            yield layer
-
-
-def _layers(module: nn.Module) -> Iterator[nn.Module]:
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # has no forward of its own to gather for
-        for member in module.children():
-            yield from _layers(member) if isinstance(member, (nn.ModuleList, nn.ModuleDict)) else [member]
-    elif isinstance(module, nn.Sequential):
-        yield from module.children()
-    else:
-        for child in module.children():
-            yield from _layers(child)

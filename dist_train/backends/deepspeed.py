@@ -21,7 +21,6 @@ from dist_train.backends.base import (
     OptimizerFactory,
     Reader,
     SavedTensors,
-    blocks,
     clip,
     compile_,
     load_optimizer,
@@ -41,6 +40,7 @@ from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, shards_of, shards_of_range
 from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
+from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.ranks.journal import Journal
@@ -68,7 +68,7 @@ class DeepSpeed(Backend):
         fit.check_model("deepspeed", self.findings, model, self.stage)
         self.bare, self.buffers = model, self.buffers_of(model)
         # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
-        for part in (list(blocks(model)) if self.stage == 3 else []) or [model]:
+        for part in (list(blocks(model, self.config.model.blocks)) if self.stage == 3 else []) or [model]:
             compile_(part, self.config.compile)
         _autocast_within(model, Precision(self.config.train.precision, self.world.device))
         asked = {name: p for name, p in model.named_parameters() if p.requires_grad and p.numel()}
@@ -143,6 +143,7 @@ class DeepSpeed(Backend):
         """See Backend."""
         if self.stage < 3:
             return to_cpu(self.bare.state_dict())
+        self.engine.empty_partition_cache()  # an evaluation has layers fetched for a backward that does not come
         state = {}
         for name, value in self.bare.state_dict(keep_vars=True).items():
             with self.library.zero.GatheredParameters([value], enabled=isinstance(value, nn.Parameter)):

@@ -14,7 +14,6 @@ from dist_train.backends.base import (
     OptimizerFactory,
     Reader,
     SavedTensors,
-    blocks,
     compile_,
     load_optimizer,
     model_state,
@@ -26,6 +25,7 @@ from dist_train.backends.base import (
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import Shards
+from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
 from dist_train.ranks.journal import Journal
 
@@ -53,7 +53,9 @@ class FSDP2(Backend):
         self.summed = [
             p for name, p in model.named_parameters() if p in whole and p.requires_grad and name not in unused
         ]
-        layers = [layer for layer in blocks(model) if not whole.issuperset(layer.parameters())]
+        layers = [
+            layer for layer in blocks(model, self.config.model.blocks) if not whole.issuperset(layer.parameters())
+        ]
         for part in layers or [model]:
             compile_(part, self.config.compile)  # before it is sharded, so that gathering stays outside of its graph
         for layer in layers:

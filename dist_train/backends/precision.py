@@ -9,8 +9,11 @@
 | float64   | float64                                                               | float64         |
 """
 
+import copy
+from collections.abc import MutableMapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +46,10 @@ class Precision:
             return torch.autocast(self.device.type, dtype=getattr(torch, self.name))
         return NOTHING
 
+    def called(self, model: nn.Module) -> nn.Module:
+        """The model as it is to be called: in its short format, with outputs in that of the loss."""
+        return Short(self, model) if self.name in ("bfloat16", "float16") else model  # type: ignore[return-value]
+
     def apply(self) -> None:
         """Sets what torch holds for the process. Raises ConfigError where the device does not have the format."""
         if self.name == "tf32" and self.device.type != "cuda":
@@ -51,6 +58,34 @@ class Precision:
                 f"write --train.precision float32"
             )
         torch.set_float32_matmul_precision("high" if self.name == "tf32" else "highest")
+
+
+class Short:
+    """A model that is called in a short format, and gives its floats in that of the loss."""
+
+    def __init__(self, precision: Precision, model: nn.Module):
+        self.precision, self.model = precision, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives."""
+        with self.precision.autocast():
+            outputs = self.model(*args, **kwargs)
+        return self._wide(outputs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def _wide(self, outputs: Any) -> Any:
+        if isinstance(outputs, torch.Tensor):
+            return outputs.to(self.precision.dtype) if outputs.is_floating_point() else outputs
+        if isinstance(outputs, tuple):
+            return tuple(map(self._wide, outputs))
+        if isinstance(outputs, MutableMapping):  # such as transformers' ModelOutput, which stays one
+            wide = copy.copy(outputs)
+            for key, value in outputs.items():
+                wide[key] = self._wide(value)
+            return wide
+        return outputs
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:

@@ -36,6 +36,8 @@ class Findings:
             layers, and use other parameters.
         needs_two: forward takes no single sample, as a norm over a batch does not.
         sample_bytes: of a sample's input and outputs; 0 where that is not known.
+        metrics: names of what an evaluation measures.
+        mixes_samples: the loss of a sample depends on the others of its batch.
     """
 
     unused: tuple[str, ...] = ()
@@ -45,6 +47,8 @@ class Findings:
     varies: bool = False
     needs_two: bool = False
     sample_bytes: int = 0
+    mixes_samples: bool = False
+    metrics: tuple[str, ...] = ()
 
 
 NOTHING = Findings()

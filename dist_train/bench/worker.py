@@ -31,7 +31,7 @@ def main(folder: Path, name: str, launcher: Launcher) -> None:
             alone(references(config, world, parts, WARM_STEPS)[name], turns)
             return
         phases = Held(turns, references(config, world, parts))
-        session.run(config, world, parts, resume.facts_of(parts.model, parts.data), phases)
+        session.run(config, world, parts, resume.facts_of(parts.model, parts.data), phases=phases)
 
 
 if __name__ == "__main__":

@@ -26,13 +26,11 @@ METADATA = ".metadata"
 FOLDER = "checkpoints"
 _STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 _BLOCK = 1 << 20
-# Metrics that decide which checkpoint is the best, and how.
-BEST = {"eval/accuracy": max, "eval/loss": min}
 _LARGEST = 2**63 - 1
 # Of the progress, which is the meter's, what must be there: counts, and seconds.
 _COUNTS = ("steps", "samples", "logged_steps", "interval_samples")
 _SECONDS = ("time_s", "train_s", "interval_s")
-_METRICS = {"eval/loss", "eval/accuracy"}
+_METRICS = "eval/"  # what the names of metrics begin with
 
 
 class Damaged(ConfigError):
@@ -221,9 +219,9 @@ def _sensible(m: Manifest) -> Manifest:
         raise TypeError(f"got progress of {progress['steps']} steps, expected {m.step}")
     if progress["logged_steps"] > m.step:
         raise TypeError(f"got progress.logged_steps {progress['logged_steps']}, expected at most {m.step}")
-    for metrics in (set(m.evaluation), {name for name in progress if name.startswith("eval/")}):
-        if metrics and metrics != _METRICS:
-            raise TypeError(f"got the metrics {sorted(metrics)}, expected {' and '.join(sorted(_METRICS))}")
+    for name in m.evaluation:
+        if not name.startswith(_METRICS):
+            raise TypeError(f"got the metric {name!r}, expected a name that begins with {_METRICS}")
     for name in (m.backend, *m.files):
         if not name.isprintable() or Path(name).name != name or name in ("", "..", NAME):
             raise TypeError(f"got the name {name!r}, expected a plain one")
@@ -280,7 +278,20 @@ def listed(place: Path) -> tuple[list[tuple[Path, Manifest]], list[Damaged]]:
     return sorted(found, key=lambda pair: pair[1].sequence, reverse=True), damaged
 
 
-def best(found: list[tuple[Path, Manifest]], metric: str) -> tuple[Path, Manifest] | None:
-    """The checkpoint with the best metric, the newest of equals; None if none was evaluated."""
-    rated = [pair for pair in found if metric in pair[1].evaluation]
-    return BEST[metric](rated, key=lambda pair: pair[1].evaluation[metric]) if rated else None
+@dataclass(frozen=True)
+class Best:
+    """What decides which checkpoint is the best.
+
+    Args:
+        metric: such as eval/accuracy.
+        lowest: the least is the best; else the largest.
+    """
+
+    metric: str
+    lowest: bool
+
+    def of(self, found: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest] | None:
+        """The best checkpoint, the newest of equals; None if none was evaluated."""
+        rated = [pair for pair in found if self.metric in pair[1].evaluation]
+        sign = -1 if self.lowest else 1
+        return max(rated, key=lambda pair: sign * pair[1].evaluation[self.metric]) if rated else None

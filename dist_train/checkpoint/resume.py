@@ -44,7 +44,7 @@ def facts_of(model: nn.Module, data: Data) -> Facts:
         name: Tensor(list(value.shape), str(value.dtype).removeprefix("torch."))
         for name, value in model.state_dict().items()
     }
-    return Facts(tensors, len(data.train), len(data.test), data.fingerprint)
+    return Facts(tensors, len(data.train), sum(map(len, data.tests.values())), data.fingerprint)
 
 
 def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
@@ -129,7 +129,7 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
     path, got = "train.epochs", cfg.epochs
     if cfg.max_steps is not None and cfg.max_steps < total:
         path, got, total = "train.max_steps", cfg.max_steps, cfg.max_steps
-    if m.step > total or (m.step == total and not m.evaluation):
+    if m.step > total or (m.step == total and facts.test and not m.evaluation):
         yield f"{path}: got {got}, expected more than the {m.step} steps that are done in {there}; {new} {there}"
 
 

@@ -82,9 +82,9 @@ class Checkpoints:
         folder: of the run, the same on all ranks.
         facts: of the run.
         backend: has prepared the model.
+        best: what decides which is the best.
         damaged: checkpoints in the folder that were found damaged, to be removed when a newer one stands.
         wandb_id: of the run at W&B; on rank 0.
-        more: gives what a checkpoint holds beside the backend's state, by name.
     """
 
     def __init__(
@@ -94,12 +94,12 @@ class Checkpoints:
         folder: Path,
         facts: Facts,
         backend: Backend,
+        best: manifest.Best,
         damaged: Sequence[Damaged] = (),
         wandb_id: str | None = None,
-        more: Callable[[], dict[str, Shards]] = dict,
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
-        self.wandb_id, self.more = wandb_id, more
+        self.best, self.wandb_id = best, wandb_id
         self.folder = folder / manifest.FOLDER
         # Those of another run, from which this one goes on, are not ours to remove.
         self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
@@ -108,6 +108,7 @@ class Checkpoints:
         self.saved_step: int | None = None
         self.pending: Future[None] | None = None
         cfg = config.checkpoint
+        self.beside: Callable[[], dict[str, Shards]] = dict  # what this rank saves beside the backend's state
         self.host = HostCopy()
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
@@ -148,11 +149,11 @@ class Checkpoints:
             start = time.perf_counter()
             self._wait()
             self._meet()
-            state = self.backend.state() | self.more()
-            state |= {
+            state = self.backend.state() | {
                 f"random.{self.world.rank}.{name}": shards_of(value)
                 for name, value in randomness.state(self.world.device).items()
             }
+            state |= self.beside()
             what = self._manifest(meter)
             if self.thread is None:
                 self._write(state, what)
@@ -269,7 +270,7 @@ class Checkpoints:
         whole = [(folder, m) for folder, m in newest_first if folder not in self.damaged]
         keep = {folder for folder, _ in whole[: cfg.keep_last]}
         for _ in range(cfg.keep_best):
-            found = manifest.best(whole, cfg.best_metric)
+            found = self.best.of(whole)
             if found is not None:
                 keep.add(found[0])
                 whole.remove(found)

@@ -5,16 +5,20 @@ No torch here: `--help` and a mistake in a config answer at once.
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dist_train.config import paths, strict_yaml
-from dist_train.config.tree import PATH, Config, fields_of, to_config
+from dist_train.config.tree import PATH, Config, fields_of, to_config, to_tree
 from dist_train.config.values import any_value, fitting, is_dict, is_optional, is_text, mismatch, unknown
 from dist_train.errors import ConfigError
+
+# Keys that have another place than before.
+MOVED = {"train.loss": "task.loss", "train.label_smoothing": "task.args.label_smoothing"}
 
 
 def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
@@ -40,7 +44,7 @@ def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
         hint = fields_of(section)[key]
         try:
             if name:
-                tree[section][key] = tree[section][key] | {name[0]: any_value(text)}
+                tree[section][key] = (tree[section][key] or {}) | {name[0]: any_value(text)}
             elif is_text(hint):
                 tree[section][key] = fitting(path, None if text == "null" and is_optional(hint) else text, hint)
             else:
@@ -55,6 +59,42 @@ def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
         print(dump(config), end="")
         raise SystemExit(0)
     return config
+
+
+def made(source: Config | Mapping[str, Any] | str | os.PathLike[str] | None, *sections: Mapping[str, Any]) -> Config:
+    """The config of a program in Python. Raises ConfigError.
+
+    Args:
+        source: a config, keys by section as they stand in a file, the path of a file, or None, which is the defaults.
+        sections: keys by section that win over those of the source; the later over the earlier.
+    """
+    tree = to_tree(source if isinstance(source, Config) else Config())
+    for values, key, _ in _paths(tree):
+        values[key] = paths.written(values[key])
+    trees: list[Mapping[str, Any]] = list(sections)
+    if isinstance(source, str | os.PathLike):
+        trees.insert(0, _read(os.fspath(source)))
+    elif isinstance(source, Mapping):
+        trees.insert(0, source)
+    elif source is not None and not isinstance(source, Config):
+        got = type(source).__name__
+        raise ConfigError(f"config: got {got}, expected a Config, a dict of sections, or the path of a YAML file")
+    for one in trees:
+        for section, body in _fitted(_plain(one), "config").items():
+            tree[section] |= body
+    lines = _expand(tree)
+    if lines:
+        raise ConfigError(*lines)
+    return to_config(tree)
+
+
+def _plain(value: Any) -> Any:
+    """As it would be in YAML: tuples are lists there, paths are text."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _expand(tree: dict[str, dict[str, Any]]) -> list[str]:
@@ -140,6 +180,8 @@ def _split(argv: list[str]) -> tuple[list[str], list[tuple[str, str]], str]:
 
 def _check_path(path: str) -> None:
     section, _, key = path.partition(".")
+    if path in MOVED:
+        raise ConfigError(f"{path}: {_moved(path)}")
     sections = list(fields_of(""))
     if path in ("help", "print_config"):
         raise ConfigError(f"command line: got --{path} with a value, expected --{path} alone")
@@ -173,11 +215,21 @@ def _read(name: str) -> dict[str, dict[str, Any]]:
         raise ConfigError(f"--config: got {name}, expected valid YAML: {detail}") from None
     if not isinstance(tree, dict | None):
         raise ConfigError(f"--config: got {name} with {tree!r}, expected sections such as train: with keys below them")
-    lines = list(_unknown_keys(tree or {}, name))
+    return _fitted(tree or {}, name)
+
+
+def _fitted(tree: Mapping[str, Any], name: str) -> dict[str, dict[str, Any]]:
+    """The keys of a tree, by section, if they are there and fit. Raises ConfigError.
+
+    Args:
+        tree: as in a file.
+        name: of the file.
+    """
+    lines = list(_unknown_keys(tree, name))
     if lines:
         raise ConfigError(*lines)
     out: dict[str, dict[str, Any]] = {}
-    for section, body in (tree or {}).items():
+    for section, body in tree.items():
         out[section] = {}
         for key, value in (body or {}).items():
             hint = fields_of(section)[key]
@@ -195,7 +247,7 @@ def _is_text_at(section: str, key: str) -> bool:
     return is_text((fields_of(section) or {}).get(key))
 
 
-def _unknown_keys(tree: dict, file: str) -> Iterator[str]:
+def _unknown_keys(tree: Mapping[str, Any], file: str) -> Iterator[str]:
     sections = fields_of("")
     for section, body in tree.items():
         if section not in sections:
@@ -204,4 +256,12 @@ def _unknown_keys(tree: dict, file: str) -> Iterator[str]:
             yield f"{section}: got {body!r} in {file}, expected keys below it: {', '.join(fields_of(section))}"
         else:
             valid = fields_of(section)
-            yield from (unknown(f"{section} in {file}", str(k), list(valid)) for k in body or () if k not in valid)
+            for key in body or ():
+                if f"{section}.{key}" in MOVED:
+                    yield f"{section} in {file}: {_moved(f'{section}.{key}')}"
+                elif key not in valid:
+                    yield unknown(f"{section} in {file}", str(key), list(valid))
+
+
+def _moved(path: str) -> str:
+    return f"{path} is now {MOVED[path]}; write --{MOVED[path]} VALUE"

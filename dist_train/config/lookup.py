@@ -5,7 +5,9 @@ arguments of torch's optimizers, of models and of data sets. Parsing one source 
 """
 
 import ast
+import contextlib
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -19,7 +21,8 @@ from dist_train.errors import ConfigError
 
 
 def reference(registry: Mapping[str, str], name: str, path: str) -> tuple[str, str]:
-    """Module and attribute of a registry's row or of a user's own `module:attribute`. Raises ConfigError."""
+    """Module and attribute of a registry's row or of a user's own `module:attribute`, which may be one of a class, such
+    as `module:Class.method`. Raises ConfigError."""
     module, colon, attribute = registry.get(name, name).partition(":")
     if not colon:
         near = difflib.get_close_matches(name, registry, n=1)
@@ -43,8 +46,8 @@ def load(registry: Mapping[str, str], name: str, path: str) -> Any:
             if error.name is None or not f"{module}.".startswith(f"{error.name}."):
                 raise
             raise ConfigError(_absent(path, name, f"no module {module!r}")) from None
-        if hasattr(home, attribute):
-            return getattr(home, attribute)
+        with contextlib.suppress(AttributeError):
+            return functools.reduce(getattr, attribute.split("."), home)
     place = f"no {attribute!r} in {getattr(home, '__file__', None) or module}"
     near = difflib.get_close_matches(attribute, vars(home), n=1)
     raise ConfigError(_absent(path, name, place, *near))
@@ -102,13 +105,16 @@ def source_of(module: str) -> Path | None:
 def parameters(path: Path, name: str) -> dict[str, bool] | None:
     """The arguments that calling `name` from the file `path` takes, each with whether it is required.
 
-    `**kwargs` appears as the name `**`. None if the file does not define `name` as a function or class.
+    `**kwargs` appears as the name `**`. None if the file does not define `name` as a function or class, or decorates
+    it, which may change what it takes.
     """
     tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
     found: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | None = None
     for node in tree.body:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and node.name == name:
             found = node
+    if found is not None and found.decorator_list:
+        return None
     if isinstance(found, ast.ClassDef):
         inits = [n for n in found.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         return _arguments(inits[-1].args, skip=1) if inits else {"**": False}

@@ -33,8 +33,12 @@ def blamed(path: str, name: str, done: str, ours: bool = False) -> Iterator[None
     except (Exception, SystemExit) as error:
         if ours and not frames(error):
             raise
-        head = f"{path}: got {name}, and your own code raises an error when it is {done}; mend it there:"
-        raise OwnCodeError(head, *_shown(error, _home(name))) from error
+        home = _home(name)
+        installed = any(_within(place, LIBRARIES) for place in home)  # a library's, or the user's own package
+        fault, mend = ("which raises", "") if installed else ("and your own code raises", "; mend it there")
+        raise OwnCodeError(
+            f"{path}: got {name}, {fault} an error when it is {done}{mend}:", *_shown(error, home)
+        ) from error
 
 
 def frames(error: BaseException) -> list[FrameSummary]:

@@ -6,7 +6,10 @@ import re
 from dist_train.errors import ConfigError
 
 # Arguments that are paths, by the name of a data set of ours.
-IN_DATA_ARGS = {"csv_images": ("annotations", "test_annotations", "image_dir")}
+IN_DATA_ARGS = {
+    "csv_images": ("annotations", "test_annotations", "image_dir"),
+    "image_folder": ("folder", "train", "test"),
+}
 _MARKED = re.compile(r"\$(?:([$~])|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
 

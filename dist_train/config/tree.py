@@ -26,7 +26,9 @@ class DataConfig:
     """The data set and how it is read."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, or your own function as module:function."""
+    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, diabetes, multi_label,
+    shapes, or a function or a map-style class by path, as module:name: torchvision.datasets:STL10,
+    datasets:load_dataset, or your own."""
     root: str = field(default="data", metadata=PATH)
     """Folder with the data; downloads go there, in torchvision's layout."""
     download: bool = True
@@ -39,6 +41,26 @@ class DataConfig:
     """Give targets as vectors of class probabilities instead of class numbers."""
     args: dict[str, Any] = field(default_factory=dict)
     """Arguments that only this data set has, such as data.args.n of synthetic."""
+    test_args: dict[str, Any] | None = None
+    """Of a data set by path, the arguments for its test split, which go before those of data.args: {train: false}; or
+    several by name: {clean: {split: test}, noisy: {split: noisy}} (null: no test split)."""
+    test_fraction: float | None = None
+    """Of a data set by path without data.test_args, the share of the samples that is held out to test, the same ones in
+    every run."""
+    pair: list[str] | None = None
+    """Of samples that are dicts, the keys of the input and of the target: [image, label] (null: all goes on as it
+    is)."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What the data set does not say itself and a model or a task asks for by name: {classes: 10, input_shape:
+    [3, 32, 32]}. classes is a number, or a list of names."""
+    transforms: list[Any] = field(default_factory=list)
+    """Applied to each sample that is trained on, in order: names of torchvision.transforms.v2, with arguments as
+    {name: RandomCrop, size: 28, padding: 4}, or your own as module:name."""
+    test_transforms: list[Any] = field(default_factory=list)
+    """The same for samples that are tested on."""
+    batch_transforms: list[Any] = field(default_factory=list)
+    """Applied on the device to the batches that are trained on: MixUp, CutMix, RandomErasing, RandomHorizontalFlip,
+    RandomCrop, with arguments as {name: MixUp, alpha: 0.2}, or your own as module:name."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +68,8 @@ class ModelConfig:
     """The model. A null is the model's own default."""
 
     name: str = "mlp"
-    """mlp, or your own class as module:Class."""
+    """mlp, unet (for segmentation), or any class or function that gives a torch.nn.Module, as module:name: your own or
+    a library's, such as torchvision.models:resnet18."""
     hidden: list[int] | None = None
     """Sizes of the hidden layers (mlp: [512, 512])."""
     activation: str | None = None
@@ -54,12 +77,36 @@ class ModelConfig:
     dropout: float | None = None
     """Probability of dropping a hidden unit (mlp: 0)."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments that only this model has."""
+    """Arguments that only this model has. A mapping stands for an object where the argument is annotated with a
+    dataclass, such as the config of a model of transformers."""
+    frozen: list[str] = field(default_factory=list)
+    """Weights that are not trained, by patterns of their names, such as backbone.*; !backbone.head.* takes some back.
+    Norms among them stay in eval mode, so that their running statistics stay as they are."""
+    blocks: list[str] | None = None
+    """Layers that fsdp2 and ZeRO 3 gather and compile each by itself, by patterns of their names or classes (null: the
+    members of the outermost nn.Sequential and nn.ModuleList)."""
     init_from: str | None = field(default=None, metadata=PATH)
     """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
     by name and shape is loaded, and what does not is said."""
     init_strict: bool = False
     """Everything in model.init_from and in the model must fit."""
+
+
+@dataclass(frozen=True)
+class TaskConfig:
+    """What the model is trained for. A null is the task's own default."""
+
+    name: str = "classification"
+    """classification, regression, multi_label, segmentation, model_loss (the loss that the model returns), or your own
+    class as module:Class; none, for a loop of your own (dist_train.session)."""
+    loss: str | None = None
+    """classification: cross_entropy (default), which takes logits, nll, log-probabilities, or mse, one-hot targets
+    (data.one_hot). regression: mse (default), l1, huber or smooth_l1."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments that only this task has, such as task.args.label_smoothing of classification."""
+    metrics: list[Any] | None = None
+    """What evaluation measures beside the loss: names, or {name: NAME, ...} with arguments (null: accuracy; mae,
+    rmse and r2; f1; mean_iou and pixel_accuracy)."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +174,6 @@ class TrainConfig:
     """At most this many samples at once on a rank; a larger share is accumulated in pieces."""
     drop_last: bool = False
     """Leave out the last batch of an epoch if it is smaller than global_batch_size."""
-    loss: Literal["cross_entropy", "nll", "mse"] = "cross_entropy"
-    """cross_entropy takes logits, nll log-probabilities, mse one-hot targets (data.one_hot)."""
-    label_smoothing: float = 0.0
-    """Share of the target that is spread over all classes (cross_entropy)."""
     grad_clip: float | None = None
     """Largest global gradient norm; a larger gradient is scaled down to it."""
     precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = "float32"
@@ -152,6 +195,12 @@ class TrainConfig:
     """Evaluate after every so many epochs (null: only at the end and by eval_every_steps)."""
     eval_every_steps: int | None = None
     """Evaluate after every so many optimizer steps."""
+    early_stopping: dict[str, Any] = field(default_factory=dict)
+    """End where a metric no longer gets better: metric, such as eval/loss (the task's own); patience, evaluations in a
+    row that are no better (3); min_delta, by which a better one is better at least (0.0). With none of them, never."""
+    hooks: list[Any] = field(default_factory=list)
+    """Your own classes that are called at the steps of the run, as module:Class, or {name: module:Class, ...} with
+    arguments; see hooks.md."""
     eval_batch_size: int | None = None
     """Samples at once on a rank during evaluation. Does not change the result. null: as many as a training micro-batch
     has, or more, up to 2048, where their inputs and outputs take little memory."""
@@ -202,8 +251,8 @@ class CheckpointConfig:
     """How many of the newest checkpoints stay: the one before is there if the newest is damaged."""
     keep_best: int = 0
     """How many of the best stay as well, of those that were saved at a step with an evaluation."""
-    best_metric: Literal["eval/accuracy", "eval/loss"] = "eval/accuracy"
-    """What the best is decided by."""
+    best_metric: str | None = None
+    """What the best is decided by, such as eval/loss (null: the first of task.metrics, such as eval/accuracy)."""
     resume: str = field(default="auto", metadata=PATH)
     """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
     checkpoint or of a run."""
@@ -255,6 +304,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     backend: BackendConfig = field(default_factory=BackendConfig)
@@ -265,7 +315,7 @@ class Config:
 
 def to_config(tree: dict[str, dict[str, Any]]) -> Config:
     """The dataclasses of a nested dictionary whose values have been checked."""
-    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})
+    return Config(**{f.name: f.type(**tree[f.name]) for f in dataclasses.fields(Config)})  # type: ignore[operator]
 
 
 def to_tree(config: Config) -> dict[str, dict[str, Any]]:

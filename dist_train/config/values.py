@@ -32,7 +32,7 @@ def fitting(path: str, value: Any, hint: Any, where: str = "") -> Any:
 def _item_fits(item: Any, hint: Any) -> bool:
     if is_dict(hint):
         return type(item) is dict and all(type(key) is str for key in item)
-    return type(item) is hint
+    return hint is Any or type(item) is hint
 
 
 def any_value(text: str) -> Any:
@@ -52,7 +52,7 @@ def is_text(hint: Any) -> bool:
 
 def is_dict(hint: Any) -> bool:
     """Whether what stands there has keys below it."""
-    return typing.get_origin(hint) is dict
+    return dict in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
 
 
 def is_optional(hint: Any) -> bool:
@@ -108,7 +108,7 @@ def _example(hint: Any) -> str:
             return "'[{match: \"head.*\", lr: 0.01}]'"
         return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
     if is_dict(hint):
-        return "'{start_step: 10, steps: 5}'" if args[1] is int else "'{key: 1}'"
+        return "'{start_step: 10, steps: 5}'" if args[1:] == (int,) else "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])
 
 

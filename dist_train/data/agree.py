@@ -1,25 +1,26 @@
 """Whether every rank has made the same data set: compared once they have joined, before anything depends on it.
 
-What is compared costs little to make: of data in memory the labels and a few rows, of data in files what `FromFiles`
+What is compared costs little to make: of data in memory the labels and a few rows, of data in files what `Samples`
 says and a few samples.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from dist_train.data.batch import leaves_of
 from dist_train.data.feed import Feed
-from dist_train.data.sets import Data, InMemory
+from dist_train.data.sets import Columns, Data, bytes_of
 from dist_train.errors import ConfigError
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 
 ROWS = 32  # of data in memory
-SAMPLES = {"training": 3, "test": 2}  # of data in files, each of which is a file to read
+TRAIN_SAMPLES, TEST_SAMPLES = 3, 2  # of data in files, each of which is a file to read
 VALUES = 64  # of a sample from files
 # Processors of other kinds decode and resize with other rounding: of uint8 pixels, and as a share of a float sample's
 # largest value.
@@ -33,7 +34,7 @@ class Sketch:
     Args:
         kind: how its samples are held.
         count: of its samples.
-        whole: a hash over what is compared of all samples: labels, or FromFiles.identity.
+        whole: a hash over what is compared of all samples: labels, or Samples.identity.
         some: samples by number.
     """
 
@@ -69,25 +70,27 @@ class Sample:
 class Told:
     """What a rank tells the others of its data set."""
 
-    shape: tuple[int, ...]
+    shape: tuple[int, ...] | None
     classes: tuple[str, ...]
     stats: tuple[tuple[float, ...], tuple[float, ...]]
     splits: dict[str, Sketch]
 
 
-def agree(data: Data, feeds: Sequence[Feed], world: World) -> None:
+def agree(data: Data, feeds: Mapping[str, Feed], world: World) -> None:
     """Raises the same ConfigError on every rank where they have made different data sets. Collective.
 
     Args:
         data: of this rank.
-        feeds: of its training and its test split.
+        feeds: of its splits, by the names of data.splits.
         world: this rank's place.
     """
     if world.size == 1:
         return
-    splits = {name: sketch(feed, count) for (name, count), feed in zip(SAMPLES.items(), feeds, strict=True)}
+    counts = {name: TRAIN_SAMPLES if name == "train" else TEST_SAMPLES for name in feeds}
+    splits = {name: sketch(feed, counts[name]) for name, feed in feeds.items()}
     stats = tuple(map(float, data.mean)), tuple(map(float, data.std))
-    line = difference(dist.gather(Told(tuple(data.input_shape), tuple(map(str, data.classes)), stats, splits)))
+    shape = None if data.input_shape is None else tuple(data.input_shape)
+    line = difference(dist.gather(Told(shape, tuple(map(str, data.classes)), stats, splits)))
     if line is not None:
         raise ConfigError(line)
 
@@ -107,7 +110,9 @@ def difference(told: list[Told]) -> str | None:
 
 def _has(mine: Told, first: Told) -> str | None:
     """What a rank has in place of what rank 0 has."""
-    pairs = [(name, mine.splits[name], first.splits[name]) for name in SAMPLES]
+    if list(mine.splits) != list(first.splits):
+        return f"the splits {', '.join(mine.splits)}, rank 0 {', '.join(first.splits)}"
+    pairs = [(_spoken(name), mine.splits[name], first.splits[name]) for name in first.splits]
     for name, split, other in pairs:
         if split.kind != other.kind:
             return f"its {name} samples as {split.kind}, rank 0 as {other.kind}"
@@ -124,7 +129,7 @@ def _has(mine: Told, first: Told) -> str | None:
         return f"mean and std {mine.stats}, rank 0 {first.stats}"
     for name, split, other in pairs:
         if split.whole != other.whole:
-            what = "labels" if split.kind == "InMemory" else "files or labels (another FromFiles.identity)"
+            what = "labels" if split.kind == "Columns" else "files or labels (another Samples.identity)"
             return f"other {name} {what} than rank 0, or the same in another order"
         for number in sorted(split.some.keys() & other.some.keys()):
             sample = split.some[number]
@@ -143,29 +148,46 @@ def sketch(feed: Feed, count: int) -> Sketch:
         count: of the samples that are read, if they are in files.
     """
     split = feed.split
-    if isinstance(split, InMemory):
-        rows = {i: Sample(_digest(split.images[i])) for i in _spread(len(split), ROWS)}
-        return Sketch("InMemory", len(split), _digest(split.labels), rows)
+    if isinstance(split, Columns):
+        leaves = split.leaves
+        rows = {i: Sample([_digest(leaf[i]) for leaf in leaves]) for i in _spread(len(split), ROWS)}
+        labels = [leaf for leaf in leaves if leaf.dim() == 1]  # of the others, the rows must do
+        return Sketch("Columns", len(split), b"".join(map(_digest, labels)), rows)
     # One whose samples cannot be had again is warned of, and differs on every rank.
     numbers = _spread(len(split), count) if feed.reader.repeats else []
     identity = hashlib.sha256(split.identity.encode()).digest()
-    return Sketch("FromFiles", len(split), identity, {i: _sample(feed, i) for i in numbers})
+    return Sketch("Samples", len(split), identity, {i: _sample(feed, i) for i in numbers})
+
+
+def _spoken(name: str) -> str:
+    return "training" if name == "train" else name
 
 
 def _sample(feed: Feed, number: int) -> Sample:
     try:
-        pixels, targets = feed.reader.read(np.array([number]))
+        leaves = leaves_of(feed.reader.read(np.array([number])))
     except ConfigError as error:
         return Sample(None, error=str(error))
-    values, kind = pixels.flatten(), (str(pixels.dtype), tuple(pixels.shape))
-    few = values[_spread(values.numel(), VALUES)].double()
-    apart = PIXELS_APART if pixels.dtype == torch.uint8 else FLOATS_APART * float(few.abs().nan_to_num().max())
-    target = targets.tolist() if targets.dim() == 1 else [round(value, 3) for value in targets[0].tolist()[:VALUES]]
-    return Sample((*kind, target), tuple(few.tolist()), apart)
+    exact: list[Any] = []
+    near: list[float] = []
+    apart = 0.0
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor):
+            exact.append(repr(leaf))
+            continue
+        exact.append((str(leaf.dtype), tuple(leaf.shape)))
+        few = leaf.flatten()[_spread(leaf.numel(), VALUES)] if leaf.numel() else leaf.flatten()
+        if leaf.dtype == torch.uint8:
+            near, apart = near + few.tolist(), max(apart, PIXELS_APART)
+        elif leaf.is_floating_point():
+            near, apart = near + few.tolist(), max(apart, FLOATS_APART * float(few.double().abs().nan_to_num().max()))
+        else:
+            exact.append(few.tolist())
+    return Sample(exact, tuple(near), apart)
 
 
 def _digest(tensor: torch.Tensor) -> bytes:
-    return hashlib.sha256(tensor.contiguous().numpy()).digest()
+    return hashlib.sha256(bytes_of(tensor)).digest()
 
 
 def _spread(n: int, count: int) -> list[int]:

@@ -8,14 +8,16 @@ import os
 import re
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from dist_train.data.image_files import MODES, ImageFiles, Row
+from dist_train.data.order import chosen
 from dist_train.data.randomness import kept_apart
-from dist_train.data.sets import Data, FromFiles
+from dist_train.data.sets import Data, Samples
 from dist_train.errors import ConfigError
 
 MOST_CLASSES = 100_000  # more are a mistake: labels that are years or serial numbers
@@ -40,6 +42,8 @@ def csv_images(
     target_transform: str | None = None,
     mean: tuple[float, ...] = (0.0,),
     std: tuple[float, ...] = (1.0,),
+    transforms: Callable | None = None,
+    test_transforms: Callable | None = None,
 ) -> Data:
     """Your own images, listed in a CSV file.
 
@@ -70,6 +74,8 @@ def csv_images(
             the probabilities of the classes.
         mean: subtracted from pixels in [0, 1] (data.normalize): a number per channel, or one for all.
         std: what they are then divided by, likewise.
+        transforms: data.transforms, applied after `transform`.
+        test_transforms: data.test_transforms, likewise.
 
     Raises:
         ConfigError: a CSV that cannot be read, or an image that cannot, named with its line.
@@ -87,12 +93,13 @@ def csv_images(
     if test_annotations is not None:
         test_rows = _read(base / test_annotations, folder, "test_annotations")
     else:
-        rows, test_rows = _held_out(rows, test_fraction)
+        rows, test_rows = held_out(rows, test_fraction, "give data.args.test_annotations")
     names, number = _classes([*rows, *test_rows], labels)
     if test_annotations is not None:
         _warn_of_unseen(rows, test_rows, number)
-    image = _callable(transform, "transform")
-    test_image = _callable(test_transform, "test_transform") or image
+    own = _callable(transform, "transform")
+    image = _both(own, transforms)
+    test_image = _both(_callable(test_transform, "test_transform") or own, test_transforms)
     target = _callable(target_transform, "target_transform")
 
     def files(some: list[Row], image: Callable | None, shape: tuple[int, ...] | None) -> ImageFiles:
@@ -102,8 +109,8 @@ def csv_images(
         shape = tuple(files(rows[:1], image, None)[0][0].shape)
         classes = _targets(names, target)
     return Data(
-        FromFiles(files(rows, image, shape), _identity(rows), draws=bool(image or target)),
-        FromFiles(files(test_rows, test_image, shape), _identity(test_rows), draws=bool(test_image or target)),
+        Samples(files(rows, image, shape), identity(rows), draws=bool(image or target)),
+        Samples(files(test_rows, test_image, shape), identity(test_rows), draws=bool(test_image or target)),
         input_shape=shape,
         classes=classes,
         mean=tuple(mean),
@@ -157,22 +164,27 @@ def _shown(text: str) -> str:
     return text if NUMBER.fullmatch(text) else repr(text)
 
 
-def _identity(rows: list[Row]) -> str:
+def identity(rows: list[Row]) -> str:
     """Changes with the images' names, their order and their labels. Their pixels are not read for it."""
     return hashlib.sha256("\0".join(f"{row.path}\0{row.label}" for row in rows).encode()).hexdigest()
 
 
-def _held_out(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and those held out; all rows of one image are on the same side. Raises ConfigError."""
+def held_out(rows: list[Row], fraction: float, other: str) -> tuple[list[Row], list[Row]]:
+    """The rows to train on, and those held out; all rows of one image are on the same side. Raises ConfigError.
+
+    Args:
+        rows: of all images.
+        fraction: data.args.test_fraction.
+        other: what may be done instead, for a message.
+    """
     images = list(dict.fromkeys(os.path.normpath(row.path) for row in rows))
     if not 0 < fraction < 1 or len(images) < 2:
         raise ConfigError(
             f"data.args.test_fraction: got {fraction} of {len(images)} images, expected above 0 and below 1 of "
-            f"at least 2 images; or give data.args.test_annotations"
+            f"at least 2 images; or {other}"
         )
     count = min(max(1, round(fraction * len(images))), len(images) - 1)
-    # Drawn, because every n-th of a list that goes round its classes would be all of one class.
-    drawn = np.random.Generator(np.random.Philox(0)).permutation(len(images))[:count]
+    drawn = chosen(len(images), count)
     held = {images[i] for i in drawn}
     sides: tuple[list[Row], list[Row]] = [], []
     for row in rows:
@@ -255,6 +267,14 @@ def _targets(names: tuple[str, ...], transform: Callable | None) -> tuple[str, .
     given = [torch.as_tensor(transform(i)) for i in range(len(names))]
     count = max(len(target) if target.dim() else int(target) + 1 for target in given)
     return names if count == len(names) else tuple(map(str, range(count)))
+
+
+def _both(first: Callable | None, second: Callable | None) -> Callable | None:
+    return partial(_after, first, second) if first and second else first or second
+
+
+def _after(first: Callable, second: Callable, image: torch.Tensor) -> Any:
+    return second(first(image))
 
 
 def _callable(reference: str | None, key: str) -> Callable | None:

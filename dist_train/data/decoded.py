@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from dist_train.data.sets import InMemory
+from dist_train.data.sets import Columns, InMemory
 from dist_train.whole import whole
 
 FORMAT = 1
 HEAD_BYTES = 4096
 
-Splits = tuple[InMemory, InMemory]
+Splits = tuple[Columns, Columns]
 
 
 def write(path: Path, sources: Mapping[str, str], splits: Splits, classes: tuple[str, ...]) -> None:
@@ -33,15 +33,16 @@ def write(path: Path, sources: Mapping[str, str], splits: Splits, classes: tuple
     Raises:
         OSError: it cannot be written.
     """
-    shapes = [list(split.images.shape) for split in splits]
+    shapes = [list(split.tree[0].shape) for split in splits]
     head = {"format": FORMAT, "sources": dict(sources), "shapes": shapes, "classes": list(classes)}
     line = json.dumps(head).encode().ljust(HEAD_BYTES)
     assert len(line) == HEAD_BYTES
     with whole(path) as beside, beside.open("wb") as file:
         file.write(line)
         for split in splits:
-            file.write(split.images.contiguous().numpy())
-            file.write(split.labels.to(torch.uint8).numpy())
+            images, labels = split.tree
+            file.write(images.contiguous().numpy())
+            file.write(labels.to(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())  # or a power cut could leave a file of the right length without its pixels
 

@@ -19,7 +19,7 @@ import torch
 Seeder = Callable[[int], Any]
 KINDS = (random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator, torch.Generator)
 # Of these only what an instance holds is looked at, not their code.
-LIBRARIES = {"torch", "torchvision", "numpy", "PIL", "dist_train", *sys.stdlib_module_names}
+LIBRARIES = {"torch", "torchvision", "datasets", "pyarrow", "numpy", "PIL", "dist_train", *sys.stdlib_module_names}
 NOT_OPENED = (str, bytes, bytearray, int, float, complex, torch.Tensor, np.ndarray, np.generic, ModuleType, type(None))
 # A list of file names or of samples is no place for a generator: of a longer one only the beginning is looked at.
 MOST_ITEMS = 100

@@ -9,7 +9,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from dist_train.errors import ConfigError
+from dist_train.errors import ConfigError, TransformError
 
 # Pillow's name of each way to decode. Not torchvision.io.decode_image, which has the same names: a damaged PNG makes it
 # end the process by a segmentation fault, and torchvision 0.29 says that it will be removed.
@@ -109,10 +109,13 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
         except Exception as error:  # damaged files raise OSError, SyntaxError, struct.error, zlib.error, ...
             raise ConfigError(
                 f"{row.source}: got {path}, expected an image that can be decoded: {_reason(error)}; "
-                f"mend the file or take the line out"
+                f"mend the file, or take it out"
             ) from error
         if self.transform:
-            image = self.transform(image)
+            try:
+                image = self.transform(image)
+            except TransformError as error:
+                raise ConfigError(f"{error}; {row.source}: {path}") from error
             if not isinstance(image, torch.Tensor):
                 raise ConfigError(
                     f"data.args.transform: got {type(image).__name__} from it, expected a tensor; "
@@ -128,7 +131,7 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
         if self.shape is not None and tuple(image.shape) != self.shape:
             raise ConfigError(
                 f"{row.source}: got {path} of shape {tuple(image.shape)}, expected {self.shape} as "
-                f"the first image has; resize it, or set data.args.transform or data.args.mode"
+                f"the first image has; resize it, or set data.transforms and data.test_transforms, or data.args.mode"
             )
         target = self.number[row.label]
         return image, self.target_transform(target) if self.target_transform else target
@@ -149,13 +152,18 @@ def read_image(path: Path, mode: str, upright: bool = True) -> torch.Tensor:
         Exception: the file cannot be read or decoded; Pillow has no class for it.
     """
     with Image.open(path) as image:
-        wanted = MODES[mode] or {"1": "L", "P": "RGBA" if "transparency" in image.info else "RGB"}.get(image.mode)
-        turn = _turn(image) if upright else None
-        if wanted:
-            image = _eight_bits(image).convert(wanted)
-        array = np.array(image if turn is None else image.transpose(turn))
-        if _sixteen_bits(image):
-            array = array.astype(np.uint16)  # also of the other byte order
+        return pixels_of(image, mode, upright)
+
+
+def pixels_of(image: Image.Image, mode: str = "UNCHANGED", upright: bool = False) -> torch.Tensor:
+    """The pixels of a picture of Pillow; see `read_image`."""
+    wanted = MODES[mode] or {"1": "L", "P": "RGBA" if "transparency" in image.info else "RGB"}.get(image.mode)
+    turn = _turn(image) if upright else None
+    if wanted:
+        image = _eight_bits(image).convert(wanted)
+    array = np.array(image if turn is None else image.transpose(turn))
+    if _sixteen_bits(image):
+        array = array.astype(np.uint16)  # also of the other byte order
     pixels = torch.from_numpy(array)
     return pixels.unsqueeze(0) if pixels.dim() == 2 else pixels.permute(2, 0, 1).contiguous()
 

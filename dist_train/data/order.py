@@ -97,6 +97,14 @@ def falls_on(step: int, every_steps: int | None, every_epochs: int | None, steps
     return bool(every_epochs) and step % (every_epochs * steps_per_epoch) == 0
 
 
+def chosen(n: int, count: int) -> np.ndarray:
+    """So many different numbers below n, int64, the same ones in every run.
+
+    They are drawn, because every n-th sample of a list that goes round its classes would be of the same class.
+    """
+    return np.random.Generator(np.random.Philox(0)).permutation(n)[:count]
+
+
 @lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order of a whole epoch, int64 [n], read-only."""
@@ -127,13 +135,13 @@ def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
         for key in keys:
-            left, right = right, left ^ (_mix(right + key) & mask)
+            left, right = right, left ^ (mix(right + key) & mask)
         values[outside] = (left << half) | right
         outside = values >= np.uint64(n)
     return values.astype(np.int64)
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def mix(x: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every output bit depends on every input bit. Source: Vigna, splitmix64.c, 2015."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -181,33 +189,51 @@ class Plan:
             return self._whole_micro_batches
         return pieces(self.batch_size(step), self.world_size, self.micro_batch_size)
 
-    def indices(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
+    def sizes(self, first_step: int = 0) -> Iterator[tuple[int, int]]:
+        """Samples over all ranks, and micro-batches, of each step of an epoch from `first_step` on."""
+        return ((self.batch_size(step), self.micro_batches(step)) for step in range(first_step, self.steps_per_epoch))
+
+    def indices(self, epoch: int, first_step: int = 0, before: int = 0) -> Iterator[np.ndarray]:
         """This rank's micro-batches from a step to the end of an epoch: int64 arrays, empty ones included.
 
         A step costs no more at any number of samples above PERMUTATION_LIMIT, or of ranks: only this rank's share of it
         is looked up.
+
+        Args:
+            epoch: counts from 0.
+            first_step: of the epoch.
+            before: so many samples more at the beginning of each micro-batch that is not empty: those that come before
+                it in the global batch, whose first sample comes after its last.
         """
-        mine, cuts = self._cuts(self.global_batch_size)
+        mine, cuts = self._cuts(self.global_batch_size, before)
         at_once = max(1, BLOCK // max(1, mine.stop - mine.start))
         for first in range(first_step, self.whole_steps, at_once):
-            for row in self._block(epoch, first, min(first + at_once, self.whole_steps), mine):
+            last = min(first + at_once, self.whole_steps)
+            for row in self._block(epoch, first, last, _places(mine, self.global_batch_size, before)):
                 for cut in cuts:
                     yield row[cut]
         ragged = self.n - self.whole_steps * self.global_batch_size
         if ragged and first_step <= self.whole_steps < self.steps_per_epoch:
-            mine, cuts = self._cuts(ragged)
-            start = self.whole_steps * self.global_batch_size
-            row = _samples(np.arange(start + mine.start, start + mine.stop), self.n, self.seed, epoch)
+            mine, cuts = self._cuts(ragged, before)
+            (row,) = self._block(epoch, self.whole_steps, self.whole_steps + 1, _places(mine, ragged, before))
             for cut in cuts:
                 yield row[cut]
 
-    def _cuts(self, count: int) -> tuple[slice, list[slice]]:
-        """This rank's share of a batch of `count` samples, and its micro-batches within the share."""
+    def _cuts(self, count: int, before: int) -> tuple[slice, list[slice]]:
+        """This rank's share of a batch of `count` samples, and its micro-batches within the share, each with those
+        before it."""
         mine = share(count, self.rank, self.world_size)
         micro_batches = pieces(count, self.world_size, self.micro_batch_size)
-        return mine, [share(mine.stop - mine.start, i, micro_batches) for i in range(micro_batches)]
+        cuts = [share(mine.stop - mine.start, i, micro_batches) for i in range(micro_batches)]
+        return mine, [slice(cut.start, cut.stop + before if cut.stop > cut.start else cut.stop) for cut in cuts]
 
-    def _block(self, epoch: int, first: int, last: int, mine: slice) -> np.ndarray:
-        """A share of each whole batch from step `first` up to `last`: int64 [steps, share]."""
+    def _block(self, epoch: int, first: int, last: int, places: np.ndarray) -> np.ndarray:
+        """The samples at some places of each batch from step `first` up to `last`: int64 [steps, places]."""
         starts = np.arange(first, last)[:, None] * self.global_batch_size
-        return _samples(starts + np.arange(mine.start, mine.stop), self.n, self.seed, epoch)
+        return _samples(starts + places, self.n, self.seed, epoch)
+
+
+def _places(mine: slice, count: int, before: int) -> np.ndarray:
+    """The places of a share in a batch of `count` samples, and of those before it."""
+    places = np.arange(mine.start - before, mine.stop)
+    return places % count if before else places

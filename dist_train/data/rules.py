@@ -1,14 +1,17 @@
 """What a data set asks of the config. Pure, and before torch is imported."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from dist_train.config import arguments
-from dist_train.config.tree import Config
+from dist_train.config.lookup import accepts
+from dist_train.config.tree import Config, DataConfig
 from dist_train.config.values import too_small
-from dist_train.data import DATASETS
+from dist_train.data import BATCH_TRANSFORMS, DATASETS, FROM_FILES, MIXING
 from dist_train.ranks.launcher import Launcher
 
-GIVEN = ("root", "download")  # by the package itself, so not for data.args
+GIVEN = ("root", "download")  # by the package itself, to who asks, so not for data.args
+TRANSFORMS = ("transforms", "test_transforms")  # of the config, which data sets of ours apply themselves
 
 
 def problems(config: Config, _: Launcher) -> Iterator[str]:
@@ -16,6 +19,83 @@ def problems(config: Config, _: Launcher) -> Iterator[str]:
     data = config.data
     yield from too_small({"data.workers": (data.workers, 0)})
     given = {"data.args." + k for k in data.args}
-    yield from arguments.problems(DATASETS, data.name, "data", data.args, given, GIVEN)
-    if data.workers > 0 and data.name in DATASETS and data.name != "csv_images":
+    ours = (*GIVEN, *TRANSFORMS) if data.name in FROM_FILES else GIVEN
+    yield from arguments.problems(DATASETS, data.name, "data", data.args, given, ours, facts=GIVEN)
+    yield from _of_rows(data)
+    yield from _facts(data.facts)
+    for key in (*TRANSFORMS, "batch_transforms"):
+        yield from _entries(f"data.{key}", getattr(data, key))
+    yield from _batch_transforms(config)
+
+
+def parts_of(entry: Any) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of an entry of a list of transforms."""
+    if isinstance(entry, str):
+        return entry, {}
+    return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+
+
+def _of_rows(data: DataConfig) -> Iterator[str]:
+    """What data sets of ours have already, or do not need."""
+    if data.pair is not None and len(data.pair) != 2:
+        yield f"data.pair: got {data.pair}, expected two keys, of the input and of the target: [image, label]"
+    if data.test_args is not None and data.test_fraction is not None:
+        yield f"data.test_fraction: got {data.test_fraction} with data.test_args, expected one of them; leave one out"
+    if data.name not in DATASETS:
+        return
+    for key in ("test_args", "test_fraction", "pair"):
+        value = getattr(data, key)
+        if value is not None:
+            own = "; write --data.args.test_fraction" if key == "test_fraction" and data.name in FROM_FILES else ""
+            yield f"data.{key}: got {value}, but {data.name} has its own test split and pairs; leave it out{own}"
+    if data.workers > 0 and data.name not in FROM_FILES and not data.transforms and not data.test_transforms:
         yield f"data.workers: got {data.workers}, expected 0: {data.name} is held in memory and needs no workers"
+
+
+def _facts(facts: dict[str, Any]) -> Iterator[str]:
+    classes, shape = facts.get("classes"), facts.get("input_shape")
+    names = isinstance(classes, list) and bool(classes) and all(type(name) in (str, int) for name in classes)
+    if "classes" in facts and not names and not (type(classes) is int and classes > 0):
+        yield (
+            f"data.facts: got classes {classes!r}, expected their number, or a list of their names, in quotes where "
+            f"they are words such as yes and no"
+        )
+    if "input_shape" in facts and not _is_shape(shape):
+        yield f"data.facts: got input_shape {shape!r}, expected the sizes of a sample's input, such as [3, 32, 32]"
+    for key in ("mean", "std"):
+        if key in facts and not isinstance(facts[key], list):
+            yield f"data.facts: got {key} {facts[key]!r}, expected a number per channel, or one for all: [0.5]"
+
+
+def _is_shape(shape: Any) -> bool:
+    return isinstance(shape, list) and bool(shape) and all(type(size) is int and size > 0 for size in shape)
+
+
+def _entries(path: str, entries: list[Any]) -> Iterator[str]:
+    for entry in entries:
+        named = isinstance(entry, dict) and isinstance(entry.get("name"), str) and all(type(k) is str for k in entry)
+        if not named and not isinstance(entry, str):
+            yield (
+                f"{path}: got {entry!r}, expected a name, or one with arguments such as {{name: RandomCrop, size: 28}}"
+            )
+
+
+def _batch_transforms(config: Config) -> Iterator[str]:
+    entries = config.data.batch_transforms
+    if any(_entries("", entries)):
+        return
+    for name, args in map(parts_of, entries):
+        takes = accepts(BATCH_TRANSFORMS, name, "data.batch_transforms")
+        for key in sorted(args.keys() - takes.keys()) if "**" not in takes else ():
+            own = ", ".join(key for key in takes if key not in arguments.FACTS) or "no arguments"
+            yield f"data.batch_transforms: got {key} of {name}, which does not have it; it takes {own}; leave it out"
+        if name in MIXING and config.task.name == "classification":
+            weighs = [key for key in ("class_weights", "ignore_index") if config.task.args.get(key) is not None]
+            other = "task.loss nll" if config.task.loss == "nll" else f"task.args.{weighs[0]}" if weighs else None
+            if other is not None:
+                yield f"data.batch_transforms: got {name} with {other}, which takes no vectors; leave one out"
+    if entries and config.compile.scope == "step":
+        yield (
+            "data.batch_transforms: got them with compile.scope step, whose steps are not the host's; expected none; "
+            "write --compile.scope model"
+        )

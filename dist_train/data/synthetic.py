@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from dist_train.data.sets import Data, InMemory
+from dist_train.data.sets import Columns, Data, InMemory
 from dist_train.errors import ConfigError
 
 PIECE_PIXELS = 1 << 23  # made at a time: the arithmetic needs some 10 bytes a pixel beside the result
@@ -46,7 +46,7 @@ def synthetic(
     pictures = torch.randint(256, (classes, *shape), generator=draw, dtype=torch.uint8)
     piece = max(1, PIECE_PIXELS // math.prod(shape))
 
-    def split(count: int) -> InMemory:
+    def split(count: int) -> Columns:
         labels = torch.randint(classes, (count,), generator=draw)
         images = torch.empty(count, *shape, dtype=torch.uint8)
         for some, numbers in zip(images.split(piece), labels.split(piece), strict=True):

@@ -109,7 +109,7 @@ def _mapped(folder: Path) -> Splits:
 
 
 def _data(splits: Splits, classes: tuple[str, ...], stats: tuple) -> Data:
-    return Data(*splits, tuple(splits[0].images.shape[1:]), classes, mean=stats[0], std=stats[1])
+    return Data(*splits, tuple(splits[0].tree[0].shape[1:]), classes, mean=stats[0], std=stats[1])
 
 
 def archives_of(name: str, root: str) -> tuple[Path, Archives]:
@@ -155,7 +155,7 @@ def _torchvision(name: str, root: str, download: bool, make: Callable) -> Any:
 def _unpack(kind: type, home: Path, folder: Path, download: bool, archives: Archives) -> Splits:
     """One process of the node downloads or unpacks what is missing while the others wait at the lock."""
     if download or _whole(folder, archives):
-        with _alone(kind, home):
+        with alone(kind.__name__, home):
             with contextlib.suppress(*NotThere):
                 return _mapped(folder)
             kind(home, train=True, download=True), kind(home, train=False)
@@ -170,7 +170,7 @@ def _decode(kind: type, home: Path, folder: Path, download: bool, archives: Arch
     if not fetch and not os.path.isdir(home / kind.base_folder):
         kind(home, train=True)  # raises what is wrong
     try:
-        with _alone(kind, home):
+        with alone(kind.__name__, home):
             with contextlib.suppress(*NotThere):
                 return decoded.read(home / CIFAR10_DECODED, CIFAR10_SOURCES)
             splits, classes = _in_memory(kind, home, fetch)
@@ -207,13 +207,13 @@ def _whole(folder: Path, archives: Archives) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(kind: type, home: Path) -> Iterator[None]:
+def alone(kind: str, home: Path) -> Iterator[None]:
     """Only one process of the node is here at a time. Raises OSError where the lock cannot be made."""
     from filelock import FileLock
 
     os.makedirs(home, exist_ok=True)
     before = socket.getdefaulttimeout()
-    with FileLock(home / f".{kind.__name__}.lock"):
+    with FileLock(home / f".{kind}.lock"):
         socket.setdefaulttimeout(NETWORK_TIMEOUT_S)
         try:
             yield

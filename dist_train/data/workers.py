@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from multiprocessing import connection, forkserver, resource_tracker
 from multiprocessing.context import BaseContext
 
+from dist_train.data.sets import kinds_of
 from dist_train.errors import ConfigError
 
 SHM = "/dev/shm"
@@ -44,9 +45,12 @@ def context(dataset: object, count: int) -> BaseContext:
     """
     _sockets()
     found = multiprocessing.get_context("forkserver")
-    imported = {"torchvision.transforms.v2"} & sys.modules.keys()  # slow, and most transforms need it
+    imported = {
+        "torchvision.transforms.v2",
+        "torchvision.datasets",
+    } & sys.modules.keys()  # slow, and most transforms need it
     # What every worker imports anyway, the script that was started among it.
-    reads = "__main__", "dist_train.data.reader", type(dataset).__module__
+    reads = ["__main__", "dist_train.data.reader", *(kind.__module__ for kind in kinds_of(dataset))]
     found.set_forkserver_preload(["dist_train.data.server", *reads, *imported, "dist_train.data.served"])
     try:
         with _environment():
@@ -118,7 +122,12 @@ def not_started(error: OSError, count: int) -> ConfigError:
 
 def not_handed_over(error: RuntimeError, count: int) -> ConfigError | None:
     """What keeps workers from handing over samples, in one line; None where the error is another's."""
-    return _too_little_memory(count) if any(sign in str(error) for sign in NO_SHM) else None
+    return _too_little_memory(count) if no_room(error) else None
+
+
+def no_room(error: Exception) -> bool:
+    """Whether torch says that it has no shared memory."""
+    return any(sign in str(error) for sign in NO_SHM)
 
 
 def _too_little_memory(count: int) -> ConfigError:

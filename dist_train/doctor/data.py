@@ -3,10 +3,11 @@
 import gzip
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from dist_train.config.tree import Config
 from dist_train.data import vision
-from dist_train.data.sets import Data, FromFiles, InMemory
+from dist_train.data.sets import Columns, Data, Split
 from dist_train.doctor.report import Line, size
 from dist_train.errors import ConfigError
 
@@ -29,11 +30,16 @@ def check(config: Config, data: Data | Exception) -> Iterator[Line]:
         for text in lines:
             yield Line("fail", "data set", text, "--data.root FOLDER   of the data, or mend what the line names")
         return
-    counts = f"{len(data.train):,} samples to train on, {len(data.test):,} to test, {list(data.input_shape)}"
-    facts = {"train": len(data.train), "test": len(data.test), "input_shape": list(data.input_shape)}
-    yield Line("pass", "data set", f"{cfg.name}: {counts}, {len(data.classes)} classes", facts=facts)
-    yield from _samples("train", data.train)
-    yield from _samples("test", data.test)
+    tests = "".join(f", {len(split):,} to test{f' as {name}' if name else ''}" for name, split in data.tests.items())
+    counts = f"{len(data.train):,} samples to train on{tests}"
+    facts: dict[str, Any] = {name: len(split) for name, split in data.splits.items()}
+    if data.input_shape is not None:
+        counts += f", {list(data.input_shape)}"
+        facts["input_shape"] = list(data.input_shape)
+    classes = f", {len(data.classes)} classes" if data.classes else ""
+    yield Line("pass", "data set", f"{cfg.name}: {counts}{classes}", facts=facts)
+    for name, split in data.splits.items():
+        yield from _samples(name, split)
 
 
 def archives(config: Config) -> Iterator[Line]:
@@ -81,9 +87,9 @@ def _same(archive: Path, unpacked: Path) -> bool:
         return not file.read(1)
 
 
-def _samples(split: str, samples: InMemory | FromFiles) -> Iterator[Line]:
+def _samples(split: str, samples: Split) -> Iterator[Line]:
     """The first and the last of a split from files can be read."""
-    if isinstance(samples, InMemory):
+    if isinstance(samples, Columns):
         return
     try:
         for index in (0, len(samples) - 1):

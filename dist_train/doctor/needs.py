@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,16 +15,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dist_train import backends
-from dist_train.backends.base import blocks
 from dist_train.backends.precision import Precision
 from dist_train.config.tree import Config
-from dist_train.data.feed import GATHERED
+from dist_train.data.batch import Batch, like, mapped
+from dist_train.data.feed import GATHERED, Feed
 from dist_train.data.order import evaluated_at_once, largest_piece
-from dist_train.data.sets import Data, InMemory
+from dist_train.data.sets import Columns, Data
 from dist_train.loop import optim
+from dist_train.loop.evaluate import Called
+from dist_train.models.blocks import blocks
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
-from dist_train.tasks.losses import loss_fn
+from dist_train.tasks.base import nbytes
 
 BUCKET_ELEMENTS = 500_000_000  # the most that DeepSpeed reduces at once
 
@@ -60,20 +63,25 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     cfg, world = config.train, launcher.world_size
     precision = Precision(cfg.precision, torch.device("cpu"))  # a size does not depend on the device
     micro = largest_piece(cfg.global_batch_size, world, cfg.micro_batch_size)
+    task, feed = assemble.make_task(config, data), _feed(config, data, precision)
+    kind = feed.of(np.zeros(1, np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):
         model = assemble.maker(config, data)()
         parameters = [p for p in model.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p)
-        training = peak(lambda: _step(config, model, data, precision, micro))
+        called = Called(precision.called(model))
+        training = peak(lambda: task.sums(called, _batch(feed, kind, micro))["loss"].backward())
+        model.eval()
         with torch.no_grad():
-            one = _inputs(data, precision, 1)
-            evaluated = evaluated_at_once(cfg, world, one.nbytes + model.eval()(one).nbytes)
-            evaluated = min(evaluated, -(-len(data.test) // world))
-            evaluation = peak(lambda: model.eval()(_inputs(data, precision, evaluated)))
+            task.sums(called, like(kind, 1))
+            evaluated = evaluated_at_once(cfg, world, nbytes(kind.tree) + nbytes(called.outputs))
+            largest = max((len(split) for split in data.tests.values()), default=0)
+            evaluated = min(evaluated, -(-largest // world))
+            evaluation = peak(lambda: task.sums(called, _batch(feed, kind, evaluated))) if evaluated else 0
     state, updating = _optimizer(config, model, device)
     shares = _shares(config, launcher, model, state)
-    held = sum(s.images.nbytes + s.labels.nbytes for s in (data.train, data.test) if isinstance(s, InMemory))
+    held = sum(nbytes(split.tree) for split in data.splits.values() if isinstance(split, Columns))
     whole = _bytes(model.state_dict().values()) + sum(_bytes(tensors) for tensors in state.values())
     phases = [(training, "micro-batch", micro), (evaluation, "evaluation", evaluated), (updating, "update", 0)]
     working, busiest, samples = max(phases)
@@ -91,20 +99,16 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _inputs(data: Data, precision: Precision, count: int) -> torch.Tensor:
-    """A batch; from memory, the first of those that are gathered together."""
-    together = count * -(-GATHERED // count) if isinstance(data.train, InMemory) else count
-    return torch.zeros(together, *data.input_shape, dtype=precision.dtype).narrow(0, 0, count)
+def _feed(config: Config, data: Data, precision: Precision) -> Feed:
+    cfg = config.data
+    return Feed(data.train, data, torch.device("cpu"), precision.dtype, cfg.normalize, cfg.one_hot)
 
 
-def _step(config: Config, model: nn.Module, data: Data, precision: Precision, count: int) -> None:
-    """A micro-batch, as the loop computes it."""
-    classes = len(data.classes)
-    targets = torch.zeros(count, classes, dtype=precision.dtype) if config.data.one_hot else torch.zeros(count).long()
-    model.train()
-    with precision.autocast():
-        outputs = model(_inputs(data, precision, count))
-    loss_fn(config.train.loss, config.train.label_smoothing)(outputs.to(precision.dtype), targets, count).backward()
+def _batch(feed: Feed, kind: Batch, count: int) -> Batch:
+    """So many samples; from memory, the first of those that are gathered together."""
+    together = like(kind, count * -(-GATHERED // count) if isinstance(feed.split, Columns) else count)
+    tree = mapped(together.tree, lambda leaf: leaf.narrow(0, 0, count) if isinstance(leaf, torch.Tensor) else leaf)
+    return Batch(tree, together.ids[:count], count)
 
 
 State = dict[nn.Parameter, list[torch.Tensor]]
@@ -146,7 +150,7 @@ def _shares(config: Config, launcher: Launcher, model: nn.Module, state: State) 
     weights, gradients = _bytes(parameters), _bytes(state)
     optimizer = sum(_bytes(tensors) for tensors in state.values())
     if backend == "fsdp2":
-        layers = [_bytes(layer.parameters()) for layer in blocks(model)]
+        layers = [_bytes(layer.parameters()) for layer in blocks(model, config.model.blocks)]
         rest = weights - sum(layers)
         # The weights outside of layers stay gathered. Of layers one computes and one is on its way, and a gradient.
         library = rest + 3 * max(layers, default=0) if layers else 2 * weights

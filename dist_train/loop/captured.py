@@ -11,17 +11,14 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import nn
 
-from dist_train.backends.base import Backend, compiled
-from dist_train.backends.precision import Precision
-from dist_train.config.tree import Config
-from dist_train.data.feed import Feed
-from dist_train.data.order import Plan, pieces, share
+from dist_train.backends.base import compiled
+from dist_train.data.order import pieces, share
 from dist_train.errors import ConfigError
 from dist_train.loop.meter import Meter
 from dist_train.loop.schedule import lr_at
-from dist_train.tasks.losses import loss_fn
+from dist_train.loop.work import Work
+from dist_train.tasks.base import units_per_sample
 
 WARM_UPS = 3  # what torch's manual asks for before a capture
 Replay = Callable[[], object]
@@ -38,21 +35,21 @@ class Captured:
         ConfigError: a step of this model or optimizer cannot be captured.
     """
 
-    def __init__(
-        self, config: Config, backend: Backend, model: nn.Module, optimizer: torch.optim.Optimizer, feed: Feed,
-        plan: Plan, precision: Precision, meter: Meter,
-    ):  # fmt: skip
-        assert feed.resident  # held by run/assemble.py
-        self.config, self.backend, self.model, self.plan, self.meter = config, backend, model, plan, meter
-        self.max_norm = config.train.grad_clip
-        device = precision.device
+    def __init__(self, work: Work, meter: Meter):
+        assert work.feed.resident  # held by run/assemble.py
+        self.config, self.backend, self.model, self.plan = work.config, work.backend, work.model, work.plan
+        self.meter, self.max_norm = meter, work.config.train.grad_clip
+        each = units_per_sample(work.task)
+        assert each is not None  # held by run/assemble.py
+        self.each, plan, task, feed, optimizer = each, work.plan, work.task, work.feed, work.optimizer
+        precision, device = work.precision, work.precision.device
         self.order = torch.zeros(plan.steps_per_epoch, plan.global_batch_size, dtype=torch.int64, device=device)
         # torch's kernels on CUDA read a learning rate as float32; on the CPU it stays the number that the config gives.
         rates = {"dtype": torch.float64 if device.type == "cpu" else torch.float32, "device": device}
         self.scales = np.array([group["lr_scale"] for group in optimizer.param_groups])
         self.rates = torch.zeros(plan.steps_per_epoch, len(self.scales), **rates)  # [steps, groups]
         self.rate = torch.zeros(1, len(self.scales), **rates)
-        between_lines = min(config.track.every_steps, meter.total_steps)
+        between_lines = min(self.config.track.every_steps, meter.total_steps)
         self.losses = torch.zeros(between_lines, plan.micro_batches(0), dtype=precision.dtype, device=device)
         self.norm = torch.zeros((), dtype=precision.dtype, device=device)
         self.at = torch.zeros(2, dtype=torch.int64, device=device)
@@ -63,15 +60,12 @@ class Captured:
             if device.type == "cuda":
                 assert group["fused"]  # held by backends/rules.py: it reads the rate, and counts steps, on the device
                 group["capturable"] = True
-        loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
+        model = precision.called(work.model)
 
-        def loss(samples: torch.Tensor, count: int) -> torch.Tensor:
-            inputs, targets = feed.gather(samples)
-            with precision.autocast():
-                outputs = model(inputs)
-            return loss_of(outputs.to(precision.dtype), targets, count)
+        def loss(samples: torch.Tensor) -> torch.Tensor:
+            return task.sums(model, feed.gather(samples))["loss"]
 
-        self.loss = compiled(loss, config.compile)
+        self.loss = compiled(loss, self.config.compile)
         self.graphs = Graphs(device) if device.type == "cuda" else NoGraphs(device)
         self.replays: dict[tuple[int, bool], Replay | None] = {}  # by samples, and whether the norm is wanted
 
@@ -84,7 +78,7 @@ class Captured:
         _send(np.outer(lrs, self.scales), self.rates[first:])
         self.step.fill_(first)
 
-    def take(self, count: int, lr: float, measure: bool) -> torch.Tensor | None:
+    def take(self, count: int, lr: float, measure: bool) -> tuple[int, torch.Tensor | None]:
         """Takes the step that comes next; see train.Eager. Its learning rate is on the device already."""
         measure_or_clip = measure or self.max_norm is not None
         self.meter.phases("forward")
@@ -94,12 +88,12 @@ class Captured:
         else:
             replay()
         for i in range(pieces(count, 1, self.plan.micro_batch_size)):
-            self.meter.add(self.losses[self.unread, i], count)
+            self.meter.add(self.losses[self.unread, i])
         self.unread += 1
         if measure:  # for a line of metrics, with which the losses are read
             self.unread = 0
             self.place.zero_()
-        return self.norm if measure_or_clip else None
+        return count * self.each, self.norm if measure_or_clip else None
 
     def _take_or_capture(self, count: int, measure: bool) -> None:
         """The first step of its kind, or the second."""
@@ -152,8 +146,8 @@ class Captured:
         samples = self.order.index_select(0, self.step)[0, :count]
         micro_batches = pieces(count, 1, self.plan.micro_batch_size)
         for i in range(micro_batches):
-            loss = self.loss(samples[share(count, i, micro_batches)], count)
-            self.backend.backward(loss)
+            loss = self.loss(samples[share(count, i, micro_batches)])
+            self.backend.backward(loss / (count * self.each))
             self.losses[:, i].index_copy_(0, self.place, loss.detach().view(1))
 
 

@@ -15,6 +15,7 @@ import torch
 from dist_train.data.order import Plan
 from dist_train.errors import ConfigError, OtherRankError
 from dist_train.loop.compiled import Compiled
+from dist_train.loop.units import Units
 from dist_train.ranks import dist
 from dist_train.ranks.phases import NAMES, Phases
 from dist_train.ranks.stop import Requests
@@ -48,7 +49,7 @@ class Result:
         recompilations: of these, those of steps after the first epoch and of evaluations after the first one, which
             have shown every shape of the run.
         cached_graphs: of these, those that an earlier run had left in torch's cache.
-        evaluation: the newest `eval/loss` and `eval/accuracy`.
+        evaluation: the newest metrics of an evaluation, `eval/...`.
         profile: what track.profile found, `profile/...`; on rank 0.
     """
 
@@ -112,9 +113,10 @@ class Meter:
         self.result = Result()
         self.on_cpu = device.type == "cpu"
         self.losses: list[torch.Tensor] = []
-        self.batches: list[tuple[int, int]] = []  # step and its samples, of each of the losses
+        self.of_step: list[int] = []  # of each of the losses
+        self.taken: dict[int, tuple[int, Units]] = {}  # samples and units by step, over all ranks, since they were read
         self.logged_steps = self.interval_samples = 0
-        self.interval_loss = 0.0  # of the interval's steps before a checkpoint, over all ranks
+        self.interval_loss = self.interval_units = 0.0  # of what was read in this interval, over all ranks
         self.compiled = Compiled()
         self.begin = self.train_begin = self.step_begin = self.interval_begin = time.perf_counter()
         self.first_step = self.skipped_steps = 0
@@ -134,13 +136,14 @@ class Meter:
         """Whether metrics are read after this many steps."""
         return step % self.every_steps == 0 or step == self.total_steps
 
-    def add(self, loss: torch.Tensor, count: int) -> None:
-        """A micro-batch: its part of the loss of a step with `count` samples over all ranks."""
+    def add(self, loss: torch.Tensor) -> None:
+        """A micro-batch: its loss, summed over its units."""
         self.losses.append(loss.detach())
-        self.batches.append((self.result.steps, count))
+        self.of_step.append(self.result.steps)
 
-    def step(self, count: int, lr: float, norm: torch.Tensor | None) -> None:
-        """The end of an optimizer step with `count` samples over all ranks. Collective where it is due."""
+    def step(self, count: int, units: Units, lr: float, norm: torch.Tensor | None) -> None:
+        """The end of an optimizer step with so many samples and units over all ranks. Collective where it is due."""
+        self.taken[self.result.steps] = count, units
         self.result.steps += 1
         self.result.samples += count
         self.interval_samples += count
@@ -181,12 +184,11 @@ class Meter:
         Returns:
             Seconds of every rank in each phase since the last call.
         """
-        first, last = (self.batches[0][0], self.batches[-1][0]) if self.batches else (0, -1)
+        first, last = (self.of_step[0], self.of_step[-1]) if self.of_step else (0, -1)
         sums = [0.0] * (last - first + 1)
         losses = torch.stack(self.losses).tolist() if self.losses else []  # waits for the device
-        for loss, (step, count) in zip(losses, self.batches, strict=True):
-            # Each loss is a rank's sum divided by its step's samples; times the samples, the sum again.
-            sums[step - first] += loss * count
+        for loss, step in zip(losses, self.of_step, strict=True):
+            sums[step - first] += loss
         journal = self.phases.journal
         rows = dist.gather_numbers([*sums, *self.phases.take().values(), journal.sum() if journal else 0])
         if len({row.pop() for row in rows}) > 1:
@@ -199,7 +201,8 @@ class Meter:
         if not math.isfinite(total):
             total = self._not_finite(np.array(rows)[:, : len(sums)], first, losses)
         self.interval_loss += total
-        self.losses, self.batches = [], []
+        self.interval_units += _total([units for _, units in self.taken.values()])
+        self.losses, self.of_step, self.taken = [], [], {}
         return [dict(zip(NAMES, row[len(sums) :], strict=True)) for row in rows]
 
     def _bad_norm(self, norm: torch.Tensor) -> None:
@@ -227,14 +230,14 @@ class Meter:
         finite = np.isfinite(by_step).all(0)
         steps = [first + int(i) for i in np.flatnonzero(~finite)]
         if not self.stops_on_nan:
-            counts = dict(self.batches)
             self.skipped_steps += len(steps)
-            self.interval_samples -= sum(counts[step] for step in steps)
+            for step in steps:
+                self.interval_samples -= self.taken.pop(step)[0]
             return float(by_step[:, finite].sum())
         ranks = np.flatnonzero(~np.isfinite(by_step[:, steps[0] - first])).tolist()
         if self.plan.rank not in ranks:
             raise OtherRankError(f"the loss of step {steps[0] + 1} is not finite on rank {ranks[0]}")
-        its = [loss for loss, (step, _) in zip(losses, self.batches, strict=True) if step == steps[0]]
+        its = [loss for loss, step in zip(losses, self.of_step, strict=True) if step == steps[0]]
         micro = next(i for i, loss in enumerate(its) if not math.isfinite(loss))
         epoch, within = divmod(steps[0], self.plan.steps_per_epoch)
         samples = next(itertools.islice(self.plan.indices(epoch, within), micro, None)).tolist()
@@ -246,7 +249,7 @@ class Meter:
 
     def _log(self, lr: float, norm: torch.Tensor | None) -> None:
         by_rank = self._sum_losses()
-        loss = self.interval_loss / self.interval_samples if self.interval_samples else float("nan")
+        loss = self.interval_loss / self.interval_units if self.interval_units else float("nan")
         seconds = time.perf_counter() - self.interval_begin
         steps = self.result.steps - self.logged_steps
         if not self.on_cpu:
@@ -265,7 +268,7 @@ class Meter:
             f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
             f"{rate:,.0f} samples/s  ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
         )
-        self.interval_samples, self.interval_loss = 0, 0.0
+        self.interval_samples, self.interval_loss, self.interval_units = 0, 0.0, 0.0
         self.logged_steps, self.interval_begin = self.result.steps, time.perf_counter()
 
     @contextmanager
@@ -287,7 +290,11 @@ class Meter:
         self._sum_losses()
         now = time.perf_counter()
         counts = {"steps": self.result.steps, "samples": self.result.samples, "logged_steps": self.logged_steps}
-        interval = {"interval_samples": self.interval_samples, "interval_loss": self.interval_loss}
+        interval = {
+            "interval_samples": self.interval_samples,
+            "interval_loss": self.interval_loss,
+            "interval_units": self.interval_units,
+        }
         times = {"time_s": now - self.begin, "train_s": now - self.train_begin, "interval_s": now - self.interval_begin}
         return counts | interval | times | self.result.evaluation | self.result.profile
 
@@ -295,7 +302,8 @@ class Meter:
         """Goes on from what `progress` gave."""
         self.first_step = self.result.steps = int(progress["steps"])
         self.result.samples, self.logged_steps = int(progress["samples"]), int(progress["logged_steps"])
-        self.interval_samples, self.interval_loss = int(progress["interval_samples"]), progress["interval_loss"]
+        self.interval_samples = int(progress["interval_samples"])
+        self.interval_loss, self.interval_units = progress["interval_loss"], progress["interval_units"]
         self.begin -= progress["time_s"]
         self.train_begin -= progress["train_s"]
         self.interval_begin -= progress["interval_s"]
@@ -351,6 +359,12 @@ def _by_rank(by_rank: list[dict[str, float]], steps: int) -> Metrics:
         "straggler/median_ms": statistics.median(own_ms),
         "straggler/data_ms": by_rank[slowest]["data"] / steps * 1e3,
     }
+
+
+def _total(units: list[Units]) -> float:
+    counted = [value for value in units if isinstance(value, torch.Tensor)]
+    known = sum(value for value in units if not isinstance(value, torch.Tensor))
+    return known + (float(torch.stack(counted).sum()) if counted else 0.0)
 
 
 def duration(seconds: float) -> str:

@@ -9,6 +9,8 @@ from dist_train.config.tree import Config
 from dist_train.config.values import no_share, not_finite, too_small, unknown
 from dist_train.ranks.launcher import Launcher
 
+# The keys of train.early_stopping, with their defaults.
+EARLY_STOPPING = {"metric": None, "patience": 3, "min_delta": 0.0}
 OPTIM_FIELDS = ("lr", "weight_decay", "momentum")
 # Arguments that are for all parameters: how an update is computed.
 FOR_ALL = {"fused", "foreach", "differentiable", "capturable"}
@@ -39,6 +41,7 @@ def problems(config: Config, launcher: Launcher) -> Iterator[str]:
     yield from _optimizer(config)
     yield from _schedule(config)
     yield from _average(config)
+    yield from _early_stopping(config)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -208,3 +211,17 @@ def _average(config: Config) -> Iterator[str]:
         yield f"optim.ema_start: got {o.ema_start} without optim.ema; for example --optim.ema 0.999"
     if total is not None and o.ema_start >= max(total, 1):
         yield f"optim.ema_start: got {o.ema_start}, expected less than train.max_steps, which is {total}"
+
+
+def _early_stopping(config: Config) -> Iterator[str]:
+    asked, path = config.train.early_stopping, "train.early_stopping"
+    for key in asked.keys() - EARLY_STOPPING.keys():
+        yield unknown(path, str(key), list(EARLY_STOPPING))
+    settings = EARLY_STOPPING | asked
+    metric, patience, delta = (settings[key] for key in EARLY_STOPPING)
+    if metric is not None and not isinstance(metric, str):
+        yield f"{path}.metric: got {metric!r}, expected the name of a metric; for example --{path}.metric eval/loss"
+    if type(patience) is not int or patience < 1:
+        yield f"{path}.patience: got {patience!r}, expected a whole number above 0; for example --{path}.patience 3"
+    if type(delta) not in (int, float) or not (math.isfinite(delta) and delta >= 0):
+        yield f"{path}.min_delta: got {delta!r}, expected a number of 0 or more; for example --{path}.min_delta 0.001"

@@ -13,7 +13,7 @@ class MLP(nn.Module):
 
     Args:
         input_shape: shape of a sample.
-        classes: number of outputs.
+        outputs: how many numbers it gives for a sample: of a data set of classes, one for each.
         hidden: sizes of the hidden layers; none of them makes a linear model.
         activation: name of a class in torch.nn.
         dropout: probability of dropping a hidden unit in training.
@@ -22,7 +22,7 @@ class MLP(nn.Module):
     def __init__(
         self,
         input_shape: tuple[int, ...],
-        classes: int,
+        outputs: int,
         hidden: list[int] | tuple[int, ...] = (512, 512),
         activation: str = "ReLU",
         dropout: float = 0.0,
@@ -38,9 +38,9 @@ class MLP(nn.Module):
             if dropout:
                 layers.append(nn.Dropout(dropout))
             size = width
-        layers.append(nn.Linear(size, classes))
+        layers.append(nn.Linear(size, outputs))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, classes] of samples [batch, *input_shape]."""
+        """Outputs [batch, outputs], such as logits, of samples [batch, *input_shape]."""
         return self.layers(x)

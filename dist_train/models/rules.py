@@ -8,7 +8,6 @@ from dist_train.config.values import no_share
 from dist_train.models import MODELS
 from dist_train.ranks.launcher import Launcher
 
-GIVEN = ("input_shape", "classes")  # by the package itself, so not for model.args
 FIELDS = ("hidden", "activation", "dropout")
 
 
@@ -23,4 +22,5 @@ def problems(config: Config, _: Launcher) -> Iterator[str]:
     for key in FIELDS:
         if key in model.args:
             yield f"model.args.{key}: got {model.args[key]!r}, expected it as model.{key}; write --model.{key}"
-    yield from arguments.problems(MODELS, model.name, "model", {**fields, **model.args}, given, GIVEN)
+    facts = arguments.facts_of(config)
+    yield from arguments.problems(MODELS, model.name, "model", {**fields, **model.args}, given, facts=facts)

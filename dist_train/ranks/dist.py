@@ -110,6 +110,7 @@ def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TI
     yield world
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    _hosts.cache_clear()
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,6 +118,62 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     if torch_dist.is_initialized():
         torch_dist.all_reduce(tensor)
     return tensor
+
+
+Pending = Callable[[], torch.Tensor]
+
+
+def sum_later(tensor: torch.Tensor) -> Pending:
+    """Begins to add up `tensor` over the ranks, in place, and gives a function that returns the sum. Collective; other
+    collectives may begin before it is asked for."""
+    if not torch_dist.is_initialized():
+        return lambda: tensor
+    work = torch_dist.all_reduce(tensor, async_op=True)
+
+    def done() -> torch.Tensor:
+        work.wait()  # of an accelerator, its stream waits, and not the host
+        return tensor
+
+    return done
+
+
+def gather_samples(mine: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
+    """The rows of all ranks, and where this rank's begin, for a loss that compares each sample with those of the whole
+    batch. Gradients flow back to the rank that a row is of. Collective, forward and backward.
+
+    Args:
+        mine: [rows, ...].
+        count: how many rows count, from the first: `len(batch)`. A stand-in has none.
+
+    Returns:
+        [all rows, ...] in order of rank, and the number of the rows before this rank's.
+    """
+    if not torch_dist.is_initialized():
+        return mine[:count], 0
+    counts = [int(row[0]) for row in gather_numbers([count])]
+    return _Gathered.apply(mine, tuple(counts)), sum(counts[: torch_dist.get_rank()])
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mine: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
+        ctx.counts, ctx.rows = counts, len(mine)
+        padded = mine.new_zeros(max(counts), *mine.shape[1:])
+        count = counts[torch_dist.get_rank()]
+        padded[:count] = mine[:count]
+        parts = [torch.empty_like(padded) for _ in counts]
+        torch_dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.contiguous()
+        torch_dist.all_reduce(gradient)  # every rank's loss depends on every row
+        rank = torch_dist.get_rank()
+        start, count = sum(ctx.counts[:rank]), ctx.counts[rank]
+        mine = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
+        mine[:count] = gradient[start : start + count]
+        return mine, None
 
 
 def from_last(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ came or went, so rank 0 counts them, and tells those ranks that ask in this star
 """
 
 import contextlib
+import functools
+import itertools
 import os
 import secrets
 import sys
@@ -89,11 +91,10 @@ def store(launcher: Launcher, timeout_s: float) -> Iterator[torch_dist.Store]:
 
 @contextlib.contextmanager
 def own_store(launcher: Launcher, timeout_s: float) -> Iterator[torch_dist.Store]:
-    """A store that rank 0 holds."""
-    timeout, first = timedelta(seconds=timeout_s), launcher.rank == 0
-    place = launcher.master_addr, launcher.master_port, launcher.world_size
+    """A store that rank 0 holds, or a part of it where this process joins again: it has what an earlier group left."""
+    place = launcher.master_addr, launcher.master_port, launcher.world_size, launcher.rank == 0
     try:
-        found = torch_dist.TCPStore(*place, first, timeout, wait_for_workers=False, multi_tenant=True)
+        found = _kept_store(*place, timeout_s)
     except torch_dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -102,7 +103,18 @@ def own_store(launcher: Launcher, timeout_s: float) -> Iterator[torch_dist.Store
             f"expected a free port; set another on all ranks, for example MASTER_PORT={launcher.master_port + 1} "
             f"(torchrun: --master_port, or --standalone, which finds a free one)"
         ) from None
-    yield found
+    yield torch_dist.PrefixStore(f"dist_train/join/{next(_JOINS)}", found)
+
+
+# How many times this process has joined others: all have done it as often.
+_JOINS = itertools.count()
+
+
+@functools.cache
+def _kept_store(address: str, port: int, world_size: int, first: bool, timeout_s: float) -> torch_dist.TCPStore:
+    """The store, as long as this process lives: who joins again may come before the others have left."""
+    timeout = timedelta(seconds=timeout_s)
+    return torch_dist.TCPStore(address, port, world_size, first, timeout, wait_for_workers=False, multi_tenant=True)
 
 
 def _meet(met: torch_dist.Store, launcher: Launcher, timeout_s: float, waiting: Waiting) -> None:

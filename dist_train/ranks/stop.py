@@ -26,6 +26,7 @@ class Requests:
     Args:
         max_time_s: after which this rank asks all to stop; None for any time.
         clock: by which they pass.
+        quits: a second SIGINT ends the process at once; else it raises KeyboardInterrupt.
 
     Attributes:
         saving: whether this rank asks to save.
@@ -34,8 +35,8 @@ class Requests:
         stop_agreed: all stop after this step: who asked, and why.
     """
 
-    def __init__(self, max_time_s: float | None = None, clock: Clock | None = None) -> None:
-        self.clock = clock or Clock()
+    def __init__(self, max_time_s: float | None = None, clock: Clock | None = None, quits: bool = True) -> None:
+        self.clock, self.quits = clock or Clock(), quits
         self.deadline = None if max_time_s is None else self.clock.now() + max_time_s
         self.saving = False
         self.stopping = 0.0
@@ -78,6 +79,8 @@ class Requests:
         self.stopping = self.stopping or float(number)
         if number == signal.SIGINT:
             since = time.monotonic() - self.interrupted_at
+            if ECHO_S < since < IMPATIENT_S and not self.quits:
+                raise KeyboardInterrupt
             if ECHO_S < since < IMPATIENT_S:
                 os.write(2, b"interrupted twice: ended without saving\n")
                 os._exit(ending.INTERRUPTED)

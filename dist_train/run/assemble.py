@@ -2,7 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,33 @@ from torch.nn.parameter import is_lazy
 from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.checkpoint import weights
+from dist_train.checkpoint.manifest import Best
+from dist_train.config.arguments import asked, placed
 from dist_train.config.lookup import load
+from dist_train.config.objects import as_objects
 from dist_train.config.own_code import blamed
-from dist_train.config.tree import Config, DataConfig
-from dist_train.data import DATASETS
+from dist_train.config.tree import Config, DataConfig, OptimConfig
+from dist_train.config.values import unknown
+from dist_train.data import BATCH_TRANSFORMS, DATASETS, read
+from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
-from dist_train.data.sets import Data, FromFiles
+from dist_train.data.rules import parts_of
+from dist_train.data.sets import Data, Samples
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
-from dist_train.loop.train import total_steps
+from dist_train.loop.evaluate import Evaluation
+from dist_train.loop.work import total_steps
 from dist_train.models import MODELS
+from dist_train.models.blocks import blocks
+from dist_train.models.frozen import freeze
+from dist_train.ranks.dist import World
 from dist_train.run.look import LOOKED_AT, look
+from dist_train.tasks import TASKS
+from dist_train.tasks.base import Examiner, Task, units_per_sample
+
+# Of a model that nobody knows how to call but a loop of the user's own: any step may take another way through it.
+UNSEEN = Findings(varies=True)
 
 
 @dataclass(frozen=True)
@@ -33,35 +49,61 @@ class Parts:
 
     Args:
         data: the data set.
+        task: what the model is trained for.
         model: on the device, with the weights that training starts from.
-        feed: batches of the training split.
-        test_feed: batches of the test split.
+        feeds: batches of each split, by the names of data.splits.
         precision: the formats of the run.
         loaded: lines about what was loaded from model.init_from.
         findings: what a first forward and backward of the model showed.
+        optims: of the parts of a model that have an optimizer each, by their name.
     """
 
     data: Data
+    task: Task
     model: nn.Module
-    feed: Feed
-    test_feed: Feed
+    feeds: dict[str, Feed]
     precision: Precision
     loaded: tuple[str, ...]
     findings: Findings = NOTHING
+    optims: Mapping[str, OptimConfig] = field(default_factory=dict)
+
+    @property
+    def feed(self) -> Feed:
+        """Batches of the training split."""
+        return self.feeds["train"]
+
+    @property
+    def test_feeds(self) -> dict[str, Feed]:
+        """Batches of each test split; the name of the only one is empty."""
+        return {name: self.feeds[name or "test"] for name in self.data.tests} if self.task.evaluates else {}
+
+    def evaluation(self, config: Config, world: World, examiners: Mapping[str, Examiner] | None = None) -> Evaluation:
+        """Of the test splits.
+
+        Args:
+            config: the run.
+            world: this rank's place.
+            examiners: watch the last one, by the name of their split.
+        """
+        of = config.train, self.task, self.test_feeds, world, self.precision, self.findings.sample_bytes
+        return Evaluation(*of, examiners)
 
     def describe(self) -> str:
         """A line for people."""
         weights = sum(p.numel() for p in self.model.parameters())
-        return f"{len(self.data.train):,} samples to train on, {len(self.data.test):,} to test, {weights:,} weights"
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        tests = "".join(f", {len(split):,} to test{f' as {n}' if n else ''}" for n, split in self.data.tests.items())
+        of_these = f", {trained:,} of them trained" if trained < weights else ""
+        return f"{len(self.data.train):,} samples to train on{tests}, {weights:,} weights{of_these}"
 
     def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
         """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is
         no image."""
-        split, shape = self.data.train, tuple(self.data.input_shape)
-        if len(shape) != 3 or shape[0] not in (1, 3):
+        split, shape = self.data.train, tuple(self.data.input_shape or ())
+        if not self.feed.paired or len(shape) != 3 or shape[0] not in (1, 3):
             return None
         first = global_indices(len(split), seed, 0, 0, min(count, len(split)))
-        pixels = self.feed.pixels(first.copy())  # torch takes no read-only array
+        pixels = self.feed.inputs(first.copy())  # torch takes no read-only array
         if pixels.dtype == torch.uint8:
             return pixels
         low, high = pixels.min(), pixels.max()
@@ -81,41 +123,106 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     precision.apply()
     cfg, dtype = config.data, precision.dtype
     data = read_data(cfg, cfg.download)
+    mixed = batch_transforms(config, data)
     if steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last) == 0:
         raise ConfigError(
             f"train.drop_last: got true with {len(data.train)} samples in batches of {config.train.global_batch_size}, "
             f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
         )
+    task = make_task(config, data)
     model, loaded = build_model(config, data, dtype, trained, warm)
     per_epoch = steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last)
     optim.check(config.optim, model, total_steps(config.train, per_epoch))
-    feeds = [
-        Feed(split, data, device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, config.train.loss)
-        for split in (data.train, data.test)
-    ]
-    if config.compile.scope == "step" and trained is None and not feeds[0].resident:
-        kind = "read from files" if isinstance(data.train, FromFiles) else f"too large for {device} beside a model"
+    of_all = device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, task.loss_of_vectors
+    feeds = {
+        name: Feed(split, data, *of_all, mixed if name == "train" else None) for name, split in data.splits.items()
+    }
+    if config.compile.scope == "step" and trained is None:
+        _check_captured(task, data, feeds["train"], device)
+    model = model.to(device)
+    if not task.evaluates:
+        return Parts(data, task, model, feeds, precision, loaded, UNSEEN)
+    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
+        findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
+    for _ in blocks(model, config.model.blocks):  # are found, or that is said now
+        pass
+    _check_best(config, data, findings.metrics)
+    if findings.written:  # which the first samples have done now, so again from the start
+        model = build_model(config, data, dtype, trained, warm)[0].to(device)
+    return Parts(data, task, model, feeds, precision, loaded, findings)
+
+
+def _check_best(config: Config, data: Data, metrics: tuple[str, ...]) -> None:
+    """Raises ConfigError where nothing measures what the best checkpoint is decided by."""
+    wanted, keeps = config.checkpoint.best_metric, config.checkpoint.keep_best
+    valid = [f"eval/{name}/{metric}" if name else f"eval/{metric}" for name in data.tests for metric in metrics]
+    if keeps and not valid:
+        raise ConfigError(
+            f"checkpoint.keep_best: got {keeps} for a data set without a test split, expected one that the best is "
+            f"measured on; leave it out"
+        )
+    if wanted is not None and valid and wanted not in valid:
+        raise ConfigError(unknown("checkpoint.best_metric", wanted, valid, "metric"))
+
+
+def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) -> None:
+    """Raises ConfigError where a step asks the host for something."""
+    if not feed.resident:
+        kind = "read from files" if isinstance(data.train, Samples) else f"too large for {device} beside a model"
         raise ConfigError(
             f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
             f"write --compile.scope model"
         )
-    model = model.to(device)
-    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
-        findings = look(config, model, feeds[0], precision, trains=trained is None)
-    if findings.written:  # which the first samples have done now, so again from the start
-        model = build_model(config, data, dtype, trained, warm)[0].to(device)
-    return Parts(data, model, *feeds, precision, loaded, findings)
+    if units_per_sample(task) is None:
+        raise ConfigError(
+            "compile.scope: got step, but the units of this task are counted in every batch, expected as many in each "
+            "sample; write --compile.scope model"
+        )
 
 
 def read_data(cfg: DataConfig, download: bool) -> Data:
     """The data set. Raises ConfigError."""
-    data = _call(DATASETS, cfg.name, "data", root=cfg.root, download=download, **cfg.args)
-    if not isinstance(data, Data):
+    return read.data(cfg, partial(call, DATASETS, cfg.name, "data"), download)
+
+
+def batch_transforms(config: Config, data: Data) -> BatchTransforms | None:
+    """What is done to batches that are trained on. Raises ConfigError."""
+    each = []
+    for entry in config.data.batch_transforms:
+        name, args = parts_of(entry)
+        made = call(BATCH_TRANSFORMS, name, "data.batch_transforms", data.known(), args)
+        if not isinstance(made, BatchTransform):
+            raise ConfigError(
+                f"data.batch_transforms: got {name}, which gives {type(made).__name__}, expected a class that is "
+                f"derived from dist_train.data.batch_transforms.BatchTransform"
+            )
+        each.append(made)
+    return BatchTransforms(each, config.train.seed) if each else None
+
+
+def make_task(config: Config, data: Data) -> Task:
+    """What the model is trained for. Raises ConfigError."""
+    cfg = config.task
+    fields = {"loss": cfg.loss, "metrics": cfg.metrics}
+    given = {k: v for k, v in fields.items() if v is not None} | cfg.args
+    task = call(TASKS, cfg.name, "task", data.known(), given)
+    if not isinstance(task, Task):
         raise ConfigError(
-            f"data.name: got {type(data).__name__} from {cfg.name}, expected a dist_train.data.sets.Data; end it with "
-            f"return Data(train, test, input_shape, classes)"
+            f"task.name: got {cfg.name}, which gives {type(task).__name__}, expected a class that is derived from "
+            f"dist_train.tasks.base.Task"
         )
-    return data
+    return task
+
+
+def best(config: Config, task: Task) -> Best:
+    """What decides which checkpoint is the best."""
+    return best_of(config.checkpoint.best_metric, task)
+
+
+def best_of(metric: str | None, task: Task) -> Best:
+    """Which way a metric gets better; None is the task's own."""
+    metric = metric or f"eval/{task.best}"
+    return Best(metric, metric.rpartition("/")[2] in task.lower_is_better)
 
 
 def build_model(
@@ -142,11 +249,14 @@ def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(config.train.seed)
-            model = _call(MODELS, cfg.name, "model", input_shape=data.input_shape, classes=len(data.classes), **given)
+            model = call(MODELS, cfg.name, "model", data.known(), given)
             _check_model(model, cfg.name)
             with blamed("model.name", cfg.name, "called on zeros", ours=cfg.name in MODELS):
                 _settle_lazy(model, data)
             _check_state(model)
+            if not model.training:  # as transformers' from_pretrained leaves it
+                model.train()
+            freeze(model, cfg.frozen)
             return model
 
     return make
@@ -156,6 +266,11 @@ def _settle_lazy(model: nn.Module, data: Data) -> None:
     """Gives lazy modules their shapes, and so their weights, by a forward of zeros."""
     if not any(is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
         return
+    if data.input_shape is None:
+        raise ConfigError(
+            "model.name: got a model with lazy layers for data without an input_shape, expected layers with their "
+            "sizes; or give the shape of an input: Data(..., input_shape=(...))"
+        )
     training = {module: module.training for module in model.modules()}
     with torch.no_grad():
         model.eval()(torch.zeros(LOOKED_AT, *data.input_shape))  # not in training, where a norm would remember it
@@ -182,19 +297,33 @@ def _check_model(model: Any, name: str) -> None:
         )
 
 
-def _call(registry: Mapping[str, str], name: str, section: str, **arguments: Any) -> Any:
+def call(
+    registry: Mapping[str, str], name: str, section: str, known: Mapping[str, Any], given: Mapping[str, Any]
+) -> Any:
     """Calls what a section of the config names. Raises ConfigError: for arguments that it does not take, and for an
-    error in the user's own code, with its file and line."""
-    function, path = load(registry, name, f"{section}.name"), f"{section}.name"
-    refused = f"{section}.args: got {arguments}, which {name} refuses"
+    error in the user's own code, with its file and line.
+
+    Args:
+        registry: names of ours.
+        name: one of them, or module:attribute.
+        section: of the config, or the path of a list of names.
+        known: passed to the arguments that ask for it by name, and to no others.
+        given: passed in any case.
+    """
+    path, args = (section, section) if "." in section else (f"{section}.name", f"{section}.args")
+    function = load(registry, name, path)
+    with blamed(path, name, "called", ours=name in registry):
+        arguments = asked(function, known) | as_objects(function, given, known, args)
+    refused = f"{args}: got {asked(function, known) | dict(given)}, which {name} refuses"
+    first, rest = placed(function, arguments)
     try:
-        inspect.signature(function).bind(**arguments)
+        inspect.signature(function).bind(*first, **rest)
     except TypeError as error:
         raise ConfigError(f"{refused}: {error}") from None
     except ValueError:
         pass  # of a class in C, which cannot be asked before
     try:
         with blamed(path, name, "called", ours=name in registry):
-            return function(**arguments)
+            return function(*first, **rest)
     except TypeError as error:  # of ours, which take what they are given
         raise ConfigError(f"{refused}: {error}") from error

@@ -3,9 +3,11 @@ and the file system, changes nothing, and runs before torch is imported and befo
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from dist_train.backends import rules as backends
 from dist_train.checkpoint import rules as checkpoint
+from dist_train.config.lookup import accepts
 from dist_train.config.paths import typed
 from dist_train.config.tree import Config, run_folder
 from dist_train.data import rules as data
@@ -30,7 +32,7 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
         writes: the run's folder will be written.
     """
     lines: list[str] = []
-    rules = [room.problems for room in ROOMS]
+    rules = [*(room.problems for room in ROOMS), _hooks]
     for rule in [*rules, _folder] if writes else rules:
         try:
             lines += rule(config, launcher)
@@ -38,6 +40,32 @@ def check(config: Config, launcher: Launcher, writes: bool = True) -> None:
             lines += error.lines
     if lines:
         raise ConfigError(*lines)
+
+
+def hook_of(entry: Any) -> tuple[str, dict[str, Any]] | None:
+    """The path and the arguments of an entry of train.hooks; None where it is none."""
+    if isinstance(entry, str):
+        return entry, {}
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return None
+    return entry["name"], {key: value for key, value in entry.items() if key != "name"}
+
+
+def _hooks(config: Config, _: Launcher) -> Iterator[str]:
+    for entry in config.train.hooks:
+        found = hook_of(entry)
+        if found is None or ":" not in found[0]:
+            yield (
+                f"train.hooks: got {entry!r}, expected module:Class, or {{name: module:Class, ...}} with arguments; "
+                f"for example --train.hooks '[my_module:MyHook]'"
+            )
+            continue
+        name, args = found
+        takes = accepts({}, name, "train.hooks")
+        for key in args.keys() - takes.keys() if "**" not in takes else ():
+            yield f"train.hooks: got {key} of {name}, expected one of its arguments: {', '.join(takes) or 'none'}"
+        for key in [key for key, required in takes.items() if required and key not in args]:
+            yield f"train.hooks: got no {key} of {name}, which needs it; write {{name: {name}, {key}: VALUE}}"
 
 
 def _folder(config: Config, _: Launcher) -> Iterator[str]:

@@ -3,12 +3,15 @@
 import copy
 import logging
 import re
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
 from dist_train.backends.precision import Precision
 from dist_train.config.tree import Config
+from dist_train.data.batch import like
 from dist_train.data.order import largest_piece
 from dist_train.data.randomness import kept_apart
 from dist_train.ranks.dist import World
@@ -44,13 +47,20 @@ def of_step(config: Config, world: World, parts: Parts) -> int:
     """
     cfg = config.train
     batch = largest_piece(cfg.global_batch_size, world.size, cfg.micro_batch_size)
-    counted = of_batch(parts.model, (batch, *parts.data.input_shape), parts.precision)
+    kind = parts.feed.of(np.zeros(1, np.int64))
+    counted = of_batch(parts.model, lambda model: parts.task.sums(model, like(kind, batch))["loss"], parts.precision)
     return round(counted / batch * cfg.global_batch_size)
 
 
-def of_batch(model: nn.Module, shape: tuple[int, ...], precision: Precision) -> int:
-    """FLOPs of a forward and backward of inputs of this shape, [batch, ...]. A copy of the model runs on fake tensors:
-    nothing is computed, on no device, and nothing of the model or of the random numbers changes."""
+def of_batch(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor], precision: Precision) -> int:
+    """FLOPs of a forward and backward. A copy of the model runs on fake tensors: nothing is computed, on no device, and
+    nothing of the model or of the random numbers changes.
+
+    Args:
+        model: not sharded or compiled.
+        loss_of: makes a batch, calls the model that it is given, and returns the loss.
+        precision: the formats of the run.
+    """
     # Here, as they take long to import, and only a run that is profiled needs them.
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
@@ -66,10 +76,7 @@ def of_batch(model: nn.Module, shape: tuple[int, ...], precision: Precision) -> 
                     made[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad)
             twin = copy.deepcopy(model, made).train()  # with the fakes for its tensors
             with fake, FlopCounterMode(display=False) as counter:
-                inputs = torch.empty(shape, dtype=precision.dtype, device=precision.device)
-                with precision.autocast():
-                    outputs = twin(inputs)
-                outputs.to(precision.dtype).sum().backward()
+                loss_of(precision.called(twin)).backward()
     finally:
         log.setLevel(level)
     return counter.get_total_flops()

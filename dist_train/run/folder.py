@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.save import clean
+from dist_train.config.given import HOME
 from dist_train.config.load import dump
 from dist_train.config.tree import Config, run_folder
 from dist_train.errors import ConfigError
@@ -45,7 +46,8 @@ def opened(config: Config, world: World) -> Iterator[Path]:
 def _open(config: Config, locks: list[Callable[[], None]], rank: str) -> Path:
     folder = run_folder(config) or _before_restart()
     if folder is None:
-        folder = _new_folder(Path("runs"), f"{config.data.name}-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        data, model = (name.removeprefix(f"{HOME}:") for name in (config.data.name, config.model.name))
+        folder = _new_folder(Path("runs"), f"{data}-{model}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(folder, locks, rank)

@@ -1,6 +1,9 @@
 """A first look at a run's model, before any rank is joined: what only training shows is told now, in a line."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,21 +11,28 @@ from torch import nn
 
 from dist_train.backends.precision import Precision
 from dist_train.backends.probe import Findings, probe
+from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, TrainConfig
+from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
-from dist_train.data.order import global_indices, sizes
+from dist_train.data.order import global_indices, pieces, sizes
 from dist_train.errors import ConfigError
-from dist_train.tasks.losses import loss_fn
+from dist_train.loop.evaluate import Called, Sums
+from dist_train.models import MODELS
+from dist_train.tasks import TASKS
+from dist_train.tasks.base import Task, nbytes, units_of
 
+LOOKS = "called on the first samples"
 LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
-def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, trains: bool) -> Findings:
+def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Precision, trains: bool) -> Findings:
     """Trains on the first samples once, and forgets it: what a model shows only then is told before any rank is joined.
 
     Args:
         config: the run.
         model: on its device.
+        task: what it is trained for.
         feed: of the training split.
         precision: the formats of the run.
         trains: false where the model is only evaluated, so that its gradients take no memory.
@@ -34,29 +44,103 @@ def look(config: Config, model: nn.Module, feed: Feed, precision: Precision, tra
     if trains and not any(p.requires_grad for p in model.parameters()):
         raise ConfigError("model: got no weight that asks for a gradient, expected one at least that is trained")
     count = min(LOOKED_AT, len(feed.split))
-    inputs, targets = feed.of(global_indices(len(feed.split), config.train.seed, 0, 0, count).copy())
-    loss_of = loss_fn(config.train.loss, config.train.label_smoothing)
+    first = global_indices(len(feed.split), config.train.seed, 0, 0, count).copy()
+    batch, called = feed.of(first), Called(precision.called(model))
+    own_model = partial(blamed, "model.name", config.model.name, LOOKS, ours=config.model.name in MODELS)
+    own_task = partial(blamed, "task.name", config.task.name, LOOKS, ours=config.task.name in TASKS)
     sample_bytes = []
 
     def loss() -> torch.Tensor:
-        with precision.autocast():
-            outputs = model(inputs)
-        _check_outputs(outputs, targets, feed.classes)
-        sample_bytes.append((inputs.nbytes + outputs.nbytes) // count)
-        return loss_of(outputs.to(precision.dtype), targets, count)
+        checked = Checked(called, lambda outputs: task.check(batch, outputs), own_model)
+        with own_task():
+            total = _sum_of(task.sums(checked, batch), config.task.name)
+        sample_bytes.append((nbytes(batch.tree) + nbytes(called.outputs)) // count)
+        return total / count
 
     found = probe(model, loss, trains)
+    with own_task():
+        metrics = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
+        _check_units(units_of(task, batch), config.task.name)
+    alone = feed.of(first[:1])
+    with own_task():
+        needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
     return dataclasses.replace(
-        found, needs_two=bool(found.buffers) and _needs_two(model, inputs), sample_bytes=sample_bytes[0]
+        found, needs_two=needs_two, sample_bytes=sample_bytes[0], mixes_samples=task.mixes_samples, metrics=metrics
     )
 
 
-def _needs_two(model: nn.Module, inputs: torch.Tensor) -> bool:
+def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) -> tuple[str, ...]:
+    """The names of the metrics of an evaluation: what one of them refuses, it refuses now."""
+    modes = [(module, module.training) for module in model.modules()]
+    total = Sums(batch.ids.device)
+
+    def sums() -> torch.Tensor:
+        with torch.no_grad():
+            found = task.sums(called, batch)
+            for name, value in found.items():
+                if not isinstance(value, torch.Tensor):
+                    raise ConfigError(
+                        f"task.name: got {type(value).__name__} as the sum {name!r}, expected a tensor that may be "
+                        f"added over batches and ranks"
+                    )
+            total.add(found | {"units": torch.as_tensor(units_of(task, batch))}, counts=True)
+        return torch.zeros(())
+
+    model.eval()
+    try:
+        probe(model, sums, trains=False)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return tuple(task.metrics({name: value.cpu() for name, value in total.tensors.items()}))
+
+
+class Checked:
+    """A model whose outputs are checked before the task has them, and whose errors are told from the task's."""
+
+    def __init__(self, model: Called, check: Callable[[Any], None], blame: Callable[[], AbstractContextManager[None]]):
+        self.model, self.check, self.blame = model, check, blame
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model gives."""
+        with self.blame():
+            outputs = self.model(*args, **kwargs)
+        self.check(outputs)
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def _sum_of(sums: Any, name: str) -> torch.Tensor:
+    """The loss of what a task gave. Raises ConfigError."""
+    loss = sums.get("loss") if isinstance(sums, Mapping) else None
+    if not isinstance(loss, torch.Tensor) or loss.dim() or not loss.is_floating_point():
+        got = f"loss {list(loss.shape)} {loss.dtype}" if isinstance(loss, torch.Tensor) else f"{type(sums).__name__}"
+        raise ConfigError(
+            f"task.name: got {got} from the sums of {name}, expected a dict with loss, a float tensor without "
+            f"dimensions: the sum of the loss over the units of a batch"
+        )
+    return loss
+
+
+def _check_units(units: Any, name: str) -> None:
+    """Raises ConfigError for what is no number of units."""
+    number = isinstance(units, int) or (isinstance(units, torch.Tensor) and not units.dim())
+    if not number or units < 0:
+        got = f"a tensor {list(units.shape)}" if isinstance(units, torch.Tensor) and units.dim() else repr(units)
+        raise ConfigError(
+            f"task.name: got {got} as the units of {name}, expected a number of 0 or more, or a tensor without "
+            f"dimensions: what the loss of a batch is a mean over, counted"
+        )
+
+
+def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
     """Whether a forward of one sample fails, where that of several did not."""
 
     def alone() -> torch.Tensor:
         with torch.no_grad():
-            model(inputs[:1])
+            forward()
         return torch.zeros(())
 
     try:
@@ -67,7 +151,19 @@ def _needs_two(model: nn.Module, inputs: torch.Tensor) -> bool:
 
 
 def check_shares(cfg: TrainConfig, findings: Findings, n: int, world_size: int) -> None:
-    """Raises ConfigError where a step would give a rank a single one of `n` samples, and the model takes none alone."""
+    """Raises ConfigError where a step would give a rank a single one of `n` samples, and the model takes none alone, or
+    where it would cut a rank's share into pieces, and the loss takes them only together."""
+    if findings.mixes_samples and pieces(min(cfg.global_batch_size, n), world_size, cfg.micro_batch_size) > 1:
+        raise ConfigError(
+            f"train.micro_batch_size: got {cfg.micro_batch_size} in steps of {cfg.global_batch_size} samples on "
+            f"{world_size} ranks, but the loss of this task compares the samples of a step with each other "
+            f"(mixes_samples), expected each rank's share at once; leave it out, or start more ranks"
+        )
+    if findings.mixes_samples and cfg.eval_batch_size is not None:
+        raise ConfigError(
+            f"train.eval_batch_size: got {cfg.eval_batch_size}, but the loss of this task compares the samples of a "
+            f"batch with each other (mixes_samples), and is evaluated on train.global_batch_size samples; leave it out"
+        )
     if not findings.needs_two:
         return
     ragged = 0 if cfg.drop_last else n % cfg.global_batch_size
@@ -81,17 +177,3 @@ def check_shares(cfg: TrainConfig, findings: Findings, n: int, world_size: int) 
                 f"train.global_batch_size: got a batch of {count} samples{ranks} with a single one at once, which the "
                 f"model does not take, as a norm over a batch has no statistics of it; {mend}"
             )
-
-
-def _check_outputs(outputs: Any, targets: torch.Tensor, classes: int) -> None:
-    """Raises ConfigError where a loss would broadcast, or raise from deep inside."""
-    batch, vectors = len(targets), targets.dim() == 2
-    expected = f"a float tensor [{batch}, {classes}] for {batch} samples: a number for each of {classes} classes"
-    if not isinstance(outputs, torch.Tensor):
-        raise ConfigError(
-            f"model: got outputs of type {type(outputs).__name__}, expected {expected}; return the logits alone"
-        )
-    shape = tuple(outputs.shape)
-    fits = len(shape) == 2 and shape[0] == batch and (shape[1] == classes or (shape[1] > classes and not vectors))
-    if not fits or not outputs.is_floating_point():
-        raise ConfigError(f"model: got outputs {outputs.dtype} {list(shape)}, expected {expected}")

@@ -1,16 +1,21 @@
 """What a model gets wrong on the test data: which classes it takes for which, and the samples with the largest loss."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.order import share
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
-from dist_train.tasks.losses import loss_of_each
+from dist_train.tasks.base import inputs_and_targets, tensor_of
 from dist_train.whole import whole
+
+if TYPE_CHECKING:
+    from dist_train.tasks.classification import Classification
 
 NAME = "evaluation.npz"
 WORST = 24
@@ -23,44 +28,42 @@ class Mistakes:
     between batches only the confusion matrix and the worst samples are kept.
 
     Args:
-        loss: train.loss, which also says what outputs are.
+        task: gives the loss of each sample, and says what outputs are.
         feed: of the split.
         classes: their names.
         world: this rank's place.
     """
 
-    def __init__(self, loss: str, feed: Feed, classes: tuple[str, ...], world: World):
-        self.loss, self.loss_each, self.feed, self.classes = loss, loss_of_each(loss), feed, classes
+    def __init__(self, task: "Classification", feed: Feed, classes: tuple[str, ...], world: World):
+        self.task, self.feed, self.classes = task, feed, classes
         self.next = share(len(feed.split), world.rank, world.size).start
         self.seen = False
         self.is_main = world.is_main
         self.confusion: torch.Tensor | None = None
         self.worst: dict[str, torch.Tensor] = {}
 
-    def __call__(self, outputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """The next batch of this rank's part of the split, in order.
-
-        Args:
-            outputs: [batch, classes].
-            targets: [batch] or [batch, classes].
-        """
+    def __call__(self, batch: Batch, outputs: Any) -> None:
+        """The next batch of this rank's part of the split, in order, and the model's outputs [batch, classes]."""
+        outputs, targets = tensor_of(outputs), inputs_and_targets(batch.tree)[1]
         count, width = outputs.shape
         true, predicted = targets if targets.dim() == 1 else targets.argmax(1), outputs.argmax(1)
+        ignored = self.task.ignored
+        counts = torch.ones_like(true, dtype=torch.bool) if ignored is None else true != ignored
         if not self.seen and len(self.classes) <= CONFUSION_CLASSES and width <= CONFUSION_CLASSES:
             self.classes += tuple(str(i) for i in range(len(self.classes), width))  # outputs that are no class
             size = len(self.classes)
             self.confusion = torch.zeros(size * size, dtype=torch.int64, device=outputs.device)
         if self.confusion is not None:
             size = len(self.classes)
-            self.confusion.index_add_(0, true * size + predicted, torch.ones_like(true))
-        batch = {
+            self.confusion.index_add_(0, true.where(counts, 0) * size + predicted, counts.to(torch.int64))
+        found = {
             "index": torch.arange(self.next, self.next + count, device=outputs.device),
             "true": true,
             "predicted": predicted,
-            "loss": self.loss_each(outputs, targets),
+            "loss": self.task.loss_of(outputs, targets, "none").masked_fill(~counts, -torch.inf),  # below all others
             "confidence": self._confidence(outputs, predicted),
         }
-        both = {name: torch.cat([self.worst[name], batch[name]]) if self.seen else batch[name] for name in COLUMNS}
+        both = {name: torch.cat([self.worst[name], found[name]]) if self.seen else found[name] for name in COLUMNS}
         # Stable: of equal losses the sample that comes first stays first. One that is not a number is the largest.
         order = both["loss"].argsort(descending=True, stable=True)[:WORST]
         self.worst = {name: both[name][order] for name in COLUMNS}
@@ -69,9 +72,9 @@ class Mistakes:
 
     def _confidence(self, outputs: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
         """The probability that the model gives its prediction. With mse, outputs are meant to be probabilities."""
-        if self.loss == "cross_entropy":
+        if self.task.loss == "cross_entropy":
             outputs = outputs.softmax(1)
-        elif self.loss == "nll":
+        elif self.task.loss == "nll":
             outputs = outputs.exp()
         return outputs.gather(1, predicted[:, None])[:, 0].clamp(0, 1)
 
@@ -86,12 +89,14 @@ class Mistakes:
         if not self.is_main:
             return
         worst = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
+        counted = worst["loss"] != -np.inf
+        worst = {name: value[counted] for name, value in worst.items()}
         key = np.nan_to_num(worst["loss"].astype(np.float64), nan=np.inf)
         order = np.lexsort([worst["index"], -key, ~np.isnan(worst["loss"])])[:WORST]  # the last is the first key
         worst = {name: value[order] for name, value in worst.items()}
         arrays = {f"worst_{name}": value for name, value in worst.items()}
         arrays |= {name: arrays[name].astype(np.float64) for name in ("worst_loss", "worst_confidence")}
-        arrays["worst_images"] = np.stack([_pixels(image) for image in self.feed.pixels(worst["index"])])
+        arrays["worst_images"] = np.stack([_pixels(image) for image in self.feed.inputs(worst["index"])])
         arrays["classes"] = np.array([str(name) for name in self.classes], dtype=np.str_)
         if confusion is not None:
             arrays["confusion"] = confusion.reshape(len(self.classes), -1)

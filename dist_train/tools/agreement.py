@@ -89,11 +89,16 @@ def difference(run: Trajectory, reference: Trajectory) -> Difference:
     weights = float(_by(np.linalg.norm(list(far.values())), reference.update))
     by_tensor = {name: float(_by(value, reference.update)) for name, value in far.items()} | moved
     return Difference(
-        _relative(*([*t.losses, t.evaluation["eval/loss"]] for t in (run, reference))),
+        _relative(*([*t.losses, *_evaluated(t)] for t in (run, reference))),
         _relative(run.grad_norms, reference.grad_norms),
         float(np.max([weights, *moved.values()])),
         max(by_tensor, key=lambda name: (np.isnan(by_tensor[name]), by_tensor[name]), default=""),
     )
+
+
+def _evaluated(run: Trajectory) -> list[float]:
+    """The losses of the last evaluation: of each test split, of none where there is none."""
+    return [value for name, value in run.evaluation.items() if name.endswith("/loss")]
 
 
 def spread(moved: Sequence[Trajectory], reference: Trajectory) -> Difference:

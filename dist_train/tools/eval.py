@@ -11,28 +11,24 @@ from dist_train.tools.finished import finished
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
-    """Prints `eval/loss` and `eval/accuracy` as a line of JSON."""
+    """Prints the metrics, `eval/loss` and others, as a line of JSON."""
     folder, config = finished(argv, "eval")
     check(config, launcher, writes=False)
 
     from dist_train import backends
     from dist_train.data.agree import agree
-    from dist_train.data.order import evaluated_at_once
     from dist_train.loop import optim
-    from dist_train.loop.train import evaluate
     from dist_train.ranks import dist
     from dist_train.run import assemble
-    from dist_train.tasks.losses import loss_fn
 
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, trained=folder)
     with dist.joined(launcher, device) as world:
-        agree(parts.data, (parts.feed, parts.test_feed), world)
+        agree(parts.data, parts.feeds, world)
         backend = backends.create(config, world, parts.findings)
         model, _ = backend.prepare(parts.model, optim.factory(config.optim))
-        at_once = evaluated_at_once(config.train, world.size, parts.findings.sample_bytes)
-        metrics = evaluate(model, loss_fn(config.train.loss), parts.test_feed, at_once, world, parts.precision)
+        metrics = parts.evaluation(config, world).run(model)
         if world.is_main:
             print(json.dumps(metrics))
     return 0

@@ -8,14 +8,13 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.checkpoint import manifest
-from dist_train.checkpoint.manifest import best
 from dist_train.config.tree import BackendConfig, CompileConfig, Config
 from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
@@ -108,7 +107,10 @@ def _source(which: str, folder: Path, config: Config) -> Path:
         raise ConfigError(unknown("--which", which, ["final", "best"], "choice"))
     if which == "final":
         return folder
-    found = best(manifest.listed(folder)[0], config.checkpoint.best_metric)
+    from dist_train.run import assemble
+
+    data = assemble.read_data(config.data, config.data.download)
+    found = assemble.best(config, assemble.make_task(config, data)).of(manifest.listed(folder)[0])
     if found is None:
         raise ConfigError(
             f"--which: got best, but {folder} has no checkpoint that was evaluated; expected final, or a run with "
@@ -149,17 +151,44 @@ def _output(name: str, given: str, folder: Path) -> Path:
 
 def describe(config: Config, parts: "Parts") -> dict[str, Any]:
     """What a program that runs the model must know of it. `input` is what the model takes: the same as in training."""
-    data, shape = parts.data, list(parts.data.input_shape)
+    import numpy as np
+    import torch
+
+    from dist_train.run.look import LOOKED_AT
+    from dist_train.tasks.base import inputs_and_targets
+
+    data, feed = parts.data, parts.feed
+    inputs = inputs_and_targets(feed.of(np.arange(min(LOOKED_AT, len(feed.split)))).tree)[0]
+    with torch.no_grad():
+        output = _called(parts.model, inputs)
     about: dict[str, Any] = {
-        "input": f"{config.train.precision} {['batch', *shape]}: pixels in [0, 1]".replace("'", ""),
-        "output": f"{config.train.precision} [batch, {len(data.classes)}]",
-        "input_shape": shape,
+        "input": _forms(inputs),
+        "output": _form(output),
+        "input_shape": list(data.input_shape or ()),
         "classes": list(data.classes),
     }
-    if config.data.normalize:
-        about["input"] += ", then minus mean and divided by std, which are a number for each channel or one for all"
+    if feed.pixels:
+        about["input"] += ": pixels in [0, 1]"
+    if config.data.normalize and feed.paired:
+        then = ", then" if feed.pixels else ":"
+        about["input"] += f"{then} minus mean and divided by std, which are a number for each channel or one for all"
         about |= {"mean": list(data.mean), "std": list(data.std)}
     return about
+
+
+def _forms(inputs: Any) -> str:
+    """The type and shape of what a model takes, of several by name."""
+    if isinstance(inputs, Mapping):
+        return ", ".join(f"{name} {_form(value)}" for name, value in inputs.items())
+    return _form(inputs)
+
+
+def _form(value: Any) -> str:
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return type(value).__name__
+    return f"{str(value.dtype).removeprefix('torch.')} [{', '.join(['batch', *map(str, value.shape[1:])])}]"
 
 
 def written(name: str, parts: "Parts", about: dict[str, Any], path: Path) -> None:
@@ -196,9 +225,17 @@ def written(name: str, parts: "Parts", about: dict[str, Any], path: Path) -> Non
 
 
 def _traced(parts: "Parts") -> "torch.export.ExportedProgram":
+    import numpy as np
     import torch
 
-    inputs = torch.zeros(2, *parts.data.input_shape, dtype=parts.precision.dtype)
+    from dist_train.data.batch import like
+
+    if not parts.feed.paired:
+        raise ConfigError(
+            "--format: got a model whose input is no single tensor, expected one for torch.export; write --format "
+            "safetensors or pt"
+        )
+    inputs = like(parts.feed.of(np.zeros(1, np.int64)), 2).tree[0]
     try:
         return torch.export.export(parts.model, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},))
     except Exception as error:  # of the user's model, or of torch's where it cannot follow it
@@ -262,18 +299,27 @@ def onnx_reference(path: Path) -> Function:
     return lambda inputs: torch.from_numpy(session.run(None, {"input": inputs.numpy()})[0])
 
 
+def _called(model: Any, inputs: Any) -> "torch.Tensor":
+    from dist_train.tasks.base import tensor_of
+
+    return tensor_of(model(**inputs) if isinstance(inputs, Mapping) else model(inputs))
+
+
 def difference(function: Function, parts: "Parts") -> tuple[float, int]:
     """How far the outputs are from the model's, by the largest of these; and on how many samples of the test split, in
     two batches, of one and of the others."""
     import numpy as np
     import torch
 
-    samples = np.arange(min(SAMPLES, len(parts.data.test)))
+    from dist_train.tasks.base import inputs_and_targets
+
+    feed = next(iter(parts.test_feeds.values()), parts.feed)
+    samples = np.arange(min(SAMPLES, len(feed.split)))
     differences, outputs = [], []
     with torch.no_grad():
-        for inputs, _ in parts.test_feed(batch for batch in (samples[:1], samples[1:]) if len(batch)):
-            expected = parts.model(inputs)
-            got = function(inputs)
+        for batch in feed(batch for batch in (samples[:1], samples[1:]) if len(batch)):
+            inputs = inputs_and_targets(batch.tree)[0]
+            expected, got = (_called(model, inputs) for model in (parts.model, function))
             if got.shape != expected.shape or got.dtype != expected.dtype:
                 return float("nan"), len(samples)
             differences.append(float((got - expected).abs().max()))

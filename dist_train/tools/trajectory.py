@@ -21,6 +21,7 @@ from dist_train.errors import ConfigError, OwnCodeError
 from dist_train.loop import optim
 from dist_train.loop.meter import Control, Metrics, Result
 from dist_train.loop.train import train
+from dist_train.loop.work import Work
 from dist_train.ranks import dist, ending
 from dist_train.ranks.dist import World
 from dist_train.ranks.launcher import Launcher, detect
@@ -64,7 +65,7 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
     """
     assert config.track.every_steps == 1
     parts = assemble.build(config, world.device)
-    agree(parts.data, (parts.feed, parts.test_feed), world)
+    agree(parts.data, parts.feeds, world)
     drawn = weights_of(parts.model)
     if moved is not None:
         _move(parts.model, moved)
@@ -72,10 +73,9 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
     backend = backends.create(config, world, parts.findings)
     optimizer_fn = optim.factory(config.optim, parts.model, bool(parts.findings.sparse))
     model, optimizer = backend.prepare(parts.model, optimizer_fn)
-    recorder = Recorder()
-    result = train(
-        config, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, lambda meter: None, Control()
-    )
+    recorder, evaluation = Recorder(), parts.evaluation(config, world)
+    of = config, world, backend, model, optimizer, parts.task, parts.feed, evaluation, recorder, Control()
+    result = train(Work(*of, after_step=lambda meter: None))
     end = {name: wide(value) for name, value in backend.weights().items()}
     weights = {name: value for name, value in end.items() if name in start}
     run = Trajectory(

@@ -18,11 +18,20 @@ from dist_train.ranks import ending
 from dist_train.ranks.dist import World
 from dist_train.ranks.speech import marked
 from dist_train.track import summary
-from dist_train.track.base import Course, Summary, Tracker
+from dist_train.track.base import Course, Summary, Tracker, numbers
 from dist_train.track.console import Lines, shows_bar
 from dist_train.track.jsonl import Jsonl
 from dist_train.track.wandb import WandB, run_id
 from dist_train.whole import write_text
+
+# Words in the names of metrics that are shares of 1.
+SHARES = ("accuracy", "precision", "recall", "f1", "iou", "dice", "match")
+
+
+def spoken(name: str, value: float) -> str:
+    """A metric for people: `accuracy 97.49%`, `loss 0.0812`."""
+    share = any(word in name for word in SHARES)
+    return f"{name} {value:.2%}" if share else f"{name} {value:.4f}"
 
 
 class Trackers:
@@ -45,6 +54,7 @@ class Trackers:
         self.backend = chosen(config.backend.name, world.launcher)
         self.trackers: list[Tracker] = []
         self.code = ending.FAILED
+        self.newest: dict[str, float] = {}  # value of each metric, on every rank
         self.wandb_id: str | None = None
         if not world.is_main:
             return
@@ -84,6 +94,7 @@ class Trackers:
 
     def log(self, metrics: Metrics, line: str | None) -> None:
         """See Tracker."""
+        self.newest |= {name: value for name, value in numbers(metrics).items() if "/" in name}
         self._each("log", metrics, line)
 
     def stopped(self, why: str, step: int) -> None:
@@ -92,13 +103,21 @@ class Trackers:
         self.code = ending.STOPPED
         self.say(f"stopped by {why} after step {step}, and saved; --run.dir {self.folder} goes on from there")
 
-    def finish(self, result: Result, stalls_s: list[float]) -> None:
-        """summary.json, and a last line that says where the results are."""
+    def finish(self, result: Result, stalls_s: list[float], early: str | None = None) -> None:
+        """summary.json, and a last line that says where the results are.
+
+        Args:
+            result: of the run.
+            stalls_s: seconds that training waited for each checkpoint.
+            early: why it ended before its last step; None where it did not.
+        """
         if not self.world.is_main:
             return
         what = summary.finished(self.config, self.world, self.backend, result, stalls_s)
-        self._summary(what)
+        self._summary(what | ({"ended_early": early} if early is not None else {}))
         self.code = ending.OK
+        if early is not None:
+            self.say(f"ended early: {early}")
         if self.config.compile.mode != "off" and (result.recompilations or not result.graphs):
             self.say(
                 f"compile: {result.graphs} graphs, {result.recompilations} after the first epoch and evaluation. "
@@ -107,8 +126,10 @@ class Trackers:
         if stalls_s:
             median_ms = statistics.median(stalls_s) * 1e3
             self.say(f"{len(stalls_s)} checkpoints, for each of which training waited {median_ms:.0f} ms")
+        found = {name.removeprefix("eval/"): value for name, value in result.evaluation.items()}
+        in_order = sorted(found, key=lambda name: name.endswith("loss"))  # which says least by itself
         self.say(
-            f"finished: accuracy {result.evaluation['eval/accuracy']:.2%}, loss {result.evaluation['eval/loss']:.4f}, "
+            f"finished: {''.join(f'{spoken(name, found[name])}, ' for name in in_order)}"
             f"{result.steps} steps in {duration(result.train_s)}, {what['samples_per_s']:,.0f} samples/s\n"
             f"results in {self.folder}"
         )

@@ -16,11 +16,11 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 
 from dist_train import backends
 from dist_train.backends import fsdp2
-from dist_train.backends.base import blocks
 from dist_train.backends.rules import problems
 from dist_train.config.tree import BackendConfig, Config, OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
+from dist_train.models.blocks import blocks
 from dist_train.ranks.launcher import Launcher, detect
 from dist_train.run.check import check
 from dist_train.tools.agreement import difference

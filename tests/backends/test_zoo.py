@@ -17,7 +17,8 @@ from dist_train.tools.agreement import Difference, difference
 
 from parity_cells import BACKENDS, TOLERANCE
 from workers import run_ranks
-from zoo_cells import ADAMW, GLOBAL_BATCH, Outcome, config, run_cells
+from zoo_cells import ADAMW, GLOBAL_BATCH, SAVED_AT, Outcome, config, go_on_elsewhere, run_cells
+from zoo_libraries import LIBRARIES
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what is deprecated, and tested all the same
 
@@ -112,6 +113,12 @@ TABLE = (
     Row("autograd functions of your own", ("OwnFunction",)),
     Row("activation checkpointing, reentrant or not", ("Recomputed",)),
     Row("a forward that changes its input in place", ("InPlace",)),
+    Row("torchvision's ResNet-18 with frozen norms, and its vision transformer", ("ResNet18", "VisionTransformer")),
+    Row(
+        "an encoder or a decoder of transformers, also with its activation checkpointing",
+        ("Bert", "BertRecomputed", "Llama"),
+    ),
+    Row("one with frozen layers, or with adapters of PEFT (LoRA)", ("BertFrozen", "BertLora"), resumed=True),
 )
 ROWS = {kind: row for row in TABLE for kind in row.kinds}
 
@@ -184,8 +191,19 @@ def hold(kind: str, backend: str, by_rank: list[Outcome], expected: Outcome) -> 
     assert first.resumed is not False, "a resumed run ends otherwise"
 
 
-@pytest.mark.parametrize("kind", ROWS)
-@pytest.mark.parametrize("backend", BACKENDS)
+# Kinds of which every day only what sees another side of a backend is tried.
+ELSEWHERE = dict.fromkeys(LIBRARIES, ("deepspeed:0", "deepspeed:1"))
+ELSEWHERE |= dict.fromkeys(
+    ("VisionTransformer", "BertRecomputed", "Llama", "BertFrozen"), ("accelerate", *DEEPSPEED[:3])
+)
+CELLS = [
+    pytest.param(backend, kind, marks=pytest.mark.full if backend in ELSEWHERE.get(kind, ()) else ())
+    for backend in BACKENDS
+    for kind in ROWS
+]
+
+
+@pytest.mark.parametrize(("backend", "kind"), CELLS)
 def test_a_model_trains_as_in_one_process_or_is_refused(kind: str, backend: str, place: Path):
     by_rank = outcomes(cell(kind, backend), 2, ROWS[kind].resumed, place / f"{backend}-{kind}")
     hold(kind, backend, by_rank, reference(kind, place))
@@ -197,10 +215,34 @@ def test_uneven_and_empty_shares(ranks: int, backend: str, place: Path):
     """The last step of an epoch has two samples."""
     kinds = ("Scalars", "ChannelsLast", "Tied", "Embedding", "Recurrent", "Attention", "SampleNorms")
     kinds += ("SparseEmbedding",) if backend == "ddp" else ("Empty",)
+    if ranks == 3:
+        kinds += ("BertLora",) if backend == "ddp" else ("Bert",)
     runs = [(cell(kind, backend, ranks), True) for kind in kinds]
     by_rank = run_ranks(run_cells, ranks, runs, place / f"{backend}-{ranks}", timeout_s=120)
     for kind, *each in zip(kinds, *by_rank, strict=True):
         hold(kind, backend, each, reference(kind, place, ranks))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_uneven_and_empty_shares_of_models_of_libraries(backend: str, place: Path):
+    kinds = ("ResNet18", "VisionTransformer", "Bert", "BertLora", "Llama")
+    runs = [(cell(kind, backend, 3), False) for kind in kinds]
+    by_rank = run_ranks(run_cells, 3, runs, place / f"{backend}-3-libraries", timeout_s=120)
+    for kind, *each in zip(kinds, *by_rank, strict=True):
+        hold(kind, backend, each, reference(kind, place, 3))
+
+
+@pytest.mark.parametrize(("first", "second"), [("fsdp2", "deepspeed:3"), ("deepspeed:2", "ddp")])
+@pytest.mark.parametrize("kind", ["BertFrozen", "BertLora"])
+def test_a_run_with_frozen_weights_goes_on_under_another_backend(kind: str, first: str, second: str, place: Path):
+    cells = cell(kind, first), cell(kind, second)
+    found = run_ranks(go_on_elsewhere, 2, *cells, place / f"{first}-{second}-{kind}", timeout_s=60)[0]
+    assert not found.broke, found.broke
+    expected = reference(kind, place).run
+    rest = {"losses": expected.losses[SAVED_AT:], "grad_norms": expected.grad_norms[SAVED_AT:]}
+    run = dataclasses.replace(found.run, update=expected.update)  # of the whole run, beside which weights are held
+    assert difference(run, dataclasses.replace(expected, **rest)).worst < TOLERANCE["float32"]
 
 
 # Settings that go another way through the step than those of the table.
@@ -240,6 +282,17 @@ def test_a_scaled_loss(backend: str, kind: str, place: Path):
     assert by_rank[0].run.grad_norms == pytest.approx(reference(kind, place).run.grad_norms, rel=0.01)
 
 
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "deepspeed:3"])
+def test_a_short_format_of_a_model_whose_outputs_are_no_tensor(backend: str, place: Path):
+    """The logits within them are in float32 again before the loss: it is that of float32, but for the rounding within
+    the model."""
+    by_rank = outcomes(cell("Bert", backend, precision="bfloat16"), 2, False, place / f"{backend}-Bert-bfloat16")
+    assert not by_rank[0].broke, by_rank[0].broke
+    got, expected = by_rank[0].run, reference("Bert", place).run
+    assert got.losses == pytest.approx(expected.losses, rel=0.01) and got.losses != expected.losses
+    assert not differing(by_rank)
+
+
 # -- planted faults ----------------------------------------------------------------------------------------------------
 
 
@@ -270,12 +323,26 @@ class NormOfShardsAlone(FSDP2):
         return super()._norm([p for p in parameters if p.dim()])
 
 
+class FrozenIsTrained(DDP):
+    def prepare(self, model, optimizer_fn):
+        return super().prepare(model.requires_grad_(True), optimizer_fn)
+
+
+class NormsInTraining(DDP):
+    def prepare(self, model, optimizer_fn):
+        for module in model.modules():
+            module.training = True
+        return super().prepare(model, optimizer_fn)
+
+
 FAULTS = (
     (BuffersOfEachRank, "BatchNorm2d"),
     (WholeWeightsNotExchanged, "Scalars"),
     (OtherWeightsLeft, "Tied"),
     (MomentsForgotten, "Tied"),
     (NormOfShardsAlone, "Scalars"),
+    (FrozenIsTrained, "BertLora"),
+    (NormsInTraining, "FrozenNorm"),
 )
 
 

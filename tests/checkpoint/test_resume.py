@@ -105,7 +105,7 @@ def test_a_learning_rate_that_counts_from_the_resume_is_seen(tmp_path: Path, mon
             super().__init__(*of)
             Meter.first = self.result.steps
 
-    monkeypatch.setattr("dist_train.loop.train.Meter", Meter)
+    monkeypatch.setattr("dist_train.loop.work.Meter", Meter)
     monkeypatch.setattr(
         "dist_train.loop.train.lr_at", lambda optim, step, total: lr_at(optim, step - Meter.first, total)
     )

@@ -14,11 +14,14 @@ from dist_train.config.tree import BackendConfig, Config
 from dist_train.ranks.launcher import STARTERS, Launcher
 from dist_train.run.check import check
 
+from data_files import mnist_png_root, needs_real_data
 from parity_cells import run_single
 
 ROOT = Path(__file__).parents[2]
 FILES = sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml"))
-RECIPES = [f"configs/{name}.yaml" for name in ("digits", "fashion_mnist", "fashion_mnist_record", "tutorial")]
+RECIPES = [
+    f"configs/{name}.yaml" for name in ("digits", "fashion_mnist", "fashion_mnist_record", "mnist_png", "tutorial")
+]
 BACKENDS = [file for file in FILES if file not in RECIPES]
 
 # The starter that a command's first word means, and its option for the number of processes. python starts one.
@@ -29,8 +32,8 @@ PROGRAMS = {
     "deepspeed": ("deepspeed", "--num_gpus"),
 }
 # In points of accuracy. Another processor rounds differently, which acts as another seed. A test sample of digits
-# weighs 0.28 points, one of Fashion-MNIST 0.01.
-TOLERANCE = {"digits": 0.6, "fashion_mnist": 0.3}
+# weighs 0.28 points, one of Fashion-MNIST 0.01, one of the PNG files 0.1.
+TOLERANCE = {"digits": 0.6, "fashion_mnist": 0.3, "csv_images": 0.5}
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,20 @@ def test_the_record_is_on_its_way(data_root: str):
     """One of its eight epochs, while the learning rate still rises."""
     options = ("--train.max_steps", "59", "--compile.mode", "off", "--data.root", data_root)
     assert accuracy("configs/fashion_mnist_record.yaml", 0, *options) > 80
+
+
+def test_the_png_files_are_on_their_way(tmp_path_factory: pytest.TempPathFactory):
+    """The first of six epochs, with the transforms."""
+    needs_real_data("mnist_png.tar.gz")
+    options = ("--train.max_steps", "141", "--data.workers", "0", "--data.root", str(mnist_png_root(tmp_path_factory)))
+    assert accuracy("configs/mnist_png.yaml", 0, *options) > 85
+
+
+@pytest.mark.full
+def test_accuracy_of_the_png_files(tmp_path_factory: pytest.TempPathFactory):
+    needs_real_data("mnist_png.tar.gz")
+    file, root = "configs/mnist_png.yaml", str(mnist_png_root(tmp_path_factory))
+    assert_claimed(file, [accuracy(file, head_of(file).seeds[0], "--data.root", root)])
 
 
 @pytest.mark.full

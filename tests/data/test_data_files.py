@@ -318,8 +318,8 @@ def test_a_data_function_that_returns_something_else():
     with pytest.raises(ConfigError) as error:
         assemble.read_data(load(["--data.name", "user_data:pair"]).data, False)
     assert str(error.value) == (
-        "data.name: got tuple from user_data:pair, expected a dist_train.data.sets.Data; end it with "
-        "return Data(train, test, input_shape, classes)"
+        "data.name: got tuple from user_data:pair, expected a map-style data set with __len__ and __getitem__, a dict "
+        "of these with one named train, or a dist_train.data.sets.Data"
     )
 
 

@@ -101,7 +101,7 @@ def test_no_process_is_left(tmp_path: Path, tmpdir: Path, how: str):
         code = run.wait(60)
     wait_for(lambda: not descendants(tmp_path))
     said = (tmp_path / "out").read_text()
-    assert code == {"error": 1, "killed": -signal.SIGKILL, "interrupted twice": 130}.get(how, 75), said
+    assert code == {"error": 2, "killed": -signal.SIGKILL, "interrupted twice": 130}.get(how, 75), said
     assert ("of the data set" in said) == (how == "error"), said
     assert how in ("error", "killed") or "Traceback" not in said  # a worker may be handing over a sample at that moment
     assert "leaked" not in said and "ignored" not in said

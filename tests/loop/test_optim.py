@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from dist_train.tasks.losses import loss_fn
 from torch.optim import lr_scheduler
 
 from dist_train.config.lookup import parameters, torch_optimizers
@@ -14,7 +15,6 @@ from dist_train.loop.optim import FUSED, factory
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
 from dist_train.loop.schedule import check_schedule, lr_at
 from dist_train.loop.train import evaluation_due, total_steps
-from dist_train.tasks.losses import loss_fn
 
 TOTAL = 40
 # Each schedule beside the scheduler of torch that has its name.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dist_train.tasks.losses import loss_fn
 from torch import nn
 
 from dist_train.config.load import load
@@ -13,7 +14,6 @@ from dist_train.config.tree import Config
 from dist_train.data.order import evaluated_at_once, global_indices
 from dist_train.loop.train import evaluate
 from dist_train.run import assemble
-from dist_train.tasks.losses import loss_fn
 from dist_train.tools.agreement import Trajectory, difference
 from dist_train.tools.trajectory import trajectory
 

@@ -3,6 +3,7 @@ on to the very bits of a run that was not stopped."""
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.ranks import orphan
+from dist_train.ranks.stop import Requests
 
 from checkpoint_runs import ARGV, DDP, FSDP2, SINGLE, Kind, same, steps, weights
 from zygote import Zygote
@@ -113,3 +115,16 @@ def test_a_process_that_has_another_ones_number_is_not_the_launcher(launcher):
     launcher.kill()
     os.waitid(os.P_PID, launcher.pid, os.WEXITED | os.WNOWAIT)  # it is there still, as a zombie
     assert orphan.Started(launcher.pid, at, "torchrun").gone()
+
+
+def test_two_interrupts_in_a_process_that_lives_on_are_an_exception():
+    """As in a notebook, whose kernel stays."""
+    requests = Requests(quits=False)
+    before = signal.getsignal(signal.SIGINT)
+    with requests.listening():
+        signal.raise_signal(signal.SIGINT)
+        assert requests.stopping == signal.SIGINT
+        requests.interrupted_at -= 1.0
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dist_train.tasks.losses import loss_fn
 
 from dist_train import backends
 from dist_train.config.tree import Config, DataConfig, TrainConfig
@@ -17,7 +18,6 @@ from dist_train.loop.train import evaluate
 from dist_train.ranks import dist
 from dist_train.run import assemble
 from dist_train.tasks import mistakes
-from dist_train.tasks.losses import loss_fn
 
 from checkpoint_runs import DDP, SINGLE, resumed_from, root
 from faults import moments

@@ -19,9 +19,11 @@ from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
+from dist_train.tools import eval as eval_
 from dist_train.tools import export
 
-from parity_cells import config, run_cells
+import zoo_cells
+from parity_cells import ALONE, config, run_cells
 from workers import run_ranks
 
 FORMATS = list(export.FORMATS)
@@ -90,7 +92,7 @@ def exported(folder: Path, name: str, capsys: pytest.CaptureFixture, *argv: str)
 def model_and_samples(folder: Path) -> tuple[nn.Module, torch.Tensor]:
     cell = load(["--config", str(folder / "config.yaml"), "--backend.name=single"])
     parts = assemble.build(cell, CPU, trained=folder)
-    inputs, _ = next(parts.test_feed([np.arange(7)]))
+    inputs, _ = next(parts.test_feeds[""]([np.arange(7)]))
     return parts.model.eval(), inputs
 
 
@@ -231,6 +233,33 @@ def test_a_missing_package_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     for name, package in (("onnx", "onnx"), ("safetensors", "safetensors")):
         with pytest.raises(ConfigError, match=f"got {name}, but {package} is not installed; pip install 'dist-train"):
             export.run(["--run.dir", str(folder), "--format", name], Launcher())
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, which asks transformers by an old name
+@pytest.mark.parametrize("kind", ["Bert", "BertLora"])
+def test_a_model_of_transformers(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Its samples are dicts, and its outputs are no tensor. What is written has all of its weights, also those that
+    were frozen, and evaluates as the run did."""
+    cell = zoo_cells.config(kind, n=24)
+    model = assemble.build(cell, CPU).model
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1)
+    folder = write(tmp_path / "run", cell, model.state_dict())
+    line = exported(folder, "safetensors", capsys)
+    assert line["input"] == "input_ids int64 [batch, 8], attention_mask int64 [batch, 8]"
+    assert line["output"] == "float32 [batch, 3]" and "mean" not in line
+    assert line["verified"]["largest_relative_difference"] == 0
+    from safetensors.torch import load_file
+
+    written = load_file(line["file"])
+    assert all(torch.equal(written[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="--format: got a model whose input is no single tensor"):
+        export.run(["--run.dir", str(folder), "--format=onnx"], Launcher())
+    assert eval_.run(["--run.dir", str(folder), "--backend.name=single"], Launcher()) == 0
+    parts = assemble.build(cell, CPU, trained=folder)
+    expected = parts.evaluation(cell, ALONE).run(model)
+    assert json.loads(capsys.readouterr().out) == expected
 
 
 @pytest.mark.parametrize("model", ["Branches", "Pairs"])
