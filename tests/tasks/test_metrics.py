@@ -487,6 +487,7 @@ def test_class_numbers_that_do_not_exist_are_an_error():
 
 
 OWN = """
+import torch
 import torchmetrics
 from dist_train.tasks.metrics import Metric
 
@@ -510,6 +511,18 @@ class Fails(Mean):
 class Theirs(torchmetrics.MeanSquaredError):
     def update(self, outputs, targets):
         super().update(outputs.argmax(1).double(), targets.double())
+
+
+class FromOne(torchmetrics.Metric):
+    def __init__(self):
+        super().__init__()
+        self.add_state("count", torch.tensor(1), dist_reduce_fx="sum")
+
+    def update(self, outputs, targets):
+        self.count += len(outputs)
+
+    def compute(self):
+        return self.count
 """
 
 
@@ -529,5 +542,12 @@ def test_ones_own(own: str):
     assert got == pytest.approx(
         {"Mean": one, "Mean/half": one / 2, "ten": 10 * one, "ten/half": 5 * one, "Theirs": off}
     )
-    with pytest.raises(OwnCodeError, match=r"own_metrics_of_a_test.py.*, line 19"):
+    with pytest.raises(OwnCodeError, match=r"own_metrics_of_a_test.py.*, line 20"):
         values(make([f"{own}:Fails"], FACTS, None), outputs, targets)
+
+
+def test_a_state_that_starts_above_0_starts_once(own: str):
+    outputs, targets = data_of("classification")
+    metrics = make([f"{own}:FromOne"], {}, None)
+    parts = [metrics.sums(outputs[some], targets[some]) for some in (slice(0, 9), slice(9, N), slice(N, N))]
+    assert metrics.values(as_totals(added(parts))) == {"FromOne": N + 1}
