@@ -203,7 +203,7 @@ def test_outputs_that_the_loss_does_not_take_are_refused(kind: str, got: str):
 def test_more_outputs_than_classes_are_no_mistake_but_for_vectors():
     built("Digits", "--model.args.kind", "wide")
     with pytest.raises(ConfigError, match=r"\[2, 20\]"):
-        built("Digits", "--model.args.kind", "wide", "--train.loss", "mse", "--data.one_hot", "true")
+        built("Digits", "--model.args.kind", "wide", "--task.loss", "mse", "--data.one_hot", "true")
 
 
 def test_lazy_modules_get_the_same_weights_each_time():

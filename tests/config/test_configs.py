@@ -103,13 +103,13 @@ def test_backends_differ_in_backend_alone(file: str):
 
 def test_tutorial_is_the_quickstart():
     config = loaded("configs/tutorial.yaml")
-    data, model, optim, train = config.data, config.model, config.optim, config.train
+    data, model, task, optim, train = config.data, config.model, config.task, config.optim, config.train
     assert (data.name, data.normalize) == ("fashion_mnist", False)
     assert (model.hidden, model.activation, model.dropout) == ([512, 512], "ReLU", 0.0)
     assert (optim.name, optim.lr, optim.momentum, optim.weight_decay) == ("SGD", 1e-3, 0.0, 0.0)
     assert (optim.schedule, optim.warmup_steps) == ("constant", 0)
     assert (train.epochs, train.global_batch_size, train.drop_last) == (5, 64, False)
-    assert (train.loss, train.label_smoothing, train.grad_clip) == ("cross_entropy", 0.0, None)
+    assert (task.loss, task.args, train.grad_clip) == ("cross_entropy", {"label_smoothing": 0.0}, None)
 
 
 def test_fashion_mnist_beats_the_bar():

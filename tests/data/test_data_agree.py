@@ -9,7 +9,7 @@ import torch
 from dist_train.config.load import load
 from dist_train.data.agree import Told, agree, difference, sketch
 from dist_train.data.feed import Feed
-from dist_train.data.sets import Data, FromFiles, InMemory
+from dist_train.data.sets import Columns, Data, FromFiles, InMemory
 from dist_train.ranks.dist import World
 
 import user_data
@@ -80,7 +80,7 @@ def test_a_tool_that_joins_ranks():
     assert first == second and first.startswith("data.name: rank 1 has 1,400 training samples, rank 0 1,438")
 
 
-def told(split: InMemory | FromFiles) -> Told:
+def told(split: Columns | FromFiles) -> Told:
     data = Data(split, split, (1, 8), tuple("abcd"))
     feed = Feed(split, data, CPU, torch.float32, False, False)
     return Told((1, 8), tuple("abcd"), ((0.0,), (1.0,)), {name: sketch(feed, 3) for name in ("training", "test")})
