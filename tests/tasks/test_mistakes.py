@@ -140,12 +140,12 @@ def test_of_equal_losses_the_first_samples_are_taken(tmp_path: Path):
 def test_what_is_not_a_number_is_the_worst(tmp_path: Path):
     cell = cell_of("single")
     parts = assemble.build(cell, torch.device("cpu"))
-    watch = mistakes.Mistakes("cross_entropy", parts.feeds["test"], parts.data.classes, ALONE)
+    watch = parts.task.examiner(parts.data, parts.feeds["test"], ALONE)
     outputs = torch.zeros(N, 10)
     outputs[70, 0], outputs[50] = float("inf"), float("nan")
     outputs[90, (parts.data.test.tree[1][90] + 1) % 10] = 5.0
     for some in (slice(0, 60), slice(60, N)):
-        watch(outputs[some], parts.data.test.tree[1][some])
+        watch(parts.feeds["test"].of(np.arange(N)[some]), outputs[some])
     watch.write(tmp_path)
     assert written(tmp_path)["worst_index"][:4].tolist() == [50, 70, 90, 0]
 
