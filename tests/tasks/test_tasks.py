@@ -346,7 +346,7 @@ def test_what_does_not_fit_is_said_before_ranks_join(cell: Config, line: str):
         (task("segmentation", class_weights=3), "task.args.class_weights: got 3, expected a list of finite numbers"),
         (task("segmentation", ignore_index="void"), "task.args.ignore_index: got 'void', expected a class number"),
         (task("segmentation", metrics=["mean_io"]), "task.metrics: got unknown metric 'mean_io'"),
-        (task("regresion"), "task.name: got unknown name 'regresion', expected one of classification, regression"),
+        (task("regresion"), "task.name: got unknown name 'regresion', expected one of none, classification, "),
     ],
 )
 def test_what_a_config_says_wrong_is_said_at_once(of: TaskConfig, line: str):
