@@ -34,8 +34,8 @@ CPU = torch.device("cpu")
         ("labels", "rank 1 has other training labels than rank 0, or the same in another order"),
         ("split", "rank 1 has other training labels than rank 0"),
         ("pixels", "rank 1 has another training sample 0 than rank 0"),
-        ("kind", "rank 1 has its training samples as FromFiles, rank 0 as InMemory"),
-        ("identity", "rank 1 has other training files or labels (another FromFiles.identity) than rank 0"),
+        ("kind", "rank 1 has its training samples as Samples, rank 0 as Columns"),
+        ("identity", "rank 1 has other training files or labels (another Samples.identity) than rank 0"),
         ("items", "rank 1 has another training sample 0 than rank 0"),
         ("targets", "rank 1 has another training sample 0 than rank 0"),
         ("unreadable", "rank 1 has a training sample 1437 that cannot be read: it is gone"),
@@ -104,7 +104,7 @@ def test_few_files_are_read():
     sketch(
         Feed(FromFiles(rows), Data(*2 * [FromFiles(rows)], (1, 8), tuple("abcd")), CPU, torch.float32, False, False), 3
     )
-    assert rows.reads - before == 2 + 3
+    assert rows.reads - before == 3 + 3
 
 
 def test_a_process_alone_compares_nothing(monkeypatch: pytest.MonkeyPatch):

@@ -164,10 +164,13 @@ def test_one_hot(dtype: torch.dtype):
 
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_an_empty_batch(one_hot: bool):
+    """It is a stand-in of the first samples, which says that none of them counts."""
     feed = feed_of(colours(), torch.float64, normalize=True, one_hot=one_hot)
-    inputs, targets = next(feed([np.empty(0, np.int64)]))
-    assert inputs.shape == (0, 3, 6, 5) and inputs.dtype == torch.float64
-    assert targets.shape == ((0, 7) if one_hot else (0,))
+    batch = next(feed([np.empty(0, np.int64)]))
+    inputs, targets = batch
+    assert len(batch) == 0 and batch.ids.tolist() == [0, 1]
+    assert inputs.shape == (2, 3, 6, 5) and inputs.dtype == torch.float64
+    assert targets.shape == ((2, 7) if one_hot else (2,))
 
 
 def test_the_order_is_kept_and_the_data_is_not_changed():
@@ -175,7 +178,10 @@ def test_the_order_is_kept_and_the_data_is_not_changed():
     before = data.train.tree[0].clone()
     batches = [np.array([7, 1]), np.array([], np.int64), np.array([49]), np.array([1, 7, 0])]
     first, second = (list(feed_of(data, normalize=True)(batches)) for _ in range(2))
-    assert [t.tolist() for _, t in first] == [data.train.tree[1][b].tolist() for b in batches]
+    assert [batch.ids[: len(batch)].tolist() for batch in first] == [b.tolist() for b in batches]
+    assert [t[: len(b)].tolist() for b, (_, t) in zip(batches, first, strict=True)] == [
+        data.train.tree[1][b].tolist() for b in batches
+    ]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
     assert torch.equal(data.train.tree[0], before)
 
@@ -206,8 +212,9 @@ def test_the_pixels_are_held_once(tmp_path_factory: pytest.TempPathFactory):
     feeds = [Feed(split, data, CPU, torch.float32, True, False) for split in (data.train, data.test)]
     for feed in feeds:
         list(feed(np.arange(len(feed.split))[: 64 * 20].reshape(-1, 64)))
-        assert feed.images.dtype == torch.uint8 and feed.images.is_contiguous()
-        assert feed.images.data_ptr() == feed.split.tree[0].data_ptr()
+        images = feed.columns[0]
+        assert images.dtype == torch.uint8 and images.is_contiguous()
+        assert images.data_ptr() == feed.split.tree[0].data_ptr()
     pixels = data.train.tree[0].nbytes + data.test.tree[0].nbytes
     assert resident_bytes() - before < 1.5 * pixels + (4 << 20)
 
@@ -220,9 +227,7 @@ IMAGES, LABELS = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1,
 @pytest.mark.parametrize(
     ("images", "labels", "more", "says"),
     [
-        (IMAGES.float(), LABELS, {}, "train images torch.float32"),
-        (IMAGES[:3], LABELS, {}, "[3, 1, 2, 2]"),
-        (IMAGES.view(4, 2, 2), LABELS, {}, "expected torch.uint8 [4, 1, 2, 2]"),
+        (IMAGES.view(4, 2, 2), LABELS, {}, "got train images torch.uint8 [4, 2, 2], expected [4, 1, 2, 2]"),
         (IMAGES, LABELS.int(), {}, "labels torch.int32"),
         (IMAGES, LABELS + 1, {}, "from 1 to 3, expected torch.int64 [4] from 0 to 2"),
         (IMAGES, LABELS - 1, {}, "from -1 to 1"),
