@@ -12,10 +12,12 @@ import yaml
 
 import dist_train
 from dist_train.config import lookup, strict_yaml
+from dist_train.config.arguments import FACTS
 from dist_train.config.tree import Config, fields_of
 from dist_train.config.values import describe
 from dist_train.data import DATASETS
 from dist_train.models import MODELS
+from dist_train.tasks import TASKS
 
 FILE = Path(__file__).parent / "config.md"
 PYTHON_FILE = Path(__file__).parent / "python.md"
@@ -80,13 +82,11 @@ def page() -> str:
     parts = [HEAD]
     for section in dataclasses.fields(Config):
         parts.append(_section(section.name, section.type))
-    parts.append(
-        _arguments(
-            "data.args, by data set", DATASETS, "data.name", ("root", "download", "transforms", "test_transforms")
-        )
-    )
-    given = ("self", "input_shape", "classes", "outputs", "target_shape", "hidden", "activation", "dropout")
+    by_us = ("root", "download", "transforms", "test_transforms")
+    parts.append(_arguments("data.args, by data set", DATASETS, "data.name", by_us))
+    given = ("self", *FACTS, "hidden", "activation", "dropout")
     parts.append(_arguments("model.args, by model", MODELS, "model.name", given))
+    parts.append(_arguments("task.args, by task", TASKS, "task.name", ("self", *FACTS, "loss", "metrics")))
     return "\n".join(parts)
 
 

@@ -76,10 +76,10 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     def heard(self, text):
         said.extend(line for line in text.splitlines() if line.startswith(("optimizer state", "optim.ema")))
 
-    def noted(self, batches):
+    def noted(self, batches, *more):
         for batch in batches:
             ledger.append(batch)
-            yield from from_memory(self, [batch])
+            yield from from_memory(self, [batch], *more)
 
     parts = assemble.build(config, world.device)
     # The watchdog of a rank that is cut off a little later would take the others for dead.

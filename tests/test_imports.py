@@ -52,6 +52,8 @@ LIGHT = {
     "data.rules",
     "models",
     "models.rules",
+    "tasks",
+    "tasks.metric_items",
     "tasks.rules",
     "loop.rules",
     "checkpoint.allowed",

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import Dataset, Subset
 from torchvision.transforms import v2
 
-from dist_train.data.sets import Data, FromFiles, InMemory
+from dist_train.data.sets import Columns, Data, FromFiles, InMemory
 from dist_train.errors import ConfigError
 
 if "SLOW_IMPORT" in os.environ and "dist_train.data.server" in sys.modules:
@@ -198,7 +198,7 @@ def by_rank(root: str, download: bool, what: str = "none", rank: int | None = No
     if what == "split":
         labels = labels[torch.from_numpy(np.random.default_rng().permutation(n))]  # without a seed
     names = {"classes": "abcde", "names": "dcba"}.get(other, "abcd")
-    train: InMemory | FromFiles = InMemory(images, labels)
+    train: Columns | FromFiles = InMemory(images, labels)
     if what in ("identity", "items", "targets", "unreadable", "none in files", "not repeated") or other == "kind":
         kind = Unrepeated if what == "not repeated" else Rows
         floats = images / 255 + (0.1 if other == "items" else 0.0)

@@ -64,7 +64,7 @@ def problems(
         if key in by_us:
             yield f"{path}: got {values[key]!r}, but it is set by the package; leave it out"
         elif key not in takes and "**" not in takes:
-            own = ", ".join(k for k in ours if k not in (facts or ())) or "no arguments"
+            own = ", ".join(k for k in ours if k not in (FACTS if facts is None else facts)) or "no arguments"
             yield f"{path}: got {values[key]!r}, but {name} does not have it; it takes {own}; leave it out"
     for key in ours:
         if takes[key] and key not in values and facts is not None and key not in facts:

@@ -169,7 +169,7 @@ class TrainConfig:
     max_steps: int | None = None
     """End after this many optimizer steps, if that comes before the last epoch's end."""
     global_batch_size: int = 64
-    """Samples of one optimizer step, over all ranks. Divisible by the world size."""
+    """Samples of one optimizer step, over all ranks, whose shares differ by one sample at most."""
     micro_batch_size: int | None = None
     """At most this many samples at once on a rank; a larger share is accumulated in pieces."""
     drop_last: bool = False

@@ -62,7 +62,13 @@ class Columns:
 
 
 def InMemory(images: torch.Tensor, labels: torch.Tensor) -> Columns:  # noqa: N802  (it makes one, as a class would)
-    """Columns of pictures, uint8 [n, *input_shape], and class numbers, int64 [n]."""
+    """Columns of pictures, uint8 [n, *input_shape], and class numbers, int64 [n]. Raises ConfigError."""
+    for what, value in (("images", images), ("labels", labels)):
+        if not isinstance(value, (torch.Tensor, np.ndarray)):
+            raise ConfigError(
+                f"data.name: got {what} of type {type(value).__name__}, expected a tensor; for example "
+                f"torch.as_tensor(...)"
+            )
     return Columns((images, labels))
 
 

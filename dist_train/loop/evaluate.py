@@ -9,6 +9,7 @@ from torch import nn
 
 from dist_train.backends.precision import Precision
 from dist_train.config.tree import TrainConfig
+from dist_train.data.batch import Batch, mapped
 from dist_train.data.feed import Feed
 from dist_train.data.order import evaluated_at_once, pieces, share
 from dist_train.loop.units import widest
@@ -76,8 +77,8 @@ class Evaluation:
             found = self.task.sums(called, batch)
             sums.add(found | {"units": torch.as_tensor(units_of(self.task, batch))}, batch.size > 0)
             phases.progressed()
-            if watch and batch.size:
-                watch(batch, called.outputs)
+            if watch:
+                watch(*((batch, called.outputs) if batch.size else _none_of(batch, called.outputs)))
         return self.task.metrics(sums.over_ranks())
 
     def _batches(self, n: int) -> Iterator[np.ndarray]:
@@ -92,6 +93,15 @@ class Evaluation:
         mine = np.arange(n)[share(n, rank, size)]
         count = pieces(n, size, self.at_once)
         yield from (mine[share(len(mine), i, count)] for i in range(count))
+
+
+def _none_of(batch: Batch, outputs: Any) -> tuple[Batch, Any]:
+    """A stand-in and what a model gave for it, without any sample."""
+
+    def none(leaf: Any) -> Any:
+        return leaf[:0] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+    return Batch(mapped(batch.tree, none), batch.ids[:0], 0), mapped(outputs, none)
 
 
 class Sums:

@@ -34,10 +34,10 @@ UNFIT_OPTIMIZERS = {
 }
 
 
-def problems(config: Config, launcher: Launcher) -> Iterator[str]:
+def problems(config: Config, _: Launcher) -> Iterator[str]:
     """A line for every mistake."""
     yield from _ranges(config)
-    yield from _batch(config, launcher)
+    yield from _batch(config)
     yield from _optimizer(config)
     yield from _schedule(config)
     yield from _average(config)
@@ -74,15 +74,8 @@ def _ranges(config: Config) -> Iterator[str]:
         yield from not_finite({f"train.{key}": getattr(t, key)}, zero_fits=False, null_is_off=True)
 
 
-def _batch(config: Config, launcher: Launcher) -> Iterator[str]:
-    size, world = config.train.global_batch_size, launcher.world_size
-    if size >= 1 and size % world:
-        below, above = size // world * world, (size // world + 1) * world
-        nearest = f"the nearest are {below} and {above}" if below else f"the nearest is {above}"
-        yield (
-            f"train.global_batch_size: got {size} on {world} ranks, expected a multiple of {world}; "
-            f"{nearest}, for example --train.global_batch_size {above}"
-        )
+def _batch(config: Config) -> Iterator[str]:
+    size = config.train.global_batch_size
     micro = config.train.micro_batch_size
     if micro is not None and micro > size:
         yield (

@@ -72,7 +72,8 @@ class Eager:
                 phase("backward")
                 backend.backward(loss / units)
             self.meter.add(loss)
-            phase("data")
+            if i < micro_batches:
+                phase("data")
         phase("optimizer")
         return units, backend.step(self.max_norm, measure)
 

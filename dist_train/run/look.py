@@ -59,8 +59,8 @@ def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Pr
 
     found = probe(model, loss, trains)
     with own_task():
-        metrics = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
         _check_units(units_of(task, batch), config.task.name)
+        metrics = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
     alone = feed.of(first[:1])
     with own_task():
         needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))

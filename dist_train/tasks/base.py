@@ -27,7 +27,8 @@ class Examiner(Protocol):
     """Whether it was given a batch."""
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
-        """The next batch of this rank's part of the split, in order, and what the model gave for it."""
+        """The next batch of this rank's part of the split, in order, and what the model gave for it; a batch without
+        samples where the rank has none."""
 
     def write(self, folder: Path) -> None:
         """Writes its file. Collective; rank 0 writes."""

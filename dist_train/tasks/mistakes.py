@@ -1,7 +1,7 @@
 """What a model gets wrong on the test data: which classes it takes for which, and the samples with the largest loss."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,13 +14,19 @@ from dist_train.ranks.dist import World
 from dist_train.tasks.base import inputs_and_targets, tensor_of
 from dist_train.whole import whole
 
-if TYPE_CHECKING:
-    from dist_train.tasks.classification import Classification
-
 NAME = "evaluation.npz"
 WORST = 24
 CONFUSION_CLASSES = 1000  # above, the matrix is left out
 COLUMNS = ("index", "true", "predicted", "loss", "confidence")
+
+
+class Classifier(Protocol):
+    """What is asked of the task: see classification.py."""
+
+    loss: str
+
+    def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
+        """The loss of each sample, [batch]."""
 
 
 class Mistakes:
@@ -34,7 +40,7 @@ class Mistakes:
         world: this rank's place.
     """
 
-    def __init__(self, task: "Classification", feed: Feed, classes: tuple[str, ...], world: World):
+    def __init__(self, task: Classifier, feed: Feed, classes: tuple[str, ...], world: World):
         self.task, self.feed, self.classes = task, feed, classes
         self.next = share(len(feed.split), world.rank, world.size).start
         self.seen = False

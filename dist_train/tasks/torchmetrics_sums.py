@@ -45,11 +45,15 @@ class TorchMetric(Metric):
 
     def sums(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """See Metric. What torchmetrics itself does may wait for the device."""
-        if not len(
-            outputs
-        ):  # not every update takes an empty batch, and the shapes of states may depend on the outputs
-            some = (one.new_zeros(1, *one.shape[1:]) for one in (outputs, targets))
-            return {name: torch.zeros_like(state) for name, state in self.sums(*some).items()}
+        if not len(outputs):  # not every update takes no samples, and the outputs may decide the shapes of the states
+            one_sample = (of.new_zeros(1, *of.shape[1:]) for of in (outputs, targets))
+            return {name: torch.zeros_like(state) for name, state in self._updates(*one_sample).items()}
+        sums = self._updates(outputs, targets)
+        if "validate_args" in vars(self.updated):  # reads values on the host; the first batch has shown what they are
+            self.updated.validate_args = False
+        return sums
+
+    def _updates(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         dtype = wide(outputs.device)
         outputs, targets = (one.to(dtype) if one.is_floating_point() else one for one in (outputs, targets))
         if outputs.device != self.device:
@@ -61,8 +65,6 @@ class TorchMetric(Metric):
         }
         _put(self.updated, start)
         self._call("update", self.updated, *self.prepared(outputs, targets))
-        if "validate_args" in vars(self.updated):  # reads values on the host; the first batch has shown what they are
-            self.updated.validate_args = False
         return {name: getattr(self.updated, name) - start[name] for name in start}
 
     def values(self, sums: dict[str, Tensor]) -> dict[str, float]:
@@ -105,13 +107,13 @@ class TorchMetric(Metric):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = self._compute({name: torch.zeros_like(default) for name, default in self.defaults.items()})
-        except Exception:
+        except Exception:  # it may ask for samples
             return
         self._named(result)
 
     def _named(self, result: Any) -> dict[str, float]:
         if isinstance(result, Tensor) and result.dim() == 1:
-            result = {str(i): value for i, value in enumerate(result)}
+            result = {str(i): value for i, value in enumerate(result)} if len(result) > 1 else result[0]
         named = result if isinstance(result, dict) else {"": result}
         if not all(isinstance(value, int | float) or getattr(value, "ndim", None) == 0 for value in named.values()):
             raise ConfigError(

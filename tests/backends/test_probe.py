@@ -153,7 +153,7 @@ class Digits(nn.Module):
         logits = self.layer(x.flatten(1))
         return {
             "right": logits,
-            "dict": {"logits": logits},
+            "dict": {"scores": logits},
             "pair": (logits, logits),
             "few": logits[:, :7],
             "wide": torch.cat([logits, logits], 1),
@@ -185,17 +185,21 @@ def built(model: str, *argv: str) -> assemble.Parts:
     return assemble.build(load([*DIGITS, "--model.name", f"{__name__}:{model}", *argv]), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(("kind", "got"), [("dict", "dict"), ("pair", "tuple")])
+def test_outputs_that_are_no_tensor_are_refused(kind: str, got: str):
+    with pytest.raises(ConfigError, match=f"^model: got outputs of type {got}, expected a tensor, or one as logits"):
+        built("Digits", "--model.args.kind", kind)
+
+
 @pytest.mark.parametrize(
     ("kind", "got"),
     [
-        ("dict", "type dict"),
-        ("pair", "type tuple"),
         ("few", r"torch.float32 \[2, 7\]"),
         ("flat", r"torch.float32 \[20\]"),
         ("whole", r"torch.int64 \[2, 10\]"),
     ],
 )
-def test_outputs_that_the_loss_does_not_take_are_refused(kind: str, got: str):
+def test_outputs_of_another_shape_are_refused(kind: str, got: str):
     with pytest.raises(ConfigError, match=rf"^model: got outputs (of )?{got}, expected a float tensor \[2, 10\]"):
         built("Digits", "--model.args.kind", kind)
 
@@ -203,7 +207,7 @@ def test_outputs_that_the_loss_does_not_take_are_refused(kind: str, got: str):
 def test_more_outputs_than_classes_are_no_mistake_but_for_vectors():
     built("Digits", "--model.args.kind", "wide")
     with pytest.raises(ConfigError, match=r"\[2, 20\]"):
-        built("Digits", "--model.args.kind", "wide", "--train.loss", "mse", "--data.one_hot", "true")
+        built("Digits", "--model.args.kind", "wide", "--task.loss", "mse", "--data.one_hot", "true")
 
 
 def test_lazy_modules_get_the_same_weights_each_time():

@@ -28,6 +28,7 @@ from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.meter import Control
 from dist_train.loop.train import train
+from dist_train.loop.work import Work
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.ranks.launcher import Launcher
@@ -319,9 +320,8 @@ def after_ours(config: Config, world: World) -> dict[str, np.ndarray]:
     parts = assemble.build(config, world.device)
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim))
-    train(
-        config, world, backend, model, optimizer, parts.feed, parts.test_feed, Recorder(), lambda meter: None, Control()
-    )
+    of = config, world, backend, model, optimizer, parts.task, parts.feed, parts.evaluation(config, world)
+    train(Work(*of, Recorder(), Control(), lambda meter: None))
     return {name: value.numpy() for name, value in backend.weights().items()}
 
 
@@ -360,9 +360,9 @@ def test_the_tutorial_reads_each_picture_as_torchvision_does():
 
     parts = assemble.build(load(SMALL), torch.device("cpu"))
     image, label = Pictures(parts.data.train)[5]
-    raw = parts.data.train.images[5, 0].numpy()
+    raw = parts.data.train.tree[0][5, 0].numpy()
     assert torch.equal(image, ToTensor()(Image.fromarray(raw))) and image.shape == (1, 6, 6)
-    assert type(label) is int and label == parts.data.train.labels[5]
+    assert type(label) is int and label == parts.data.train.tree[1][5]
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_the_tutorial_reads_each_picture_as_torchvision_does():
         ([], [CEILING, BARE, TUTORIAL]),
         (["--data.args.shape=[36]"], [CEILING, BARE]),
         (["--data.args.shape=[2,6,6]"], [CEILING, BARE]),
-        (["--data.one_hot=true", "--train.loss=mse"], [CEILING, BARE]),
+        (["--data.one_hot=true", "--task.loss=mse"], [CEILING, BARE]),
     ],
 )
 def test_the_tutorial_is_there_where_it_fits(options: list[str], expected: list[str]):

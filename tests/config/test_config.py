@@ -208,13 +208,6 @@ BAD = [
     Bad("model.dropout", ("got nan, expected 0 or more and below 1",), file="model: {dropout: .nan}"),
     Bad("model.hidden", ("got [8, 0], expected sizes of at least 1",), "--model.hidden [8,0]"),
     # sizes
-    Bad(
-        "train.global_batch_size",
-        ("got 10 on 4 ranks", "multiple of 4", "8 and 12"),
-        "--train.global_batch_size 10",
-        ranks=4,
-    ),
-    Bad("train.global_batch_size", ("got 2 on 4 ranks", "the nearest is 4,"), "--train.global_batch_size 2", ranks=4),
     Bad("train.micro_batch_size", ("got 65, expected at most", "which is 64"), "--train.micro_batch_size 65"),
     # contradictions
     Bad("task.loss", ("got mse with data.one_hot false", "add --data.one_hot true"), "--task.loss mse"),

@@ -43,21 +43,21 @@ def colours() -> Data:
 
 def test_digits():
     data = digits("no/such/folder", False)
-    assert data.train.images.shape == (1438, 1, 8, 8) and data.test.images.shape == (359, 1, 8, 8)
-    assert data.classes == tuple("0123456789") and set(data.train.labels.tolist()) == set(range(10))
-    assert int(data.train.images.min()) == 0 and int(data.train.images.max()) == 255
+    assert data.train.tree[0].shape == (1438, 1, 8, 8) and data.test.tree[0].shape == (359, 1, 8, 8)
+    assert data.classes == tuple("0123456789") and set(data.train.tree[1].tolist()) == set(range(10))
+    assert int(data.train.tree[0].min()) == 0 and int(data.train.tree[0].max()) == 255
 
 
 def test_the_first_digit():
     """The top row of the zero that scikit-learn's documentation shows is 0 0 5 13 9 1 0 0, of 16."""
     data = digits("", False)
-    assert data.train.images[0, 0, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]  # floor(value * 255 / 16)
-    assert data.train.labels[:6].tolist() == [0, 1, 2, 3, 5, 6] and data.test.labels[:3].tolist() == [4, 9, 4]
+    assert data.train.tree[0][0, 0, 0].tolist() == [0, 0, 79, 207, 143, 15, 0, 0]  # floor(value * 255 / 16)
+    assert data.train.tree[1][:6].tolist() == [0, 1, 2, 3, 5, 6] and data.test.tree[1][:3].tolist() == [4, 9, 4]
 
 
 def test_digits_mean_and_deviation_are_the_datas():
     data = digits("", False)
-    pixels = data.train.images.double() / 255
+    pixels = data.train.tree[0].double() / 255
     assert data.mean == (round(pixels.mean().item(), 4),)
     assert data.std == (round(pixels.std(unbiased=False).item(), 4),)
 
@@ -73,7 +73,9 @@ def test_digits_of_a_version_that_keeps_them_elsewhere(kept: str, tmp_path: Path
         file.write_bytes(gzip.compress(b"1,2,3\n4,5,6\n"))
     monkeypatch.setattr(digits_module, "FILE", str(file))
     again = digits("", False)
-    assert torch.equal(again.train.images, loaded.train.images) and torch.equal(again.test.labels, loaded.test.labels)
+    assert torch.equal(again.train.tree[0], loaded.train.tree[0]) and torch.equal(
+        again.test.tree[1], loaded.test.tree[1]
+    )
     assert again.fingerprint() == loaded.fingerprint()
     assert again.fingerprint() == "df64a0c4690e08ef67f3b84f54460cc407fa6e0129f30cb684c2d4b1cb9a997c"
 
@@ -81,7 +83,7 @@ def test_digits_of_a_version_that_keeps_them_elsewhere(kept: str, tmp_path: Path
 @pytest.mark.parametrize(("n", "shape", "classes"), [(1, (1, 28, 28), 10), (33, (3, 5, 4), 2), (12, (7,), 1000)])
 def test_synthetic_of_any_size(n: int, shape: tuple[int, ...], classes: int):
     data = synthetic("", False, n=n, n_test=5, shape=shape, classes=classes)
-    assert data.train.images.shape == (n, *shape) and len(data.test) == 5
+    assert data.train.tree[0].shape == (n, *shape) and len(data.test) == 5
     assert len(data.classes) == classes and data.input_shape == shape
     inputs, targets = next(feed_of(data, normalize=True)([np.arange(n)]))
     assert inputs.shape == (n, *shape) and targets.shape == (n,)
@@ -92,9 +94,9 @@ def test_synthetic_is_a_function_of_its_seed(monkeypatch: pytest.MonkeyPatch):
     torch.rand(5)  # the process's generator has no part in it
     monkeypatch.setattr(synthetic_module, "PIECE_PIXELS", 7 * 784)  # nor has the size of the pieces
     again = synthetic("", False, n=500, seed=3)
-    assert torch.equal(one.train.images, again.train.images) and torch.equal(one.train.labels, again.train.labels)
-    assert torch.equal(one.test.images, again.test.images)
-    assert not torch.equal(one.train.images, other.train.images)
+    assert torch.equal(one.train.tree[0], again.train.tree[0]) and torch.equal(one.train.tree[1], again.train.tree[1])
+    assert torch.equal(one.test.tree[0], again.test.tree[0])
+    assert not torch.equal(one.train.tree[0], other.train.tree[0])
 
 
 @pytest.mark.parametrize(("noise", "low", "high"), [(0.5, 0.99, 1.0), (1.0, 0.0, 0.3)])
@@ -134,12 +136,12 @@ def test_a_batch_is_to_tensor(make, dtype: torch.dtype):
     data = make()
     index = np.array([3, 0, 41, 3, 17])  # any order, twice the same
     inputs, targets = next(feed_of(data, dtype)([index]))
-    by_hand = torch.stack([transforms.ToTensor()(data.train.images[i].permute(1, 2, 0).numpy()) for i in index])
-    assert inputs.dtype == dtype and targets.tolist() == data.train.labels[index].tolist()
+    by_hand = torch.stack([transforms.ToTensor()(data.train.tree[0][i].permute(1, 2, 0).numpy()) for i in index])
+    assert inputs.dtype == dtype and targets.tolist() == data.train.tree[1][index].tolist()
     if dtype == torch.float32:
         assert torch.equal(inputs, by_hand)
     else:
-        assert torch.equal(inputs, data.train.images[index].double() / 255)
+        assert torch.equal(inputs, data.train.tree[0][index].double() / 255)
 
     inputs, _ = next(feed_of(data, dtype, normalize=True)([index]))
     by_hand = torch.stack([transforms.Normalize(data.mean, data.std)(image) for image in by_hand])
@@ -150,32 +152,38 @@ def test_float64_is_normalised_in_float64():
     data = colours()
     inputs, _ = next(feed_of(data, torch.float64, normalize=True)([np.arange(50)]))
     mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (data.mean, data.std))
-    assert torch.allclose(inputs, (data.train.images.double() / 255 - mean) / std, rtol=0, atol=1e-14)
+    assert torch.allclose(inputs, (data.train.tree[0].double() / 255 - mean) / std, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_hot(dtype: torch.dtype):
     data = colours()
     _, targets = next(feed_of(data, dtype, one_hot=True)([np.arange(10)]))
-    assert targets.dtype == dtype and torch.equal(targets, torch.eye(7, dtype=dtype)[data.train.labels[:10]])
+    assert targets.dtype == dtype and torch.equal(targets, torch.eye(7, dtype=dtype)[data.train.tree[1][:10]])
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_an_empty_batch(one_hot: bool):
+    """It is a stand-in of the first samples, which says that none of them counts."""
     feed = feed_of(colours(), torch.float64, normalize=True, one_hot=one_hot)
-    inputs, targets = next(feed([np.empty(0, np.int64)]))
-    assert inputs.shape == (0, 3, 6, 5) and inputs.dtype == torch.float64
-    assert targets.shape == ((0, 7) if one_hot else (0,))
+    batch = next(feed([np.empty(0, np.int64)]))
+    inputs, targets = batch
+    assert len(batch) == 0 and batch.ids.tolist() == [0, 1]
+    assert inputs.shape == (2, 3, 6, 5) and inputs.dtype == torch.float64
+    assert targets.shape == ((2, 7) if one_hot else (2,))
 
 
 def test_the_order_is_kept_and_the_data_is_not_changed():
     data = colours()
-    before = data.train.images.clone()
+    before = data.train.tree[0].clone()
     batches = [np.array([7, 1]), np.array([], np.int64), np.array([49]), np.array([1, 7, 0])]
     first, second = (list(feed_of(data, normalize=True)(batches)) for _ in range(2))
-    assert [t.tolist() for _, t in first] == [data.train.labels[b].tolist() for b in batches]
+    assert [batch.ids[: len(batch)].tolist() for batch in first] == [b.tolist() for b in batches]
+    assert [t[: len(b)].tolist() for b, (_, t) in zip(batches, first, strict=True)] == [
+        data.train.tree[1][b].tolist() for b in batches
+    ]
     assert all(torch.equal(a[0], b[0]) for a, b in zip(first, second, strict=True))
-    assert torch.equal(data.train.images, before)
+    assert torch.equal(data.train.tree[0], before)
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------
@@ -204,9 +212,10 @@ def test_the_pixels_are_held_once(tmp_path_factory: pytest.TempPathFactory):
     feeds = [Feed(split, data, CPU, torch.float32, True, False) for split in (data.train, data.test)]
     for feed in feeds:
         list(feed(np.arange(len(feed.split))[: 64 * 20].reshape(-1, 64)))
-        assert feed.images.dtype == torch.uint8 and feed.images.is_contiguous()
-        assert feed.images.data_ptr() == feed.split.images.data_ptr()
-    pixels = data.train.images.nbytes + data.test.images.nbytes
+        images = feed.columns[0]
+        assert images.dtype == torch.uint8 and images.is_contiguous()
+        assert images.data_ptr() == feed.split.tree[0].data_ptr()
+    pixels = data.train.tree[0].nbytes + data.test.tree[0].nbytes
     assert resident_bytes() - before < 1.5 * pixels + (4 << 20)
 
 
@@ -218,9 +227,7 @@ IMAGES, LABELS = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.tensor([0, 1,
 @pytest.mark.parametrize(
     ("images", "labels", "more", "says"),
     [
-        (IMAGES.float(), LABELS, {}, "train images torch.float32"),
-        (IMAGES[:3], LABELS, {}, "[3, 1, 2, 2]"),
-        (IMAGES.view(4, 2, 2), LABELS, {}, "expected torch.uint8 [4, 1, 2, 2]"),
+        (IMAGES.view(4, 2, 2), LABELS, {}, "got train images torch.uint8 [4, 2, 2], expected [4, 1, 2, 2]"),
         (IMAGES, LABELS.int(), {}, "labels torch.int32"),
         (IMAGES, LABELS + 1, {}, "from 1 to 3, expected torch.int64 [4] from 0 to 2"),
         (IMAGES, LABELS - 1, {}, "from -1 to 1"),

@@ -105,7 +105,7 @@ def test_unpacked_idx_files(tmp_path: Path, name: str, download: bool):
     make = {"MNIST": vision.mnist, "FashionMNIST": vision.fashion_mnist, "KMNIST": vision.kmnist}[name]
     data = make(str(tmp_path), download)
     for split, (images, labels) in ((data.train, made_images(30, 1)), (data.test, made_images(20, 2))):
-        assert torch.equal(split.images[:, 0], images) and torch.equal(split.labels, labels)
+        assert torch.equal(split.tree[0][:, 0], images) and torch.equal(split.tree[1], labels)
     assert data.input_shape == (1, 28, 28) and len(data.classes) == 10
     assert sorted(path.name for path in tmp_path.iterdir()) == [name]  # no lock was needed
 
@@ -151,9 +151,9 @@ def cifar10_pixels(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> torch.
 
 def check_cifar10(root: Path, pixels: torch.Tensor) -> Data:
     data = vision.cifar10(str(root), False)
-    assert torch.equal(data.train.images, pixels[:5].flatten(0, 1)) and torch.equal(data.test.images, pixels[5])
-    assert data.train.images.is_contiguous() and data.input_shape == (3, 32, 32)
-    assert data.train.labels[:5].tolist() == [0, 1, 2, 3, 1] and data.test.labels.tolist() == [5, 6, 7, 8]
+    assert torch.equal(data.train.tree[0], pixels[:5].flatten(0, 1)) and torch.equal(data.test.tree[0], pixels[5])
+    assert data.train.tree[0].is_contiguous() and data.input_shape == (3, 32, 32)
+    assert data.train.tree[1][:5].tolist() == [0, 1, 2, 3, 1] and data.test.tree[1].tolist() == [5, 6, 7, 8]
     assert data.classes == tuple(f"thing {k}" for k in range(10))
     return data
 
@@ -309,15 +309,15 @@ def test_an_unpacked_file_that_is_cut_off(tmp_path: Path, name: str, size: int):
 def test_archives_are_found_by_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, download: bool):
     monkeypatch.setattr(datasets.KMNIST, "resources", write_archives(tmp_path / "KMNIST" / "raw", 30, 20))
     data = vision.kmnist(str(tmp_path), download)
-    assert torch.equal(data.train.images[:, 0], made_images(30, 1)[0])
-    assert torch.equal(data.test.labels, made_images(20, 2)[1])
+    assert torch.equal(data.train.tree[0][:, 0], made_images(30, 1)[0])
+    assert torch.equal(data.test.tree[1], made_images(20, 2)[1])
 
 
 def test_a_read_only_folder_with_unpacked_files(open_folder: Path):
     write_raw(open_folder / "MNIST" / "raw", 30, 20)
     with read_only(open_folder):
         data = vision.mnist(str(open_folder), True)
-    assert torch.equal(data.train.images[:, 0], made_images(30, 1)[0])
+    assert torch.equal(data.train.tree[0][:, 0], made_images(30, 1)[0])
 
 
 def test_a_read_only_folder_with_archives_alone(open_folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -362,7 +362,7 @@ def test_a_look_while_another_process_unpacks(tmp_path: Path, monkeypatch: pytes
         assert at_the_lock.wait(60) and thread.is_alive()
         (raw / FASHION[0]).write_bytes(whole)
     thread.join()
-    assert torch.equal(got[0].train.images[:, 0], made_images(30, 1)[0])
+    assert torch.equal(got[0].train.tree[0][:, 0], made_images(30, 1)[0])
 
 
 def load_together(root: str, resources: list[tuple[str, str]]) -> tuple[list[str], list[str], list[int]]:
@@ -376,7 +376,7 @@ def load_together(root: str, resources: list[tuple[str, str]]) -> tuple[list[str
         data = vision.fashion_mnist(root, True)
     finally:
         datasets.FashionMNIST.resources = before
-    tensors = (data.train.images, data.train.labels, data.test.images, data.test.labels)
+    tensors = (data.train.tree[0], data.train.tree[1], data.test.tree[0], data.test.tree[1])
     return list(WRITTEN), [hashlib.md5(t.numpy()).hexdigest() for t in tensors], [len(data.train), len(data.test)]
 
 
@@ -403,9 +403,9 @@ def test_four_processes_at_once_unpack_once(tmp_path: Path):
 def test_fashion_mnist_is_whole(tmp_path_factory: pytest.TempPathFactory):
     needs_real_data("FashionMNIST/raw")
     data = vision.fashion_mnist(str(fashion_mnist_root(tmp_path_factory)), True)
-    assert torch.bincount(data.train.labels).tolist() == [6000] * 10
-    assert torch.bincount(data.test.labels).tolist() == [1000] * 10
+    assert torch.bincount(data.train.tree[1]).tolist() == [6000] * 10
+    assert torch.bincount(data.test.tree[1]).tolist() == [1000] * 10
     assert data.classes[0] == "T-shirt/top" and data.classes[9] == "Ankle boot"
-    pixels = data.train.images.double() / 255
+    pixels = data.train.tree[0].double() / 255
     assert data.mean == (round(pixels.mean().item(), 4),)
     assert data.std == (round(pixels.std(unbiased=False).item(), 4),)

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision import datasets
@@ -450,7 +451,9 @@ def test_what_a_step_holds_is_the_same_on_real_tensors():
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     precision = assemble.Precision("float32", torch.device("cpu"))
-    real = needs.peak(lambda: needs._step(config, model, data, precision, 100))
+    task, feed = assemble.make_task(config, data), needs._feed(config, data, precision)
+    kind = feed.of(np.zeros(1, np.int64))
+    real = needs.peak(lambda: task.sums(model, needs._batch(feed, kind, 100))["loss"].backward())
     few = replace(config.train, eval_batch_size=1)
     assert needs.needs(replace(config, train=few), data, Launcher(), torch.device("cpu")).working == real
     # 600 samples are gathered at once; each layer is there before and after its ReLU; the outputs.

@@ -25,6 +25,7 @@ from dist_train.loop import captured, optim
 from dist_train.loop.captured import Captured, Graphs, NoGraphs
 from dist_train.loop.meter import Control, Meter, Result
 from dist_train.loop.train import train
+from dist_train.loop.work import Work
 from dist_train.ranks.dist import World
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
@@ -128,7 +129,7 @@ CELLS = {
     "what layers keep": dataclasses.replace(BASE, model=ModelConfig(f"{__name__}:Normed")),
     "drop_last": with_(BASE, train={"drop_last": True}),
     "one batch an epoch": with_(BASE, train={"global_batch_size": 131}),
-    "mse": with_(BASE, data={"one_hot": True}, train={"loss": "mse"}),
+    "mse": with_(BASE, data={"one_hot": True}, task={"loss": "mse"}),
     "bfloat16": config(precision="bfloat16"),
 }
 
@@ -267,9 +268,9 @@ def trained(
     backend = backends.create(cell, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim))
     recorder = Recorder()
-    of = cell, world, backend, model, optimizer, parts.feed, parts.test_feed, recorder, after_step, control or Control()
+    of = cell, world, backend, model, optimizer, parts.task, parts.feed, parts.evaluation(cell, world), recorder
     with around:
-        return recorder, train(*of)
+        return recorder, train(Work(*of, control or Control(), after_step))
 
 
 def waits_by_step(cell: Config) -> list[int]:

@@ -1,11 +1,11 @@
 """Optimizers by name, the schedule as a pure function of the step, losses as sums, and when the model is evaluated."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dist_train.tasks.losses import loss_fn
 from torch.optim import lr_scheduler
 
 from dist_train.config.lookup import parameters, torch_optimizers
@@ -14,7 +14,9 @@ from dist_train.errors import ConfigError
 from dist_train.loop.optim import FUSED, factory
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
 from dist_train.loop.schedule import check_schedule, lr_at
-from dist_train.loop.train import evaluation_due, total_steps
+from dist_train.loop.train import evaluation_due
+from dist_train.loop.work import total_steps
+from dist_train.tasks.classification import Classification
 
 TOTAL = 40
 # Each schedule beside the scheduler of torch that has its name.
@@ -195,12 +197,13 @@ def test_losses_are_sums_over_samples():
         ("nll", labels, F.nll_loss(out, labels)),
         ("mse", soft, F.mse_loss(out, soft)),
     ):
-        loss = loss_fn(name)
-        assert loss(out, target, 7) == pytest.approx(float(mean), rel=1e-6), name
-        assert loss(out[:3], target[:3], 7) + loss(out[3:], target[3:], 7) == pytest.approx(float(mean), rel=1e-6), name
-        assert loss(out[:0], target[:0], 7) == 0, f"{name} of no samples"
+        loss = partial(Classification(name, classes=5).loss_of, reduction="sum")
+        assert loss(out, target) == pytest.approx(7 * float(mean), rel=1e-6), name
+        assert loss(out[:3], target[:3]) + loss(out[3:], target[3:]) == pytest.approx(7 * float(mean), rel=1e-6), name
+        assert loss(out[:0], target[:0]) == 0, f"{name} of no samples"
     smooth = F.cross_entropy(out, labels, label_smoothing=0.1)
-    assert loss_fn("cross_entropy", 0.1)(out, labels, 7) == pytest.approx(float(smooth), rel=1e-6)
+    smoothed = Classification(label_smoothing=0.1, classes=5).loss_of(out, labels, "sum")
+    assert smoothed == pytest.approx(7 * float(smooth), rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,11 @@ def test_flops_are_those_of_products_and_convolutions(precision: str):
     how, model = Precision(precision, torch.device("cpu")), Twice()
     before, drawn = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     conv, linear = 2 * 5 * 6 * 9 * 4 * 4, 2 * 5 * 6 * 6  # of 5 samples [1, 6, 6], forward
-    assert flops.of_batch(model.to(how.dtype), (5, 1, 6, 6), how) == 2 * conv + 3 * 2 * linear
+
+    def loss_of(twin: nn.Module) -> torch.Tensor:
+        return twin(torch.empty(5, 1, 6, 6, dtype=how.dtype)).sum()
+
+    assert flops.of_batch(model.to(how.dtype), loss_of, how) == 2 * conv + 3 * 2 * linear
     assert all(torch.equal(model.state_dict()[k], v.to(model.state_dict()[k].dtype)) for k, v in before.items())
     assert all(p.grad is None for p in model.parameters()) and torch.equal(torch.get_rng_state(), drawn)
 
@@ -168,12 +172,16 @@ def test_flops_are_those_of_products_and_convolutions(precision: str):
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_flops_of_a_step_do_not_depend_on_who_takes_what(ranks: int, micro: int | None):
     from dist_train.config.tree import Config, TrainConfig
+    from dist_train.data.feed import Feed
     from dist_train.ranks.dist import World
     from dist_train.run.assemble import Parts
+    from dist_train.tasks.classification import Classification
 
     split = InMemory(torch.zeros(9, 1, 4, 4, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64))
     data, cpu = Data(split, split, (1, 4, 4), tuple("abcd")), torch.device("cpu")
-    parts = Parts(data, MLP((1, 4, 4), 4, [9], dropout=0.5), None, None, Precision("float32", cpu), ())
+    feed, task = Feed(split, data, cpu, torch.float32, True, False), Classification(classes=4)
+    model, how = MLP((1, 4, 4), 4, [9], dropout=0.5), Precision("float32", cpu)
+    parts = Parts(data, task, model, {"train": feed}, how, ())
     config = Config(train=TrainConfig(global_batch_size=8, micro_batch_size=micro))
     assert flops.of_step(config, World(0, ranks, 0, ranks, cpu, "torchrun"), parts) == FLOPS
 

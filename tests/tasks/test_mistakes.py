@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dist_train.tasks.losses import loss_fn
 
 from dist_train import backends
-from dist_train.config.tree import Config, DataConfig, TrainConfig
+from dist_train.config.tree import Config, DataConfig, TaskConfig, TrainConfig
+from dist_train.data.sets import Columns
 from dist_train.loop import optim
-from dist_train.loop.train import evaluate
 from dist_train.ranks import dist
 from dist_train.run import assemble
 from dist_train.tasks import mistakes
@@ -34,7 +33,8 @@ def cell_of(backend: str = "ddp", loss: str = "cross_entropy", n_test: int = N, 
     return dataclasses.replace(
         base,
         data=DataConfig(**({"name": "synthetic", "args": args} | data), one_hot=loss == "mse"),
-        train=TrainConfig(loss=loss, eval_batch_size=16, device="cpu", precision="float64"),
+        task=TaskConfig(loss=loss),
+        train=TrainConfig(eval_batch_size=16, device="cpu", precision="float64"),
     )
 
 
@@ -46,9 +46,8 @@ def write(cell: Config, folder: Path, planted: str = "", equal: bool = False) ->
         for parameter in parts.model.parameters():
             parameter.data.zero_()
     model, _ = backends.create(cell, world).prepare(parts.model, optim.factory(cell.optim))
-    watch = mistakes.Mistakes(cell.train.loss, parts.test_feed, parts.data.classes, world)
-    of = model, loss_fn(cell.train.loss), parts.test_feed, 16, world, parts.precision, None
-    result = evaluate(*of, watch)
+    watch = parts.task.examiner(parts.data, parts.feeds["test"], world)
+    result = parts.evaluation(cell, world, {"": watch}).run(model, last=True)
     plants = {"": {}, "sum": {"sum_": lambda tensor: tensor}, "gather": {"gather": lambda value: [value]}}
     with patch.multiple(dist, **plants[planted]) if planted else patch.dict({}):
         watch.write(folder)
@@ -75,7 +74,7 @@ def check_whole(cell: Config, got: dict[str, np.ndarray], accuracy: float) -> No
     """Against the model run by hand on the whole split at once."""
     parts = assemble.build(cell, torch.device("cpu"))
     split, n = parts.data.test, len(parts.data.test)
-    ((inputs, targets),) = parts.test_feed([np.arange(n)])
+    ((inputs, targets),) = parts.feeds["test"]([np.arange(n)])
     with torch.no_grad():
         outputs = parts.model(inputs)
     labels = targets if targets.dim() == 1 else targets.argmax(1)
@@ -83,8 +82,8 @@ def check_whole(cell: Config, got: dict[str, np.ndarray], accuracy: float) -> No
         "cross_entropy": lambda: -outputs.log_softmax(1).gather(1, labels[:, None])[:, 0],
         "nll": lambda: -outputs.gather(1, labels[:, None])[:, 0],
         "mse": lambda: (outputs - F.one_hot(labels, outputs.shape[1])).square().mean(1),
-    }[cell.train.loss]()
-    sure = {"cross_entropy": outputs.softmax(1), "nll": outputs.exp(), "mse": outputs}[cell.train.loss]
+    }[cell.task.loss]()
+    sure = {"cross_entropy": outputs.softmax(1), "nll": outputs.exp(), "mse": outputs}[cell.task.loss]
     sure = sure.max(1).values.clamp(0, 1)
     confusion = np.zeros((len(parts.data.classes),) * 2, np.int64)
     np.add.at(confusion, (labels.numpy(), outputs.argmax(1).numpy()), 1)
@@ -96,8 +95,8 @@ def check_whole(cell: Config, got: dict[str, np.ndarray], accuracy: float) -> No
     assert got["worst_true"].tolist() == labels[order].tolist()
     assert got["worst_predicted"].tolist() == outputs.argmax(1)[order].tolist()
     assert np.allclose(got["worst_confidence"], sure[order], rtol=1e-9)
-    if hasattr(split, "images"):
-        assert np.array_equal(got["worst_images"], split.images[order].numpy())
+    if isinstance(split, Columns):
+        assert np.array_equal(got["worst_images"], split.tree[0][order].numpy())
     kinds = {"confusion": "int64", "worst_loss": "float64", "worst_confidence": "float64", "worst_images": "uint8"}
     kinds |= dict.fromkeys(("worst_index", "worst_true", "worst_predicted"), "int64")
     assert {name: str(value.dtype) for name, value in got.items() if name != "classes"} == kinds
@@ -141,12 +140,12 @@ def test_of_equal_losses_the_first_samples_are_taken(tmp_path: Path):
 def test_what_is_not_a_number_is_the_worst(tmp_path: Path):
     cell = cell_of("single")
     parts = assemble.build(cell, torch.device("cpu"))
-    watch = mistakes.Mistakes("cross_entropy", parts.test_feed, parts.data.classes, ALONE)
+    watch = parts.task.examiner(parts.data, parts.feeds["test"], ALONE)
     outputs = torch.zeros(N, 10)
     outputs[70, 0], outputs[50] = float("inf"), float("nan")
-    outputs[90, (parts.data.test.labels[90] + 1) % 10] = 5.0
+    outputs[90, (parts.data.test.tree[1][90] + 1) % 10] = 5.0
     for some in (slice(0, 60), slice(60, N)):
-        watch(outputs[some], parts.data.test.labels[some])
+        watch(parts.feeds["test"].of(np.arange(N)[some]), outputs[some])
     watch.write(tmp_path)
     assert written(tmp_path)["worst_index"][:4].tolist() == [50, 70, 90, 0]
 

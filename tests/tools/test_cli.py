@@ -59,7 +59,7 @@ def test_help_names_every_field(tmp_path: Path):
     fields = {f"--{section}.{key}" for section in fields_of("") for key in fields_of(section)}
     options = set(re.findall(r"^  (--\S+)", done.stdout, re.M))
     assert options == fields | {"--config", "--print_config"}
-    assert "Divisible by the world size." in " ".join(done.stdout.split())
+    assert "whose shares differ by one sample at most." in " ".join(done.stdout.split())
 
 
 @pytest.mark.parametrize(
