@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import dist_train
+from dist_train.backends import BACKENDS
 
 from data_files import write_raw
 
@@ -103,6 +104,22 @@ def wrong(module: str, seen: set[str]) -> set[str]:
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_a_room_sees_only_the_rooms_before_it(module: str):
     assert not wrong(module, imports(MODULES[module]))
+
+
+def of_ours(module: str) -> set[str]:
+    return {name for name in imports(MODULES[module]) if name.split(".")[0] == "dist_train"}
+
+
+@pytest.mark.parametrize("name", ["bare", "slices"])
+def test_what_a_run_is_measured_beside_knows_nothing_of_the_package(name: str):
+    assert not of_ours(f"dist_train.bench.{name}")
+
+
+def test_a_backend_is_imported_by_its_name_alone():
+    """Only the registry names them, as text: the library of one that is not chosen is not needed."""
+    backends = {row.partition(":")[0] for row in BACKENDS.values()}
+    assert backends < MODULES.keys()
+    assert not {module: seen for module in MODULES if (seen := of_ours(module) & backends)}
 
 
 def test_no_module_imports_itself_in_a_circle():

@@ -67,11 +67,11 @@ def _ranges(config: Config) -> Iterator[str]:
     )
     if t.seed >= 2**63:
         yield f"train.seed: got {t.seed}, expected less than 2**63; for example --train.seed 0"
-    for key in ("lr", "weight_decay", "momentum", "lr_final"):
-        yield from not_finite({f"optim.{key}": getattr(o, key)}, zero_fits=True)
+    rates = {f"optim.{key}": getattr(o, key) for key in ("lr", "weight_decay", "momentum", "lr_final")}
+    limits = {f"train.{key}": getattr(t, key) for key in ("grad_clip", "max_time_s", "step_timeout_s")}
+    yield from not_finite(rates, zero_fits=True)
     yield from not_finite({"optim.gamma": o.gamma, "optim.power": o.power}, zero_fits=False)
-    for key in ("grad_clip", "max_time_s", "step_timeout_s"):
-        yield from not_finite({f"train.{key}": getattr(t, key)}, zero_fits=False, null_is_off=True)
+    yield from not_finite(limits, zero_fits=False, null_is_off=True)
 
 
 def _batch(config: Config) -> Iterator[str]:
