@@ -85,6 +85,12 @@ def _batch_transforms(config: Config) -> Iterator[str]:
     if any(_entries("", entries)):
         return
     for name, args in map(parts_of, entries):
+        if name == "Normalize":
+            yield (
+                "data.batch_transforms: got Normalize, which would leave out what is tested on; expected "
+                "--data.normalize true, with mean and std in data.facts if they are not those of the data set"
+            )
+            continue
         takes = accepts(BATCH_TRANSFORMS, name, "data.batch_transforms")
         for key in sorted(args.keys() - takes.keys()) if "**" not in takes else ():
             own = ", ".join(key for key in takes if key not in arguments.FACTS) or "no arguments"

@@ -266,6 +266,7 @@ def checked(config: Config) -> None:
     [
         (["[MixUpp]"], "got unknown name 'MixUpp', expected one of MixUp, CutMix"),
         (["[{name: MixUp, beta: 1}]"], "got beta of MixUp, which does not have it; it takes alpha, p; leave it out"),
+        (["[{name: Normalize, mean: [0.5], std: [1]}]"], "got Normalize, which would leave out what is tested on"),
         (["[3]"], "got 3, expected a name, or one with arguments such as {name: RandomCrop, size: 28}"),
         (["[MixUp]", "--task.loss", "nll"], "got MixUp with task.loss nll, which takes no vectors"),
         (
@@ -274,7 +275,7 @@ def checked(config: Config) -> None:
         ),
         (["[MixUp]", "--compile.scope", "step"], "got them with compile.scope step"),
     ],
-    ids=["name", "argument", "entry", "nll", "ignored", "step"],
+    ids=["name", "argument", "normalize", "entry", "nll", "ignored", "step"],
 )
 def test_refused_before_torch(argv: list[str], line: str):
     got = refused(checked, "--data.batch_transforms", *argv)
