@@ -34,6 +34,7 @@ from dist_train.backends.shards import shards_of
 from dist_train.checkpoint import save, storage
 from dist_train.config.lookup import load
 from dist_train.data import vision
+from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.doctor import link, machine, meeting
@@ -417,10 +418,11 @@ def bad_samples(samples: list[int]) -> None:
     """The loss of every batch with one of these samples is not finite."""
     from_memory = Feed._from_memory
 
-    def poisoned(self: Feed, batches: Any):
-        for batch in batches:
-            for inputs, labels in from_memory(self, [batch]):
-                yield (inputs * float("nan") if set(batch.tolist()) & set(samples) else inputs), labels
+    def poisoned(self: Feed, *args: Any):
+        for batch in from_memory(self, *args):
+            inputs, labels = batch
+            bad = set(batch.ids.tolist()) & set(samples)
+            yield Batch((inputs * float("nan") if bad else inputs, labels), batch.ids, batch.size)
 
     Feed._from_memory = poisoned
 

@@ -118,8 +118,8 @@ def test_what_is_a_recompilation():
     meter = Meter(Recorder(), 4, plan, every_steps=1, device=torch.device("cpu"), control=Control())
 
     def step(size: int) -> None:
-        meter.add(compiled(torch.ones(size)).sum(), count=1)
-        meter.step(1, 0.1, None)
+        meter.add(compiled(torch.ones(size)).sum())
+        meter.step(1, 1, 0.1, None)
 
     def evaluate(size: int) -> None:
         with meter.evaluating():

@@ -70,14 +70,14 @@ def command(*options: str, file: Path) -> tuple[subprocess.CompletedProcess, dic
 
 
 def test_the_table_and_its_json_say_what_the_slices_do(tmp_path: Path):
-    own = ["--backends=single,ddp", "--world-sizes=2,3", "--batch-sizes=8", "--starts=0"]
+    own = ["--backends=single,ddp,deepspeed:1", "--optim.name=Adafactor", "--batch-sizes=8", "--starts=0"]
     own += [f"--steps={STEPS}", f"--repeats={REPEATS}", "--plot", str(tmp_path / "bench.png")]
     done, tree = command(*SMALL, *own, "--checkpoint.every_steps=5", file=tmp_path / "bench.json")
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     runs = {(run["cell"], run["ranks"], run["name"]): run for run in tree["runs"]}
     single, two = (("single", 1, name) for name in (OURS, CEILING, BARE, TUTORIAL)), ("ddp", 2)
     names = [*single, *((*two, name) for name in (OURS, CEILING, BARE))]
-    assert list(runs) == [*names, ("ddp", 3, OURS)]
+    assert list(runs) == [*names, ("deepspeed:1", 2, OURS)]
     for name in names:
         slices = runs[name]["slices"]
         assert [len(by_rank) for by_rank in slices] == [name[1]] * REPEATS
@@ -109,8 +109,8 @@ def test_the_table_and_its_json_say_what_the_slices_do(tmp_path: Path):
     assert rows["ddp x2", 2]["scaling"] == pytest.approx(scaling)
     assert sum(rows["ddp x2", 2]["shares"].values()) == pytest.approx(1, abs=0.2)  # medians of each
     assert rows["ddp x2", 2]["start_s"] > 0 and rows["ddp x2", 2]["peak_mib"] > 50
-    assert "got 8 on 3 ranks" in rows["ddp x3", 3]["why"]
-    assert [line for line in done.stdout.splitlines() if "not run: train.global_batch_size" in line]
+    assert "got Adafactor" in rows["deepspeed:1 x2", 2]["why"]
+    assert [line for line in done.stdout.splitlines() if "not run: optim.name" in line]
     assert tree["machine"]["before"]["cores"] > 0 and tree["versions"]["torch"] == torch.__version__.partition("+")[0]
 
 

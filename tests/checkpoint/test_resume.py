@@ -21,6 +21,7 @@ from dist_train.config.lookup import torch_optimizers
 from dist_train.config.tree import CheckpointConfig, CompileConfig, Config, ModelConfig, OptimConfig, RunConfig
 from dist_train.data.order import Plan
 from dist_train.loop import meter
+from dist_train.loop.evaluate import Evaluation
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
 from dist_train.loop.schedule import lr_at
 from dist_train.run import assemble
@@ -197,7 +198,7 @@ def _from_the_start(monkeypatch: pytest.MonkeyPatch):
     from dist_train.data.order import Plan
 
     indices = Plan.indices
-    return lambda self, epoch, first_step=0: indices(self, epoch)
+    return lambda self, epoch, first_step=0, before=0: indices(self, epoch, 0, before)
 
 
 def test_the_same_samples_at_every_step(tmp_path: Path):
@@ -395,12 +396,17 @@ def test_the_best_stay_though_later_ones_are_worse(
 ):
     """The two metrics do not agree, and neither the first nor the last checkpoint is the best."""
     metrics = iter([(0.5, 0.7), (0.9, 0.1), (0.6, 0.2), (0.8, 0.6), (0.4, 0.8), (0.3, 0.9)])
-    told = lambda *_, **__: dict(zip(("eval/accuracy", "eval/loss"), next(metrics), strict=True))  # noqa: E731
-    monkeypatch.setattr("dist_train.loop.train.evaluate", told)
+    evaluate = Evaluation.run
+
+    def told(*args, **keys):
+        return evaluate(*args, **keys) | dict(zip(("eval/accuracy", "eval/loss"), next(metrics), strict=True))
+
+    monkeypatch.setattr(Evaluation, "run", told)
     cell = dataclasses.replace(config(), train=dataclasses.replace(config().train, eval_every_steps=4))
     run_series([(saving(cell, tmp_path, every_steps=4, keep_last=1, keep_best=2, best_metric=metric), None)])
     assert sorted(m.step for _, m in manifest.listed(tmp_path)[0]) == [*best, 24]
-    assert manifest.best(manifest.listed(tmp_path)[0], metric)[1].step == 8
+    best_of_all = manifest.Best(metric, metric == "eval/loss")
+    assert best_of_all.of(manifest.listed(tmp_path)[0])[1].step == 8
 
 
 def test_saving_by_epochs_and_by_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -271,7 +271,8 @@ def test_a_mask_holds_the_numbers_of_its_palette():
 def test_facts_of_the_config():
     facts = "{classes: [cat, dog], input_shape: [4], mean: [0.5], vocab_size: 9}"
     found = read(*own("Numbers"), "--data.facts", facts)
-    assert found.classes == ("cat", "dog") and found.known() == {"input_shape": (4,), "classes": 2, "vocab_size": 9}
+    assert found.classes == ("cat", "dog")
+    assert found.known() == {"input_shape": (4,), "classes": 2, "outputs": 2, "vocab_size": 9}
     assert found.mean == (0.5,)
     for wrong, line in (
         ("{classes: [no, yes]}", "got classes [False, True], expected their number, or a list of their names, in"),

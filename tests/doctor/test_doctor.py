@@ -18,6 +18,7 @@ from dist_train.config.tree import Config
 from dist_train.doctor import data as data_checks
 from dist_train.doctor import fit, machine, meeting, needs, versions
 from dist_train.doctor.report import Line, Report, merge
+from dist_train.loop.evaluate import Called
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
 
@@ -453,7 +454,8 @@ def test_what_a_step_holds_is_the_same_on_real_tensors():
     precision = assemble.Precision("float32", torch.device("cpu"))
     task, feed = assemble.make_task(config, data), needs._feed(config, data, precision)
     kind = feed.of(np.zeros(1, np.int64))
-    real = needs.peak(lambda: task.sums(model, needs._batch(feed, kind, 100))["loss"].backward())
+    called = Called(model)  # which keeps the outputs, as an evaluation's examiner sees them
+    real = needs.peak(lambda: task.sums(called, needs._batch(feed, kind, 100))["loss"].backward())
     few = replace(config.train, eval_batch_size=1)
     assert needs.needs(replace(config, train=few), data, Launcher(), torch.device("cpu")).working == real
     # 600 samples are gathered at once; each layer is there before and after its ReLU; the outputs.

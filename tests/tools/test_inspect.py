@@ -15,6 +15,7 @@ import torch
 
 from dist_train.checkpoint import manifest, weights
 from dist_train.errors import ConfigError
+from dist_train.loop.evaluate import Evaluation
 from dist_train.ranks.launcher import Launcher
 from dist_train.tools import export, inspect
 
@@ -29,8 +30,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cell = dataclasses.replace(config("single", "AdamW"), track=dataclasses.replace(config().track, every_steps=8))
     cell = dataclasses.replace(cell, train=dataclasses.replace(cell.train, eval_every_steps=8))
     with pytest.MonkeyPatch.context() as patch:
-        losses = iter([0.1, 0.3, 0.2])
-        patch.setattr("dist_train.loop.train.evaluate", lambda *_: {"eval/loss": next(losses), "eval/accuracy": 0.5})
+        losses, evaluate = iter([0.1, 0.3, 0.2]), Evaluation.run
+
+        def told(*args, **keys):
+            return evaluate(*args, **keys) | {"eval/loss": next(losses)}
+
+        patch.setattr(Evaluation, "run", told)
         run_series([(saving(cell, folder, 8, keep_last=1, keep_best=1, best_metric="eval/loss"), None)])
     return folder
 

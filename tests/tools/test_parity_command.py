@@ -82,7 +82,7 @@ def test_a_cell_that_starts_and_fails_is_a_failure(model: str, options: list[str
 
 
 def test_nothing_compared_is_no_success():
-    done = parity("--backends=ddp", "--world-sizes=4", "--train.global_batch_size=6", "--model.hidden=[8]")
+    done = parity("--backends=deepspeed:1", "--world-sizes=2", "--train.precision=float16", "--model.hidden=[8]")
     assert done.returncode == 1
     assert done.stdout.splitlines()[-1] == "0 of 0 agree, 1 not run: nothing was compared"
 
@@ -100,21 +100,21 @@ def test_the_first_error_is_found_in_what_a_cell_said():
 
 def test_the_table_and_what_cannot_run(tmp_path: Path):
     file = tmp_path / "parity.json"
-    few = ["--backends=ddp", "--world-sizes", "2,4", "--train.global_batch_size=6", "--model.hidden=[8]"]
-    done = parity(*few, "--json", str(file))
+    few = ["--backends=ddp,deepspeed:1", "--world-sizes", "2", "--train.global_batch_size=7", "--model.hidden=[8]"]
+    done = parity(*few, "--train.precision=float16", "--json", str(file))
     assert (done.returncode, done.stderr) == (0, "")
     table = json.loads(file.read_text(encoding="utf-8"))
-    single, around, two, four = table["rows"]
+    single, around, two, refused = table["rows"]
     assert (single["backend"], single["result"], around["result"]) == ("single", "reference", "rounding")
     assert (two["world_size"], two["result"]) == (2, "pass")
     assert max(two["loss"], two["grad_norm"], two["weights"]) < 1e-2 and two["exact"] < 1e-9
     assert two["samples_per_s"] > 0
-    assert (four["result"], four["loss"]) == ("not run", None)
-    assert "got 6 on 4 ranks" in four["why"]
+    assert (refused["result"], refused["loss"]) == ("not run", None)
+    assert "got float16 with backend deepspeed" in refused["why"]
     lines = done.stdout.splitlines()
     assert lines[-1] == "1 of 1 agree, 1 not run"
     assert [line for line in lines if line.startswith("ddp") and line.endswith("pass")]
-    assert [line for line in lines if line.startswith("ddp") and "not run: train.global_batch_size" in line]
+    assert [line for line in lines if line.startswith("deepspeed:1") and "not run: train.precision" in line]
 
 
 def test_a_model_that_differs_by_rank_fails():
