@@ -1,9 +1,9 @@
 """A run in the processes that have joined: the one object that its parts, hooks and own loops are handed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from dist_train.loop.meter import Control
 from dist_train.loop.work import Work
 from dist_train.ranks.dist import World
 from dist_train.run.assemble import Parts
-from dist_train.tasks.base import Task
+from dist_train.tasks.base import Task, panels_of
+from dist_train.tasks.panels import Panel, encoded, write
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
 
@@ -43,6 +44,7 @@ class Run:
         trackers: who is told.
         stopped: why it ends before its last step; None where it does not.
         prepared: what the loop works with, once the backend has prepared it.
+        shown: panels of the report, by title.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Run:
     trackers: Trackers
     stopped: str | None = None
     prepared: Work | None = field(default=None, repr=False)
+    shown: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def work(self) -> Work:
@@ -123,6 +126,32 @@ class Run:
         if taken:
             raise ValueError(f"log: got {taken[0]!r}, which each line of metrics has anyway; call it train/{taken[0]}")
         self.work.meter.event({name: float(value) for name, value in metrics.items()})
+
+    def show(self, *panels: Panel) -> None:
+        """Adds panels to the run's report, which may be made while the run goes on. One whose title was shown before
+        takes its place. On any ranks: what rank 0 shows counts.
+
+        Args:
+            panels: Table(...) or Plot(...), of dist_train.tasks.panels.
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        self.shown |= encoded(panels)
+        if self.world.is_main:
+            write(self.folder, self.shown)
+
+    def show_of_task(self, totals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+        """Adds the panels of the task to the run's report.
+
+        Args:
+            totals: the sums of the last evaluation, by split.
+        """
+        for split, sums in totals.items():
+            found = panels_of(self.task, self.config.task.name, sums, self.data)
+            of_split = [replace(panel, title=f"{panel.title}, {split}") for panel in found] if split else found
+            if of_split:
+                self.show(*of_split)
 
     def say(self, text: str) -> None:
         """Writes lines for people, by rank 0."""
