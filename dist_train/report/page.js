@@ -66,7 +66,7 @@
       const x = along(curve).map(scaled);
       const stroke = { color: color(t, curve.colour), dash: dash(t, curve.colour), width: curve.points ? 2 : 1.6 };
       traces.push({
-        type: "scatter", mode: curve.points ? "lines+markers" : "lines", name: curve.label, x, y: curve.y, line: stroke,
+        type: "scatter", mode: curve.points || x.length === 1 ? "lines+markers" : "lines", name: curve.label, x, y: curve.y, line: stroke,
         marker: { color: stroke.color, size: x.length > 80 ? 3 : 6 }, connectgaps: false, meta: { run: curve.run },
         hovertemplate: panel.percent ? "%{y:.2%}" : "%{y:.5~g}",
       });

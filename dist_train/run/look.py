@@ -63,6 +63,7 @@ def look(
 
     found = probe(model, loss, trains)
     with own_task():
+        notes = tuple(task.notes(batch, called.outputs))
         _check_units(units_of(task, batch), config.task.name)
         sums = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
         metrics = tuple(task.metrics(sums))
@@ -72,7 +73,12 @@ def look(
     with own_task():
         needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
     return dataclasses.replace(
-        found, needs_two=needs_two, sample_bytes=sample_bytes[0], mixes_samples=task.mixes_samples, metrics=metrics
+        found,
+        needs_two=needs_two,
+        sample_bytes=sample_bytes[0],
+        mixes_samples=task.mixes_samples,
+        metrics=metrics,
+        notes=notes,
     )
 
 

@@ -1,7 +1,7 @@
 """A run in the processes that have joined: the one object that its parts, hooks and own loops are handed."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, SupportsFloat
 
@@ -18,7 +18,7 @@ from dist_train.loop.meter import Control
 from dist_train.loop.work import Work
 from dist_train.ranks.dist import World
 from dist_train.run.assemble import Parts
-from dist_train.tasks.base import Task, panels_of
+from dist_train.tasks.base import Task
 from dist_train.tasks.panels import Panel, encoded, write
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
@@ -132,7 +132,7 @@ class Run:
         takes its place. On any ranks: what rank 0 shows counts.
 
         Args:
-            panels: Table(...) or Plot(...), of dist_train.tasks.panels.
+            panels: dist_train.Table(...) or dist_train.Plot(...).
 
         Raises:
             ValueError: one of them is none.
@@ -140,18 +140,6 @@ class Run:
         self.shown |= encoded(panels)
         if self.world.is_main:
             write(self.folder, self.shown)
-
-    def show_of_task(self, totals: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Adds the panels of the task to the run's report.
-
-        Args:
-            totals: the sums of the last evaluation, by split.
-        """
-        for split, sums in totals.items():
-            found = panels_of(self.task, self.config.task.name, sums, self.data)
-            of_split = [replace(panel, title=f"{panel.title}, {split}") for panel in found] if split else found
-            if of_split:
-                self.show(*of_split)
 
     def say(self, text: str) -> None:
         """Writes lines for people, by rank 0."""

@@ -30,7 +30,7 @@ from dist_train.run.assemble import Parts
 from dist_train.run.hooks import Hook, Hooks
 from dist_train.run.outcome import Outcome
 from dist_train.run.running import Run
-from dist_train.tasks.base import shows_panels
+from dist_train.tasks.base import panels_of, shows_panels
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
 
@@ -177,12 +177,20 @@ class Training:
                 evaluation.run(work.model, run.control.phases, last=True)
         for examiner in evaluation.examiners.values():
             examiner.write(run.folder)
-        run.show_of_task(evaluation.totals)
+        self._show_panels()
         if self.hooks is not None:
             self.hooks.end()
         early = run.stopped if result.steps < run.course.steps else None
         run.trackers.finish(result, self.checkpoints.stalls_s, early)
         return self._outcome(result, "finished", early)
+
+    def _show_panels(self) -> None:
+        """Adds the task's own panels to the report, of each test split."""
+        run, task = self.run, self.work.task
+        for split, sums in self.work.evaluation.totals.items():
+            found = panels_of(task, run.config.task.name, sums, run.data)
+            if found:
+                run.show(*(replace(panel, title=f"{panel.title}, {split}") if split else panel for panel in found))
 
     def _outcome(self, result: Result, status: Literal["finished", "preempted"], why: str | None) -> Outcome:
         of = result.steps, self.work.meter.epoch, result.samples, result.train_s, dict(result.evaluation)
@@ -193,7 +201,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     """What the loop works with, on the backend, at the step where it starts; and FLOPs of a step, if they are asked
     for. Collective."""
     config, world, parts, trackers, found = run.config, run.world, run.parts, run.trackers, run.found
-    trackers.say("\n".join([dist.rank_table(world), *parts.loaded]))
+    trackers.say("\n".join([dist.rank_table(world), *parts.loaded, *parts.findings.notes]))
     for error in run.damaged:
         trackers.say(f"passed over a damaged checkpoint: {error}")
     if found:

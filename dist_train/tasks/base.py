@@ -89,6 +89,10 @@ class Task(ABC):
         """Raises ConfigError where what the model gave for a batch is not what the loss takes; asked once, before any
         rank is joined."""
 
+    def notes(self, batch: Batch, outputs: Any) -> Sequence[str]:
+        """Lines for people, said once before training: what is allowed, but may not be meant. Asked after `check`."""
+        return ()
+
     def examiner(self, data: Data, feed: Feed, world: World) -> Examiner | None:
         """What watches the last evaluation of a split; None where nothing does."""
         return None

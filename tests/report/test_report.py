@@ -51,7 +51,7 @@ def test_what_a_killed_run_left_is_read(tmp_path: Path):
     (found,) = read.read([run])
     assert (found.status, found.steps, found.total_steps) == ("unfinished", 40, 40)
     assert found.problems[0] == "2 lines of metrics.jsonl cannot be read"
-    assert "evaluation.npz cannot be read" in found.problems[1] and found.evaluation is None
+    assert "evaluation.npz cannot be read" in found.problems[1] and found.evaluated.classes is None
     losses = found.series["train/loss"]
     assert np.isnan(losses.value[0]) and np.isnan(losses.step[0])
     recorded = [line["train/loss"] for line in lines() if "train/loss" in line]
@@ -221,10 +221,11 @@ def test_runs_lists_them_newest_first(tmp_path: Path, capsys: pytest.CaptureFixt
         ["sweep/1", "unfinished"],
         ["old", "finished"],
     ]
-    assert all("ddp x 2" in row and " 40/40 " in row and "54.00% at 40" in row for row in rows)
+    assert all("ddp x 2" in row and " 40/40 " in row and "accuracy 54.00% at 40" in row for row in rows)
     assert runs.run([str(tmp_path), "--json"], Launcher()) == 0
     first = json.loads(capsys.readouterr().out)[0]
-    assert first["best_accuracy"] == 0.54 and first["loss"] == lines()[-3]["train/loss"]
+    assert (first["metric"], first["best"], first["best_step"]) == ("eval/accuracy", 0.54, 40)
+    assert first["loss"] == lines()[-3]["train/loss"]
 
 
 def test_runs_reads_only_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture):
