@@ -93,7 +93,7 @@ def _height_in(panel: Panel) -> float:
         case MaskGallery():
             return 1.0 + 1.5 * -(-len(panel.worst) // MASKS_COLUMNS)
         case Rows():
-            return 0.9 + 0.28 * (1 + min(len(panel.rows), MOST_IN_TABLE))
+            return 0.7 + 0.22 * (1 + min(len(panel.rows), MOST_IN_TABLE))
         case Scatter():
             return 6.0
         case _:
@@ -247,9 +247,13 @@ def _rows(panel: Rows, figure: "Figure") -> None:
     cells = [[_plain(_text(cell))[:40] for cell in row] for row in panel.rows[:MOST_IN_TABLE]]
     if cells and panel.columns:
         heads = [_plain(name)[:40] for name in panel.columns]
-        made = axes.table(cells, colLabels=heads, loc="upper left", cellLoc="left", edges="horizontal")
+        lines = "horizontal"
+        made = axes.table(cells, colLabels=heads, bbox=(0, 0, 1, 1), cellLoc="left", colLoc="left", edges=lines)
         made.auto_set_font_size(False)
         made.set_fontsize(8.5)
+        for (row, _), cell in made.get_celld().items():
+            cell.set(edgecolor=GRID, linewidth=0.8)
+            cell.get_text().set_color(INK if row else SOFT)
     left_out = len(panel.rows) - len(cells)
     _note(figure, "; ".join(filter(None, [panel.note, f"and {left_out:,} more rows" if left_out else ""])))
 
