@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dist_train.run.outcome import Outcome as Outcome
     from dist_train.run.running import Run as Run
     from dist_train.tasks.base import Task as Task
+    from dist_train.tasks.panels import Plot as Plot
+    from dist_train.tasks.panels import Table as Table
 
 __version__ = "0.1.0"
 
@@ -46,6 +48,8 @@ _HOMES = {
     "Run": "dist_train.run.running",
     "Hook": "dist_train.run.hooks",
     "Task": "dist_train.tasks.base",
+    "Table": "dist_train.tasks.panels",
+    "Plot": "dist_train.tasks.panels",
     "Batch": "dist_train.data.batch",
     "Data": "dist_train.data.sets",
     "Columns": "dist_train.data.sets",
@@ -62,11 +66,13 @@ __all__ = [
     "Data",
     "Hook",
     "Outcome",
+    "Plot",
     "RankError",
     "Run",
     "Samples",
     "Session",
     "Step",
+    "Table",
     "Task",
     "fit",
     "launch",

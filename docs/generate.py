@@ -36,7 +36,7 @@ PUBLIC = (
     "Samples",
     "Batch",
 )
-PUBLIC += ("Task", "Config", "ConfigError", "RankError")
+PUBLIC += ("Task", "Table", "Plot", "Config", "ConfigError", "RankError")
 MADE_BY_US = ("Outcome", "Session", "Step", "Run", "RankError", "Batch", "ConfigError")
 WITHOUT_MEMBERS = ("Data", "Columns", "Samples", "Config", "ConfigError", "RankError")
 PYTHON_HEAD = """\

@@ -71,3 +71,48 @@ def write_evaluation(folder: Path, classes: tuple[str, ...] = CLASSES, shape: tu
         worst_loss=np.linspace(9, 4, 6), worst_confidence=np.linspace(0.99, 0.6, 6),
         worst_images=rng.integers(0, 256, (6, *shape)).astype(np.uint8),
     )  # fmt: skip
+
+
+def write_predictions(folder: Path, numbers: int = 1, points: int = 50) -> None:
+    """predictions.npz of samples 0, 3, 6 and so on, of which two are among the three worst."""
+    true = np.random.default_rng(2).normal(size=(points, numbers))
+    predicted = true + 0.1
+    predicted[[4, 7]] += 3
+    np.savez(
+        folder / "predictions.npz", outputs=np.array(numbers), index=np.arange(points) * 3, true=true,
+        predicted=predicted, worst_index=np.array([12, 1, 21]), worst_loss=np.array([9.5, 9.25, 9.0]),
+        worst_true=np.concatenate([true[[4]], np.full((1, numbers), 2.0), true[[7]]]),
+        worst_predicted=np.concatenate([predicted[[4]], np.full((1, numbers), -1.0), predicted[[7]]]),
+    )  # fmt: skip
+
+
+def write_masks(folder: Path, classes: tuple[str, ...] = CLASSES) -> None:
+    """masks.npz of two samples of 4x6 and of 5x3 pixels."""
+    true, predicted = (np.full((2, 16, 16), -2, np.int16) for _ in "ab")
+    for i, (height, width) in enumerate(((4, 6), (5, 3))):
+        true[i, :height, :width] = np.arange(height * width).reshape(height, width) % len(classes)
+        predicted[i, :height, :width] = (true[i, :height, :width] + i) % len(classes)
+    true[0, 0, 0] = -1
+    np.savez(
+        folder / "masks.npz", classes=np.array(classes), index=np.array([70, 3]), loss=np.array([2.5, 2.25]),
+        right=np.array([1.0, 0.0]), true=true, predicted=predicted, image_0=np.full((3, 4, 6), 9, np.uint8),
+        image_1=np.full((1, 5, 3), 9, np.uint8),
+    )  # fmt: skip
+
+
+def measured(found: list[dict[str, Any]], best: str, lower: list[str], splits: list[str], **metrics: Any) -> None:
+    """Turns the lines of `lines` into those of another task.
+
+    Args:
+        found: is changed.
+        best: metric that the best is decided by.
+        lower: of metrics, those whose least is the best.
+        splits: names of test splits.
+        metrics: functions of the step by name, with __ for a slash.
+    """
+    for line in found:
+        if line.get("event") in ("start", "resume"):
+            line |= {"best_metric": best, "lower_is_better": lower, "test_splits": splits, "unit": "pixels"}
+        if line.pop("eval/accuracy", None) is not None:
+            del line["eval/loss"]
+            line |= {f"eval/{name.replace('__', '/')}": of(line["step"]) for name, of in metrics.items()}

@@ -113,3 +113,15 @@ class Unfit(dist_train.Hook):
 
 class NoHook:
     def after_step(self, run: Any) -> None: ...
+
+
+class Showing(dist_train.Hook):
+    """Adds to the report while the run goes on."""
+
+    def __init__(self, wrong: bool = False):
+        self.wrong = wrong
+
+    def after_evaluation(self, run: dist_train.Run, metrics: Mapping[str, float]) -> None:
+        run.show(dist_train.Table("Steps", ["rank", "step"], [[run.world.rank, run.step]]))
+        if self.wrong:
+            run.show("a text")  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import dist_train
 from dist_train.data.sets import Columns, Data, Samples
 from dist_train.ranks.dist import gather_samples
 from dist_train.tasks.base import Task
@@ -72,6 +73,13 @@ class OwnLoss(nn.Module):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(loss=F.mse_loss(self.body(x), y))
+
+
+class Wide(nn.Sequential):
+    """It gives as many numbers as it is asked for."""
+
+    def __init__(self, outputs: int):
+        super().__init__(nn.Linear(10, outputs))
 
 
 class Wrong(nn.Module):
@@ -203,3 +211,30 @@ class BrokenModel(nn.Module):
 
 class NotATask:
     pass
+
+
+class Shown(Classify):
+    """It has panels: what it is asked for, and of which samples."""
+
+    def __init__(self, what: str = "good", classes: int = 0):
+        self.what, self.classes = what, classes
+
+    def sums(self, model, batch):
+        found = super().sums(model, batch)
+        return found if model.training else found | {"true": F.one_hot(batch.tree[1], self.classes).sum(0)}
+
+    def panels(self, sums, data):
+        rows = list(zip(data.classes, sums["true"], strict=True))
+        table = dist_train.Table("Samples of a class", ["class", "samples"], rows, "of the test split")
+        bars = {"data": [{"type": "bar", "x": list(data.classes), "y": sums["true"]}], "layout": {}}
+        wrong = {
+            "no list": None, "no panel": [rows], "no figure": [dist_train.Plot("bars", 3)],
+            "no traces": [dist_train.Plot("bars", {"data": {"y": 1}})],
+            "an object": [dist_train.Plot("bars", {"data": [{"y": self}]})],
+            "short rows": [dist_train.Table("t", ["a", "b"], [[1, 2], [3]])],
+            "a cell": [dist_train.Table("t", ["a"], [[sums["true"]]])],
+            "twice": [table, table], "no title": [dist_train.Table("", [], [])],
+        }  # fmt: skip
+        if self.what == "raises":
+            raise KeyError("mine")
+        return wrong[self.what] if self.what in wrong else [table, dist_train.Plot("Bars", bars)]

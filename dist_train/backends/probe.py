@@ -38,6 +38,7 @@ class Findings:
         sample_bytes: of a sample's input and outputs; 0 where that is not known.
         metrics: names of what an evaluation measures.
         mixes_samples: the loss of a sample depends on the others of its batch.
+        notes: what people may want to know of it, a line each.
     """
 
     unused: tuple[str, ...] = ()
@@ -49,6 +50,7 @@ class Findings:
     sample_bytes: int = 0
     mixes_samples: bool = False
     metrics: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 NOTHING = Findings()

@@ -38,6 +38,7 @@ class Evaluation:
     ):  # fmt: skip
         self.task, self.splits, self.world, self.precision = task, splits, world, precision
         self.examiners = dict(examiners or {})
+        self.totals: dict[str, Mapping[str, torch.Tensor]] = {}  # of the last evaluation, by split
         # A loss over the samples of a batch is one over as many as it is trained with, at any world size.
         self.together = cfg.global_batch_size if task.mixes_samples else None
         self.at_once = evaluated_at_once(cfg, world.size, sample_bytes)
@@ -48,7 +49,7 @@ class Evaluation:
         Args:
             model: what the task calls. Each of its modules is left in the mode it was in.
             phases: is told that this goes on.
-            last: the examiners watch.
+            last: the examiners watch, and the sums are kept.
 
         Returns:
             `eval/METRIC`, or `eval/SPLIT/METRIC` of splits that have names.
@@ -61,7 +62,10 @@ class Evaluation:
         found: dict[str, float] = {}
         try:
             for name, feed in self.splits.items():
-                metrics = self._split(model, feed, phases, self.examiners.get(name) if last else None)
+                totals = self._split(model, feed, phases, self.examiners.get(name) if last else None)
+                if last:
+                    self.totals[name] = totals
+                metrics = self.task.metrics(totals)
                 section = f"eval/{name}/" if name else "eval/"
                 found |= {f"{section}{key}": float(value) for key, value in metrics.items()}
         finally:
@@ -70,7 +74,9 @@ class Evaluation:
         return found
 
     @torch.no_grad()
-    def _split(self, model: nn.Module, feed: Feed, phases: Phases, watch: Examiner | None) -> dict[str, float]:
+    def _split(
+        self, model: nn.Module, feed: Feed, phases: Phases, watch: Examiner | None
+    ) -> dict[str, torch.Tensor]:  # fmt: skip
         called = Called(self.precision.called(model))
         sums = Sums(feed.device)
         for batch in feed(self._batches(len(feed.split))):
@@ -79,7 +85,7 @@ class Evaluation:
             phases.progressed()
             if watch:
                 watch(*((batch, called.outputs) if batch.size else _none_of(batch, called.outputs)))
-        return self.task.metrics(sums.over_ranks())
+        return sums.over_ranks()
 
     def _batches(self, n: int) -> Iterator[np.ndarray]:
         """Numbers of this rank's samples, batch by batch: as many on every rank, as a sharded model's forward is

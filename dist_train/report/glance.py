@@ -11,10 +11,11 @@ import yaml
 from dist_train.report.files import METRICS
 from dist_train.report.read import newest, status_of, total_steps
 from dist_train.track.status import summary_of
+from dist_train.track.words import lower_is_better, parts_of
 
 TAIL_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 22
-METRIC, STARTED = b'"eval/accuracy"', b'"world_size"'
+EVALUATED, STARTED = b'"eval/', b'"world_size"'
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Glance:
         world_size: likewise.
         steps: optimizer steps done.
         total_steps: that its config asks for, if it is known.
-        best_accuracy: the largest eval/accuracy; None before the first evaluation.
+        metric: that the best is decided by, such as eval/accuracy; None before the first evaluation.
+        best: its best value.
         best_step: at which step.
         loss: the newest train/loss.
         written_at: unix seconds, when it last recorded something.
@@ -40,7 +42,8 @@ class Glance:
     world_size: int | None
     steps: int
     total_steps: int | None
-    best_accuracy: float | None
+    metric: str | None
+    best: float | None
     best_step: int | None
     loss: float | None
     written_at: float
@@ -68,7 +71,7 @@ def glance(folder: Path) -> Glance:
     backend, world_size = who.get("backend"), _number(who.get("world_size"))
     return Glance(
         folder, status, backend if isinstance(backend, str) else None, int(world_size) if world_size else None, steps,
-        total, *(best or (None, None)), _number(loss), written_at,
+        total, *(best or (None, None, None)), _number(loss), written_at,
     )  # fmt: skip
 
 
@@ -92,9 +95,10 @@ def _tail(path: Path) -> list[dict[str, Any]]:
     return [_json(line) for line in lines[-9:-1]]
 
 
-def _scan(path: Path) -> tuple[tuple[float, int] | None, dict[str, Any]]:
-    """The best accuracy with its step, and the newest line about who trains. Of other lines nothing is parsed."""
-    best: tuple[float, int] | None = None
+def _scan(path: Path) -> tuple[tuple[str, float, int] | None, dict[str, Any]]:
+    """What the best is decided by, its best value with the step, and the newest line about who trains. Of other lines
+    nothing is parsed."""
+    best: tuple[str, float, int] | None = None
     start: dict[str, Any] = {}
     with path.open("rb") as file:
         rest = b""
@@ -102,13 +106,29 @@ def _scan(path: Path) -> tuple[tuple[float, int] | None, dict[str, Any]]:
             block = rest + block
             end = block.rfind(b"\n") + 1
             block, rest = block[:end], block[end:]
-            for line in _lines_with(METRIC, block):
-                found, step = _number(line.get("eval/accuracy")), _number(line.get("step"))
-                if found is not None and step is not None and (best is None or found > best[0]):
-                    best = found, int(step)
             for line in _lines_with(STARTED, block):
                 start = line
+            for line in _lines_with(EVALUATED, block):
+                best = _better(best, line, start)
     return best, start
+
+
+def _better(
+    best: tuple[str, float, int] | None, line: dict[str, Any], start: dict[str, Any]
+) -> tuple[str, float, int] | None:  # fmt: skip
+    """The better one of the best so far and what a line has."""
+    metric = start.get("best_metric")
+    if not isinstance(metric, str) or metric not in line:  # of an older run, or of one that evaluates on its own
+        metric = best[0] if best else next((name for name in ("eval/accuracy", "eval/loss") if name in line), "")
+    found, step = _number(line.get(metric)), _number(line.get("step"))
+    if found is None or step is None:
+        return best
+    splits, lower = (start.get(key) for key in ("test_splits", "lower_is_better"))
+    name = parts_of(metric, splits if isinstance(splits, list) else ())[1]
+    lowest = lower_is_better(name, {"loss", *(lower if isinstance(lower, list) else ())})
+    if best is None or best[0] != metric or (found < best[1] if lowest else found > best[1]):
+        return metric, found, int(step)
+    return best
 
 
 def _lines_with(word: bytes, block: bytes) -> list[dict[str, Any]]:

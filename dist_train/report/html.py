@@ -5,7 +5,6 @@ import hashlib
 import json
 import time
 from html import escape
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,37 @@ import numpy as np
 
 from dist_train.config.tree import Config, to_tree
 from dist_train.errors import ConfigError
-from dist_train.report.images import picture
-from dist_train.report.panels import DARK, LIGHT, Confusion, Gallery, Lines, Mark, Panel, RankHeat, TimeLine
+from dist_train.report.panels import (
+    DARK,
+    LIGHT,
+    Confusion,
+    Gallery,
+    Lines,
+    Mark,
+    MaskGallery,
+    Panel,
+    Plotly,
+    RankHeat,
+    Rows,
+    Scatter,
+    TimeLine,
+)
 from dist_train.report.read import Run
-from dist_train.report.summary import ABSENT, Cell, Row, config_rows, differing, environment_rows, rows, shown
+from dist_train.report.samples import gallery, masks, table
+from dist_train.report.summary import (
+    ABSENT,
+    Cell,
+    Row,
+    config_rows,
+    differing,
+    environment_rows,
+    headlines,
+    rows,
+    shown,
+)
 from dist_train.report.text import number, percent
 
 HERE = Path(__file__).parent
-# Of the summary, what stands in the card of a run.
-HEADLINES = ("best_accuracy", "eval_loss", "steps", "train_s", "samples_per_s")
 LONGEST_LABEL = 14
 
 
@@ -84,7 +105,7 @@ def _digest(text: str) -> str:
 
 
 def _data(runs: list[Run], panels: list[Panel]) -> dict[str, Any]:
-    drawn = [(i, panel) for i, panel in enumerate(panels) if not isinstance(panel, Gallery)]
+    drawn = [(i, panel) for i, panel in enumerate(panels) if type(panel) in _KINDS]
     spans = [span for panel in panels if isinstance(panel, TimeLine) for span in panel.spans]
     steps, seconds = (max((span[i] for span in spans), default=0.0) for i in (0, 1))
     return {
@@ -147,7 +168,26 @@ def _confusion(panel: Confusion) -> dict[str, Any]:
     return {"kind": "confusion", "classes": own, "short": short, "counts": panel.counts.tolist()}
 
 
-_KINDS: dict[type, Any] = {Lines: _lines, TimeLine: _time_line, RankHeat: _rank_heat, Confusion: _confusion}
+def _scatter(panel: Scatter) -> dict[str, Any]:
+    finite = np.concatenate([part[np.isfinite(part)] for part in (panel.true, panel.predicted)])
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    return {
+        "kind": "scatter",
+        "x": _numbers(panel.true),
+        "y": _numbers(panel.predicted),
+        "index": panel.index.tolist(),
+        "worst": np.flatnonzero(panel.worst).tolist(),
+        "range": [low - 0.04 * (high - low or 1.0), high + 0.04 * (high - low or 1.0)],
+    }
+
+
+def _own(panel: Plotly) -> dict[str, Any]:
+    return {"kind": "own", "data": panel.data, "layout": panel.layout}
+
+
+_KINDS: dict[type, Any] = {
+    Lines: _lines, TimeLine: _time_line, RankHeat: _rank_heat, Confusion: _confusion, Scatter: _scatter, Plotly: _own,
+}  # fmt: skip
 
 
 def _mark(mark: Mark) -> dict[str, Any]:
@@ -188,11 +228,11 @@ def _body(title: str, runs: list[Run], panels: list[Panel]) -> str:
     table = rows(runs)
     parts: dict[str, list[str]] = {}
     for i, panel in enumerate(panels):
-        parts.setdefault(_SECTION[type(panel)], []).append(_figure(i, panel))
+        parts.setdefault(_section(panel), []).append(_figure(i, panel))
     sections = [("summary", "Summary", _table(runs, table))]
     for key, name, form in (
-        ("curves", "Curves", "plots"), ("ranks", "Ranks", "stack"), ("classes", "Classes", "plots"),
-        ("worst", "Most wrong", "stack"),
+        ("curves", "Curves", "plots"), ("results", "Results", "plots"), ("classes", "Classes", "plots"),
+        ("worst", "Most wrong", "stack"), ("ranks", "Ranks", "stack"),
     ):  # fmt: skip
         if key in parts:
             sections.append((key, name, f'<div class="{form}">{"".join(parts[key])}</div>'))
@@ -219,7 +259,7 @@ def _card(i: int, runs: list[Run], table: list[Row]) -> str:
     cells = {row.key: (row.label, row.cells[i]) for row in table}
     facts = "".join(
         f"<div><dt>{escape(cells[key][0])}</dt><dd>{_figures(cells[key][1])}</dd></div>"
-        for key in HEADLINES
+        for key in headlines(run)
         if key in cells and cells[key][1].text != ABSENT
     )
     name = f'<span class="swatch"></span>{escape(run.name)}' if several else escape(_backend(run))
@@ -288,11 +328,12 @@ def _choice(label: str, name: str, values: tuple[str, str], group: str) -> str:
 
 
 def _figure(i: int, panel: Panel) -> str:
-    if isinstance(panel, Gallery):
-        return _gallery(panel)
+    if type(panel) in _MARKUP:
+        return _MARKUP[type(panel)](panel)
     log = isinstance(panel, Lines) and panel.can_be_log
     choice = _choice("vertical axis", "", ("linear", "log"), f' data-log="{panel.key}"') if log else ""
-    wide = "" if isinstance(panel, Confusion) or (isinstance(panel, Lines) and panel.key != "loss") else " wide"
+    half = isinstance(panel, (Confusion, Scatter, Plotly)) or (isinstance(panel, Lines) and panel.key != "loss")
+    wide = "" if half else " wide"
     height = f' style="height: {_height_px(panel)}px"' if _height_px(panel) else ""
     figure = f"""<figure class="card plot{wide}" data-panel="{escape(panel.key)}">
 <figcaption><h3>{escape(panel.title)}</h3>{choice}</figcaption>
@@ -306,7 +347,10 @@ def _height_px(panel: Panel) -> int | None:
         return 110 + 34 * len(panel.rows)
     if isinstance(panel, RankHeat):
         return 80 + max(60, min(480, 26 * len(panel.times.own_ms)))
-    return 480 if isinstance(panel, Confusion) else None
+    if isinstance(panel, Plotly):
+        asked = panel.layout.get("height")
+        return int(min(max(asked, 160), 1200)) if isinstance(asked, int | float) else 360
+    return {Confusion: 480, Scatter: 400}.get(type(panel))
 
 
 def _recall(panel: Confusion) -> str:
@@ -331,28 +375,14 @@ def _recall(panel: Confusion) -> str:
 </figure>"""
 
 
-def _gallery(panel: Gallery) -> str:
-    figures = []
-    for wrong in panel.worst:
-        true, predicted = panel.classes[wrong.true], panel.classes[wrong.predicted]
-        right = wrong.true == wrong.predicted
-        said = "right" if right else f"→ {predicted}"
-        figures.append(
-            f"""<figure><img src="{_png(wrong.image)}" alt="{escape(f"test sample {wrong.index}: {true}")}">
-<figcaption>{escape(true)} <span class="said{"" if right else " wrong"}">{escape(said)}, {wrong.confidence:.0%}</span>
-<span class="soft">loss {number(wrong.loss)}, #{wrong.index:,}</span></figcaption></figure>"""
-        )
-    return f"""<section class="card" data-panel="{escape(panel.key)}"><div class="head"><h3>{escape(panel.title)}</h3>
-<p class="note">Test samples by number: the true class, what the model says, and how sure it is.</p></div>
-<div class="gallery">{"".join(figures)}</div></section>"""
+def _section(panel: Panel) -> str:
+    if isinstance(panel, Rows) and panel.worst:
+        return "worst"
+    return _SECTION[type(panel)]
 
 
-def _png(pixels: np.ndarray) -> str:
-    file = BytesIO()
-    picture(pixels).save(file, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
+_MARKUP: dict[type, Any] = {Gallery: gallery, MaskGallery: masks, Rows: table}
 _SECTION: dict[type, str] = {
     Lines: "curves", TimeLine: "curves", RankHeat: "ranks", Confusion: "classes", Gallery: "worst",
+    MaskGallery: "worst", Scatter: "results", Rows: "results", Plotly: "results",
 }  # fmt: skip

@@ -66,7 +66,7 @@
       const x = along(curve).map(scaled);
       const stroke = { color: color(t, curve.colour), dash: dash(t, curve.colour), width: curve.points ? 2 : 1.6 };
       traces.push({
-        type: "scatter", mode: curve.points ? "lines+markers" : "lines", name: curve.label, x, y: curve.y, line: stroke,
+        type: "scatter", mode: curve.points || x.length === 1 ? "lines+markers" : "lines", name: curve.label, x, y: curve.y, line: stroke,
         marker: { color: stroke.color, size: x.length > 80 ? 3 : 6 }, connectgaps: false, meta: { run: curve.run },
         hovertemplate: panel.percent ? "%{y:.2%}" : "%{y:.5~g}",
       });
@@ -174,7 +174,38 @@
     })];
   }
 
-  const kinds = { lines, timeline: timeLine, ranks, confusion };
+  function scatter(panel, t) {
+    const worst = new Set(panel.worst);
+    const of = (marked) => panel.x.map((_, i) => i).filter((i) => worst.has(i) === marked);
+    const trace = (name, places, marker) => ({
+      type: "scatter", mode: "markers", name, x: places.map((i) => panel.x[i]), y: places.map((i) => panel.y[i]),
+      customdata: places.map((i) => panel.index[i]), marker,
+      hovertemplate: "test sample %{customdata:,}<br>true %{x:.5~g}<br>predicted %{y:.5~g}<extra></extra>",
+    });
+    const [low, high] = panel.range;
+    const side = { zeroline: false, range: panel.range, tickformat: ",~g" };
+    return [[
+      trace("samples", of(false), { color: color(t, 0), size: 6, opacity: panel.x.length > 400 ? 0.45 : 0.7 }),
+      trace("largest losses", of(true), { color: t.wrong, size: 8, symbol: "diamond" }),
+    ], layout(t, {
+      hovermode: "closest",
+      shapes: [{ type: "line", layer: "below", x0: low, y0: low, x1: high, y1: high, line: { width: 1, dash: "dash", color: t.soft } }],
+      margin: { l: 60, r: 14, t: touch.matches ? 34 : 10, b: 46 },
+      xaxis: axis(t, { ...side, title: titled("true", t) }),
+      yaxis: axis(t, { ...side, title: titled("predicted", t) }),
+    })];
+  }
+
+  // A figure of the user's own, in the page's colours: what it does not set itself is as in the other plots.
+  function own(panel, t) {
+    const { title, template, width, height, autosize, ...asked } = structuredClone(panel.layout);
+    const plain = layout(t, { showlegend: undefined, margin: { l: 60, r: 20, t: touch.matches ? 40 : 26, b: 50 } });
+    const side = axis(t, { title: undefined });
+    const form = { layout: { ...plain, colorway: t.palette, xaxis: side, yaxis: side } };
+    return [structuredClone(panel.data), { hovermode: "closest", dragmode: plain.dragmode, ...asked, template: form }];
+  }
+
+  const kinds = { lines, timeline: timeLine, ranks, confusion, scatter, own };
   const drawn = data.panels.map((panel) => ({ panel, place: document.getElementById(`plot-${panel.key_id}`) }));
   const options = {
     responsive: true, displaylogo: false, displayModeBar: touch.matches ? true : "hover",

@@ -3,11 +3,15 @@
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from dist_train.report.read import Event, RankTimes, Run, Wrong
+from dist_train.report.evaluated import Masked, Predictions, Wrong
+from dist_train.report.read import TRAIN, Event, RankTimes, Run
 from dist_train.report.text import duration, number
+from dist_train.tasks import panels as own
+from dist_train.track.words import is_share
 
 # After Okabe and Ito, told apart by the colour-blind: on a light and on a dark ground.
 LIGHT = ("#0072b2", "#d55e00", "#009e73", "#b4528f", "#b87f00", "#3b9bd1", "#5b6470")
@@ -20,6 +24,8 @@ MOST_MARKS = 40
 MOST_CHECKPOINTS = 400
 # Where a heat map's colours end: a few outliers would leave the rest in one colour.
 HEAT_QUANTILE = 0.99
+# What plots of other things than metrics are called.
+KEYS = {"loss", "lr", "grad_norm", "samples_per_s", "timeline", "ranks", "confusion", "recall", "worst", "masks"}
 
 
 @dataclass(frozen=True)
@@ -181,22 +187,118 @@ class Gallery:
     run: int = 0
 
 
-Panel = Lines | TimeLine | RankHeat | Confusion | Gallery
+@dataclass(frozen=True)
+class Scatter:
+    """Predicted against true.
+
+    Args:
+        key: names its file.
+        title: of the plot.
+        index: of samples, int64 [points].
+        true: float64 [points].
+        predicted: float64 [points].
+        worst: of them, those with the largest loss, bool [points].
+        note: about what is drawn.
+        run: number of the run.
+    """
+
+    key: str
+    title: str
+    index: np.ndarray
+    true: np.ndarray
+    predicted: np.ndarray
+    worst: np.ndarray
+    note: str = ""
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class MaskGallery:
+    """The samples whose masks a model gets most wrong.
+
+    Args:
+        key: names its file.
+        title: of the plot.
+        classes: names by number.
+        worst: to show.
+        run: number of the run.
+    """
+
+    key: str
+    title: str
+    classes: list[str]
+    worst: list[Masked]
+    run: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table.
+
+    Args:
+        key: names its file.
+        title: of the table.
+        columns: their names.
+        rows: of each a text, a number, or None for each column.
+        note: about what is in it.
+        worst: it belongs to what is most wrong.
+    """
+
+    key: str
+    title: str
+    columns: list[str]
+    rows: list[list[str | float | None]]
+    note: str = ""
+    worst: bool = False
+
+
+@dataclass(frozen=True)
+class Plotly:
+    """A figure of the user's own, which only a page draws.
+
+    Args:
+        key: names it.
+        title: of the plot.
+        data: traces.
+        layout: of the plot.
+        note: about what is drawn.
+    """
+
+    key: str
+    title: str
+    data: list[dict[str, Any]]
+    layout: dict[str, Any]
+    note: str = ""
+
+
+Panel = Lines | TimeLine | RankHeat | Confusion | Gallery | Scatter | MaskGallery | Rows | Plotly
 
 
 def panels(runs: list[Run]) -> list[Panel]:
     """All that there is to plot of these runs, in the order of a page."""
     found: list[Panel] = []
     marks, checkpoints_thinned = _marks(runs)
-    if loss := _lines(runs, "loss", "Loss", "loss", {"train": "train/loss", "evaluation": "eval/loss"}, marks):
+    of_metrics = _curves_of_metrics(runs)
+    units = list(dict.fromkeys(run.unit for run in runs if run.unit))
+    unit = f"loss, mean over {units[0]}" if len(units) == 1 else "loss"
+    evaluated = {_named("evaluation", *parts): name for parts, name in of_metrics.pop("loss", {}).items()}
+    if loss := _lines(runs, "loss", "Loss", unit, {"train": "train/loss"} | evaluated, marks):
         found.append(loss)
-    for key, title, unit, metric in (
-        ("accuracy", "Accuracy", "accuracy of the evaluation", "eval/accuracy"),
+    fixed = (
         ("lr", "Learning rate", "learning rate", "train/lr"),
         ("grad_norm", "Gradient norm", "global norm before clipping", "train/grad_norm"),
         ("samples_per_s", "Throughput", "samples/s over all ranks", "train/samples_per_s"),
-    ):
+    )
+    for name, curves in of_metrics.items():
+        metrics = {_named("", *parts): metric for parts, metric in curves.items()}
+        if panel := _lines(runs, _key(name), title_of(name), f"{name} of the evaluation", metrics, []):
+            found.append(panel)
+    for key, title, unit, metric in fixed:
         if panel := _lines(runs, key, title, unit, {"": metric}, []):
+            found.append(panel)
+    for name in dict.fromkeys(name for run in runs for name in run.series):  # what the user's own code logged
+        own_one = name.partition("/")[0] not in ("eval", "checkpoint") and name not in TRAIN
+        if own_one and (panel := _lines(runs, _key(name), name, name, {"": name}, [])):
             found.append(panel)
     if any(run.lines for run in runs):
         found.append(_time_line(runs, marks, checkpoints_thinned))
@@ -204,14 +306,84 @@ def panels(runs: list[Run]) -> list[Panel]:
         suffix, of = (f"-{run.name.replace('/', '-')}", f", {run.name}") if len(runs) > 1 else ("", "")
         if run.ranks is not None:
             found.append(_rank_heat(run.ranks, i, suffix, of))
-        if run.evaluation is None:
-            continue
-        classes, counts, worst = run.evaluation.classes, run.evaluation.confusion, run.evaluation.worst
-        if counts is not None:
-            found.append(_confusion(classes, counts, i, suffix, of))
-        if worst:
-            found.append(Gallery(f"worst{suffix}", f"Largest losses{of}", classes, worst, i))
+        found += _of_classes(run, i, suffix, of)
+        if run.evaluated.predictions is not None:
+            found += _of_predictions(run.evaluated.predictions, i, suffix, of)
+        masks = run.evaluated.masks
+        if masks is not None and masks.worst:
+            found.append(MaskGallery(f"masks{suffix}", f"Largest losses{of}", masks.classes, masks.worst, i))
+        found += [_own(panel, j, suffix, of) for j, panel in enumerate(run.evaluated.panels)]
     return found
+
+
+def title_of(name: str) -> str:
+    """A metric as a heading: mean_iou is Mean iou."""
+    words = name.replace("_", " ")
+    return words[:1].upper() + words[1:]
+
+
+def _curves_of_metrics(runs: list[Run]) -> dict[str, dict[tuple[str, str], str]]:
+    """Of the metrics of evaluations those that belong into one plot, by its name: f1 and f1/micro, of all splits. The
+    curves of a plot are by split and by what follows the name."""
+    found: dict[str, dict[tuple[str, str], str]] = {}
+    for run in runs:
+        for metric in run.metrics:
+            split, name = run.parts_of(metric)
+            name, _, rest = name.partition("/")
+            found.setdefault(name, {})[split, rest] = metric
+    return found
+
+
+def _named(first: str, *others: str) -> str:
+    return ", ".join(part for part in (first, *others) if part)
+
+
+def _key(name: str) -> str:
+    """Names the file of a metric's plot."""
+    key = "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+    return f"metric-{key}" if key in KEYS else key
+
+
+def _of_classes(run: Run, i: int, suffix: str, of: str) -> list[Panel]:
+    if run.evaluated.classes is None:
+        return []
+    classes, counts, worst = (getattr(run.evaluated.classes, name) for name in ("classes", "confusion", "worst"))
+    found: list[Panel] = [] if counts is None else [_confusion(classes, counts, i, suffix, of)]
+    return found + ([Gallery(f"worst{suffix}", f"Largest losses{of}", classes, worst, i)] if worst else [])
+
+
+def _of_predictions(left: Predictions, run: int, suffix: str, of: str) -> list[Panel]:
+    """A plot of each number that is predicted, and a table of the samples with the largest loss."""
+    found: list[Panel] = []
+    shown = left.true.shape[1]
+    new = ~np.isin(left.worst_index, left.index)
+    index = np.concatenate([left.index, left.worst_index[new]])
+    true, predicted = (
+        np.concatenate([some, worst[new]])
+        for some, worst in ((left.true, left.worst_true), (left.predicted, left.worst_predicted))
+    )
+    worst = np.isin(index, left.worst_index)
+    note = f"{len(index):,} test samples; marked: the {len(left.worst_index)} with the largest loss"
+    if left.outputs > shown:
+        note += f"; the first {shown} of {left.outputs:,} numbers of a sample are shown"
+    for k in range(shown):
+        one = f" of number {k}" if shown > 1 else ""
+        key = f"predicted-{k}{suffix}" if shown > 1 else f"predicted{suffix}"
+        title = f"Predicted against true{one}{of}"
+        found.append(Scatter(key, title, index, true[:, k], predicted[:, k], worst, note, run))
+    heads = [f"{what} {k}" if shown > 1 else what for k in range(shown) for what in ("true", "predicted")]
+    both = np.stack([left.worst_true, left.worst_predicted], 2).reshape(len(left.worst_index), -1)
+    rows = zip(left.worst_index.tolist(), left.worst_loss.tolist(), both.tolist(), strict=True)
+    table = [[f"#{i:,}", loss, *values] for i, loss, values in rows]
+    found.append(Rows(f"worst{suffix}", f"Largest losses{of}", ["test sample", "loss", *heads], table, "", True))
+    return found
+
+
+def _own(panel: own.Panel, j: int, suffix: str, of: str) -> Panel:
+    key, title = f"own-{j}{suffix}", f"{panel.title}{of}"
+    if isinstance(panel, own.Table):
+        return Rows(key, title, list(panel.columns), [list(row) for row in panel.rows], panel.note)
+    return Plotly(key, title, panel.figure["data"], panel.figure["layout"], panel.note)
 
 
 def thin(y: np.ndarray, most: int) -> np.ndarray:
@@ -259,18 +431,19 @@ def _lines(
     curves, kept, of = [], 0, 0
     for i, run, name, series in there:
         keep, n = thin(series.value, most), len(series.value)
-        label = ", ".join(part for part in (run.name if several else "", name) if part) or title
+        label = _named(run.name if several else "", name) or title
         colour = i if several else list(metrics).index(name)
         points = metrics[name].startswith("eval/")
         curves.append(Curve(label, series.step[keep], series.value[keep], colour, series.time_s[keep], points, i))
         if len(keep) < n:
             kept, of = kept + len(keep), of + n
-    notes = ["line: training, points: evaluation"] if several and len(metrics) > 1 else []
+    notes = ["line: training, points: evaluation"] if several and key == "loss" and len(metrics) > 1 else []
     notes += [f"{kept:,} of {of:,} points; each bucket keeps its extremes"] if of else []
     of_run = Counter(mark.run for mark in marks)
     shown = [mark for mark in marks if of_run[mark.run] <= MOST_MARKS]
+    shares = all(is_share(metrics[name], series.value) for _, _, name, series in there)
     return Lines(
-        key, title, "optimizer step", unit, curves, shown, key == "accuracy", key in ("loss", "grad_norm"),
+        key, title, "optimizer step", unit, curves, shown, shares, key in ("loss", "grad_norm"),
         "; ".join(notes),
     )  # fmt: skip
 

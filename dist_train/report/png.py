@@ -8,8 +8,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dist_train.errors import ConfigError
-from dist_train.report.images import picture
-from dist_train.report.panels import LIGHT, Confusion, Gallery, Lines, Panel, RankHeat, TimeLine
+from dist_train.report.images import colour_of, mask, picture
+from dist_train.report.panels import (
+    LIGHT,
+    Confusion,
+    Gallery,
+    Lines,
+    MaskGallery,
+    Panel,
+    Plotly,
+    RankHeat,
+    Rows,
+    Scatter,
+    TimeLine,
+)
+from dist_train.report.text import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,6 +36,14 @@ MARKERS = {"checkpoint": ("|", 160), "start": (">", 70), "resume": ("D", 90), "s
 WIDTH_IN, DPI = 8.0, 160
 MOST_ROWS = 30
 GALLERY_COLUMNS = 8
+MASKS_COLUMNS = 2
+MOST_IN_TABLE = 40
+MOST_IN_LEGEND = 12
+
+
+def drawable(panels: list[Panel]) -> list[Panel]:
+    """Without figures of plotly, which only a browser draws."""
+    return [panel for panel in panels if not isinstance(panel, Plotly)]
 
 
 def png(panel: Panel) -> bytes:
@@ -69,6 +90,12 @@ def _height_in(panel: Panel) -> float:
             return 7.0
         case Gallery():
             return 0.5 + 1.5 * -(-len(panel.worst) // GALLERY_COLUMNS)
+        case MaskGallery():
+            return 1.0 + 1.5 * -(-len(panel.worst) // MASKS_COLUMNS)
+        case Rows():
+            return 0.7 + 0.22 * (1 + min(len(panel.rows), MOST_IN_TABLE))
+        case Scatter():
+            return 6.0
         case _:
             return 4.2
 
@@ -172,6 +199,71 @@ def _gallery(panel: Gallery, figure: "Figure") -> None:
         axes.set_title(_plain(f"{true}\n{said}, {wrong.confidence:.0%}"), fontsize=7.5, color=INK)
 
 
+def _scatter(panel: Scatter, figure: "Figure") -> None:
+    axes = figure.subplots()
+    for some, style in ((~panel.worst, {"s": 12, "alpha": 0.6}), (panel.worst, {"s": 26, "marker": "D"})):
+        axes.scatter(panel.true[some], panel.predicted[some], color=WRONG if "marker" in style else RIGHT, **style)
+    finite = np.concatenate([part[np.isfinite(part)] for part in (panel.true, panel.predicted)])
+    ends = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    axes.plot(ends, ends, "--", color=SOFT, linewidth=1, zorder=0)
+    axes.set(xlabel="true", ylabel="predicted")
+    _note(figure, panel.note)
+
+
+def _masks(panel: MaskGallery, figure: "Figure") -> None:
+    from matplotlib.patches import Patch
+
+    rows = -(-len(panel.worst) // MASKS_COLUMNS)
+    places = figure.subplots(rows, 3 * MASKS_COLUMNS, squeeze=False)
+    for axes in places.flat:
+        axes.set_axis_off()
+    for i, wrong in enumerate(panel.worst):
+        row, first = i // MASKS_COLUMNS, 3 * (i % MASKS_COLUMNS)
+        images = [mask(wrong.true), mask(wrong.predicted)]
+        images = [picture(wrong.image) if wrong.image is not None else None, *images]
+        for axes, image, title in zip(
+            places[row, first : first + 3],
+            images,
+            (f"#{wrong.index}", "true", f"predicted, {wrong.right:.0%}"),
+            strict=True,
+        ):
+            axes.set_title(title, fontsize=7.5, color=INK)
+            if image is not None:
+                axes.imshow(np.asarray(image), cmap="gray", interpolation="nearest")
+    both = [numbers for wrong in panel.worst for numbers in (wrong.true, wrong.predicted)]
+    present = np.unique(np.concatenate([numbers.ravel() for numbers in both])).tolist()[:MOST_IN_LEGEND]
+    patches = [
+        Patch(
+            color=[c / 255 for c in colour_of(one)], label=_plain(panel.classes[one] if one >= 0 else "does not count")
+        )
+        for one in present
+    ]
+    figure.legend(handles=patches, loc="outside lower left", ncols=min(6, len(patches)), fontsize=8)
+
+
+def _rows(panel: Rows, figure: "Figure") -> None:
+    axes = figure.subplots()
+    axes.set_axis_off()
+    cells = [[_plain(_text(cell))[:40] for cell in row] for row in panel.rows[:MOST_IN_TABLE]]
+    if cells and panel.columns:
+        heads = [_plain(name)[:40] for name in panel.columns]
+        lines = "horizontal"
+        made = axes.table(cells, colLabels=heads, bbox=(0, 0, 1, 1), cellLoc="left", colLoc="left", edges=lines)
+        made.auto_set_font_size(False)
+        made.set_fontsize(8.5)
+        for (row, _), cell in made.get_celld().items():
+            cell.set(edgecolor=GRID, linewidth=0.8)
+            cell.get_text().set_color(INK if row else SOFT)
+    left_out = len(panel.rows) - len(cells)
+    _note(figure, "; ".join(filter(None, [panel.note, f"and {left_out:,} more rows" if left_out else ""])))
+
+
+def _text(cell: str | float | None) -> str:
+    if cell is None:
+        return "–"
+    return str(cell) if isinstance(cell, str | bool) else number(cell)
+
+
 def _note(figure: "Figure", note: str) -> None:
     if note:
         figure.supxlabel(note, x=0.01, ha="left", fontsize=8, color=SOFT)
@@ -182,4 +274,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
-_DRAW = {Lines: _lines, TimeLine: _time_line, RankHeat: _rank_heat, Confusion: _confusion, Gallery: _gallery}
+_DRAW = {
+    Lines: _lines, TimeLine: _time_line, RankHeat: _rank_heat, Confusion: _confusion, Gallery: _gallery,
+    Scatter: _scatter, MaskGallery: _masks, Rows: _rows,
+}  # fmt: skip

@@ -3,8 +3,6 @@
 import itertools
 import json
 import math
-import zipfile
-import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,13 +15,19 @@ import yaml
 from dist_train.checkpoint import manifest
 from dist_train.config import strict_yaml
 from dist_train.errors import ConfigError
+from dist_train.report.evaluated import Evaluated
+from dist_train.report.evaluated import read as read_evaluated
 from dist_train.report.files import METRICS, is_run
 from dist_train.run.lock import holder
 from dist_train.track.status import summary_of
+from dist_train.track.words import lower_is_better, parts_of
 
 TRAIN = ("train/loss", "train/grad_norm", "train/lr", "train/samples_per_s", "train/skipped_steps")
-EVAL = ("eval/loss", "eval/accuracy")
 SAVE = ("checkpoint/stall_s",)
+# Sections of names that are no curves, or are read by themselves.
+NOT_CURVES = ("ranks", "straggler", "checkpoint", "profile", "compile")
+MOST_SERIES = 500  # names that a mistake in the user's own code makes of numbers should not take the memory
+KNOWN = {"step", "epoch", "time_s", "at", "event", "ranks/own_ms", *TRAIN, *SAVE}
 LINES_AT_ONCE = 1000
 # Columns of a heat map of ranks; there may be up to twice as many.
 COLUMNS = 200
@@ -93,42 +97,6 @@ class RankTimes:
     lines_per_column: int
 
 
-@dataclass(frozen=True)
-class Wrong:
-    """A test sample that the model gets wrong, or right at a high loss.
-
-    Args:
-        index: in the test split.
-        true: class number.
-        predicted: class number.
-        loss: of this sample.
-        confidence: probability that the model gives its prediction.
-        image: uint8, of the data set's input_shape.
-    """
-
-    index: int
-    true: int
-    predicted: int
-    loss: float
-    confidence: float
-    image: np.ndarray
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The final model on the test split.
-
-    Args:
-        classes: names by number.
-        confusion: [true, predicted] counts; None above 1,000 classes.
-        worst: samples with the largest loss, largest first.
-    """
-
-    classes: list[str]
-    confusion: np.ndarray | None
-    worst: list[Wrong]
-
-
 @dataclass
 class Run:
     """What a run left so far.
@@ -139,10 +107,10 @@ class Run:
         status: running, finished, preempted, or unfinished.
         config: value by config path, such as optim.lr; empty if it cannot be read.
         summary: of summary.json; empty if there is none.
-        series: by metric, those of TRAIN, EVAL and SAVE that have lines.
+        series: by metric, those of TRAIN, of evaluations, of SAVE, and of the user's own.
         events: in their order; none in runs of versions without them.
         ranks: None if no line has ranks/own_ms.
-        evaluation: None if the run left none.
+        evaluated: what the last evaluation left.
         environment: text by name: what it was computed with and where.
         steps: optimizer steps done.
         total_steps: that the config asks for, as far as it is known.
@@ -158,12 +126,41 @@ class Run:
     series: dict[str, Series] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     ranks: RankTimes | None = None
-    evaluation: Evaluation | None = None
+    evaluated: Evaluated = field(default_factory=Evaluated)
     environment: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     total_steps: int | None = None
     lines: int = 0
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> list[str]:
+        """The metrics of evaluations, that which the best is decided by first, and losses last."""
+        found = [name for name in self.series if name.startswith("eval/")]
+        best = self._said("best_metric")
+        return sorted(found, key=lambda name: (name != best, self.parts_of(name)[1] == "loss"))
+
+    def parts_of(self, metric: str) -> tuple[str, str]:
+        """The test split of a metric of evaluations, empty where it has no name, and the metric's name there."""
+        return parts_of(metric, self._names("test_splits"))
+
+    def lowest(self, metric: str) -> bool:
+        """Whether the least of a metric of evaluations is the best."""
+        return lower_is_better(self.parts_of(metric)[1], {"loss", *self._names("lower_is_better")})
+
+    @property
+    def unit(self) -> str:
+        """What the loss is a mean over; empty where nothing says it."""
+        said = self._said("unit")
+        return said if isinstance(said, str) else ""
+
+    def _names(self, key: str) -> list[str]:
+        said = self._said(key)
+        return [name for name in said if isinstance(name, str)] if isinstance(said, list) else []
+
+    def _said(self, key: str) -> Any:
+        """What the newest start says."""
+        return next((event.facts[key] for event in reversed(self.events) if key in event.facts), None)
 
 
 def read(folders: list[Path]) -> list[Run]:
@@ -197,7 +194,7 @@ def _read(folder: Path, name: str) -> Run:
     last_epoch = _metrics(run)
     run.steps = int(run.steps if run.status != "finished" else summary.get("steps", run.steps))
     run.total_steps = total_steps(run.config, *last_epoch)
-    run.evaluation = _evaluation(run)
+    run.evaluated = read_evaluated(folder, run.problems)
     run.environment = _environment(run)
     return run
 
@@ -243,8 +240,9 @@ def _config(run: Run) -> dict[str, Any]:
 
 def _metrics(run: Run) -> tuple[float, float]:
     """Fills in what metrics.jsonl holds; returns step and epoch of its last line."""
-    kinds = {TRAIN[0]: TRAIN, EVAL[0]: EVAL, SAVE[0]: SAVE}  # a line's first key tells its kind
+    kinds = {TRAIN[0]: TRAIN, SAVE[0]: SAVE}  # a line's first key tells its kind
     columns = {kind: [array("d") for _ in ("step", "time_s", *keys)] for kind, keys in kinds.items()}
+    others: dict[str, list[array]] = {}
     ranks, unread, last = _Bins(), 0, {}
     try:
         with (run.folder / METRICS).open("rb") as file:
@@ -256,6 +254,7 @@ def _metrics(run: Run) -> tuple[float, float]:
                     of_kind = [line for line in lines if kind in line]
                     for key, column in zip(("step", "time_s", *keys), columns[kind], strict=True):
                         column.extend(_floats([line.get(key, math.nan) for line in of_kind]))
+                _add_others(lines, others)
                 run.events += [_event(line) for line in lines if "event" in line]
                 ranks.add([line for line in lines if "ranks/own_ms" in line])
     except OSError as error:
@@ -267,10 +266,25 @@ def _metrics(run: Run) -> tuple[float, float]:
         for key, value in zip(keys, values, strict=True):
             if np.isfinite(value).any() or (len(value) and key == kind):
                 run.series[key] = Series(step, time_s, value)
+    run.series |= {name: Series(*(np.frombuffer(part, np.float64) for part in parts)) for name, parts in others.items()}
     run.ranks = ranks.result()
     step, epoch = _floats([last.get("step", 0), last.get("epoch", 0)])
     run.steps = int(step) if math.isfinite(step) else 0
     return run.steps, epoch if math.isfinite(epoch) else 0.0
+
+
+def _add_others(lines: list[dict[str, Any]], found: dict[str, list[array]]) -> None:
+    """Numbers of evaluations and of the user's own, by name: steps, seconds, values."""
+    for line in lines:
+        for name, value in line.items():
+            section, slash, _ = name.partition("/")
+            if not slash or name in KNOWN or section in NOT_CURVES or type(value) not in (int, float):
+                continue
+            if name not in found and len(found) == MOST_SERIES:
+                continue
+            numbers = _floats([line["step"], line.get("time_s", math.nan), value])
+            for column, number in zip(found.setdefault(name, [array("d") for _ in "xty"]), numbers, strict=True):
+                column.append(number)
 
 
 def _parsed(file: Iterator[bytes]) -> Iterator[tuple[list[dict[str, Any]], int]]:
@@ -360,26 +374,6 @@ class _Bins:
 
 def _length(value: Any) -> int:
     return len(value) if isinstance(value, list) else 0
-
-
-def _evaluation(run: Run) -> Evaluation | None:
-    try:
-        with (run.folder / "evaluation.npz").open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            classes = [str(name) for name in file["classes"]]
-            confusion = file["confusion"] if "confusion" in file.files else None
-            if confusion is not None and confusion.shape != (len(classes), len(classes)):
-                raise ValueError("confusion does not fit the classes")
-            keys = ("index", "true", "predicted", "loss", "confidence", "images")
-            rows = zip(*(file[f"worst_{key}"] for key in keys), strict=True)
-            worst = [Wrong(int(i), int(t), int(p), float(x), float(c), image) for i, t, p, x, c, image in rows]
-            if not all(0 <= number < len(classes) for wrong in worst for number in (wrong.true, wrong.predicted)):
-                raise ValueError("a class without a name")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        run.problems.append(f"evaluation.npz cannot be read: {error}")
-        return None
-    return Evaluation(classes, confusion, worst)
 
 
 def _environment(run: Run) -> dict[str, str]:

@@ -4,14 +4,17 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from dist_train.report.read import Run
-from dist_train.report.text import duration, number, percent
+from dist_train.report.text import duration, figure, number
 
 ABSENT = "–"
+# Key, label, what a run has, and which of several is the best.
+_RowOf = tuple[str, str, Callable[["Run"], "Cell"], Callable[[list[float]], float] | None]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Row:
 def rows(runs: list[Run]) -> list[Row]:
     """The summary table. What no run has is left out; the best of several is marked."""
     found = []
-    for key, label, cell_of, better in _ROWS:
+    for key, label, cell_of, better in [*_ROWS[:WHERE], *_of_metrics(runs), *_ROWS[WHERE:]]:
         cells = [cell_of(run) for run in runs]
         if all(cell.text == ABSENT for cell in cells):
             continue
@@ -91,9 +94,9 @@ def _cell(value: Any, text: Callable[[float], str] = number) -> Cell:
     return Cell(text(value), float(value))
 
 
-def _best(run: Run, metric: str, largest: bool, text: Callable[[float], str]) -> Cell:
-    found = run.series[metric].best(largest) if metric in run.series else None
-    return Cell(text(found[0]), found[0], f"at step {found[1]:,}") if found else Cell(ABSENT)
+def _best(run: Run, metric: str) -> Cell:
+    found = run.series[metric].best(not run.lowest(metric)) if metric in run.series else None
+    return Cell(figure(metric, found[0]), found[0], f"at step {found[1]:,}") if found else Cell(ABSENT)
 
 
 def _last(run: Run, metric: str, text: Callable[[float], str] = number) -> Cell:
@@ -142,16 +145,42 @@ def _not_finite(run: Run) -> Cell:
     return Cell(f"{count:,}", count) if count else Cell(ABSENT)
 
 
+def key_of(metric: str) -> str:
+    """The key of the row that has the last value of a metric of evaluations."""
+    name = metric.removeprefix("eval/")
+    return "eval_loss" if name == "loss" else name
+
+
+def headlines(run: Run) -> list[str]:
+    """The keys of the rows that stand in the card of a run: the best of what the best is decided by, and the loss."""
+    first = run.metrics[:1]
+    losses = [metric for metric in run.metrics if run.parts_of(metric) == (run.parts_of(first[0])[0], "loss")]
+    keys = [*(f"best_{key_of(metric)}" for metric in first), *map(key_of, losses[:1] or first)]
+    return [*keys, "steps", "train_s", "samples_per_s"]
+
+
+def _of_metrics(runs: list[Run]) -> list[_RowOf]:
+    """The best and the last value of each metric of evaluations."""
+    found: list[_RowOf] = []
+    for metric in dict.fromkeys(metric for run in runs for metric in run.metrics):
+        run = next(run for run in runs if metric in run.series)
+        split, name = run.parts_of(metric)
+        name = "evaluation loss" if name == "loss" else name.replace("_", " ")
+        label = f"{name} of {split}" if split else name
+        better = min if run.lowest(metric) else max
+        text = partial(figure, metric)
+        found.append((f"best_{key_of(metric)}", f"Best {label}", partial(_best, metric=metric), better))
+        found.append((key_of(metric), f"Last {label}", partial(_last, metric=metric, text=text), better))
+    return found
+
+
 _WATCHED = ("train/loss", "train/grad_norm", "eval/loss")
-_ROWS: tuple[tuple[str, str, Callable[[Run], Cell], Callable[[list[float]], float] | None], ...] = (
+WHERE = 4  # the rows of metrics stand after so many others
+_ROWS: tuple[_RowOf, ...] = (
     ("status", "Status", lambda run: Cell(run.status), None),
     ("backend", "Backend", lambda run: Cell(run.environment.get("backend", ABSENT)), None),
     ("world_size", "Ranks", lambda run: Cell(run.environment.get("world size", ABSENT)), None),
     ("steps", "Steps", _steps, None),
-    ("best_accuracy", "Best accuracy", lambda run: _best(run, "eval/accuracy", True, percent), max),
-    ("accuracy", "Last accuracy", lambda run: _last(run, "eval/accuracy", percent), max),
-    ("best_eval_loss", "Best evaluation loss", lambda run: _best(run, "eval/loss", False, number), min),
-    ("eval_loss", "Last evaluation loss", lambda run: _last(run, "eval/loss"), min),
     ("train_loss", "Last training loss", lambda run: _last(run, "train/loss"), min),
     ("train_s", "Training time", _seconds, None),
     ("samples_per_s", "Samples/s", _rate, max),

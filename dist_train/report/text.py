@@ -2,6 +2,8 @@
 
 import math
 
+from dist_train.track.words import is_share
+
 
 def number(value: float) -> str:
     """Four significant digits: 18,780, 0.3805, 1.2e-05."""
@@ -13,6 +15,11 @@ def number(value: float) -> str:
 def percent(share: float) -> str:
     """A share of 0.8905 as 89.05%."""
     return f"{share:.2%}"
+
+
+def figure(metric: str, value: float) -> str:
+    """A metric: a share as a percentage."""
+    return percent(value) if is_share(metric, [value]) and math.isfinite(value) else number(value)
 
 
 def duration(seconds: float) -> str:

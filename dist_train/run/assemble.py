@@ -25,7 +25,7 @@ from dist_train.data import BATCH_TRANSFORMS, DATASETS, read
 from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
-from dist_train.data.rules import parts_of
+from dist_train.data.rules import parts_of as transform_of
 from dist_train.data.sets import Data, Samples
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
@@ -38,6 +38,7 @@ from dist_train.ranks.dist import World
 from dist_train.run.look import LOOKED_AT, look
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Examiner, Task, units_per_sample
+from dist_train.track.words import lower_is_better, parts_of
 
 # Of a model that nobody knows how to call but a loop of the user's own: any step may take another way through it.
 UNSEEN = Findings(varies=True)
@@ -143,7 +144,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if not task.evaluates:
         return Parts(data, task, model, feeds, precision, loaded, UNSEEN)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
-        findings = look(config, model, task, feeds["train"], precision, trains=trained is None)
+        findings = look(config, model, task, feeds["train"], data, precision, trains=trained is None)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now
         pass
     _check_best(config, data, findings.metrics)
@@ -155,7 +156,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
 def _check_best(config: Config, data: Data, metrics: tuple[str, ...]) -> None:
     """Raises ConfigError where nothing measures what the best checkpoint is decided by."""
     wanted, keeps = config.checkpoint.best_metric, config.checkpoint.keep_best
-    valid = [f"eval/{name}/{metric}" if name else f"eval/{metric}" for name in data.tests for metric in metrics]
+    valid = _evaluated(data, metrics)
     if keeps and not valid:
         raise ConfigError(
             f"checkpoint.keep_best: got {keeps} for a data set without a test split, expected one that the best is "
@@ -189,7 +190,7 @@ def batch_transforms(config: Config, data: Data) -> BatchTransforms | None:
     """What is done to batches that are trained on. Raises ConfigError."""
     each = []
     for entry in config.data.batch_transforms:
-        name, args = parts_of(entry)
+        name, args = transform_of(entry)
         made = call(BATCH_TRANSFORMS, name, "data.batch_transforms", data.known(), args)
         if not isinstance(made, BatchTransform):
             raise ConfigError(
@@ -214,15 +215,30 @@ def make_task(config: Config, data: Data) -> Task:
     return task
 
 
-def best(config: Config, task: Task) -> Best:
+def best(config: Config, task: Task, data: Data) -> Best:
     """What decides which checkpoint is the best."""
-    return best_of(config.checkpoint.best_metric, task)
+    return best_of(config.checkpoint.best_metric, task, data)
 
 
-def best_of(metric: str | None, task: Task) -> Best:
-    """Which way a metric gets better; None is the task's own."""
-    metric = metric or f"eval/{task.best}"
-    return Best(metric, metric.rpartition("/")[2] in task.lower_is_better)
+def best_of(metric: str | None, task: Task, data: Data) -> Best:
+    """Which way a metric gets better; None is the task's own, of the first test split."""
+    first = next(iter(data.tests), "")
+    metric = metric or (f"eval/{first}/{task.best}" if first else f"eval/{task.best}")
+    return Best(metric, lower_is_better(parts_of(metric, data.tests)[1], task.lower_is_better))
+
+
+def results(config: Config, parts: Parts) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The metrics of an evaluation, as they are logged, first that which the best checkpoint is decided by; and those
+    of which the least is the best."""
+    task, data = parts.task, parts.data
+    all_of_them = _evaluated(data, parts.findings.metrics) if task.evaluates else []
+    first = best(config, task, data).metric
+    lowest = frozenset(name for name in all_of_them if best_of(name, task, data).lowest)
+    return tuple(sorted(all_of_them, key=lambda name: name != first)), lowest
+
+
+def _evaluated(data: Data, metrics: tuple[str, ...]) -> list[str]:
+    return [f"eval/{name}/{metric}" if name else f"eval/{metric}" for name in data.tests for metric in metrics]
 
 
 def build_model(

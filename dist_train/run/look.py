@@ -16,17 +16,20 @@ from dist_train.config.tree import Config, TrainConfig
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, pieces, sizes
+from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.loop.evaluate import Called, Sums
 from dist_train.models import MODELS
 from dist_train.tasks import TASKS
-from dist_train.tasks.base import Task, nbytes, units_of
+from dist_train.tasks.base import Task, nbytes, panels_of, units_of
 
 LOOKS = "called on the first samples"
 LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
-def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Precision, trains: bool) -> Findings:
+def look(
+    config: Config, model: nn.Module, task: Task, feed: Feed, data: Data, precision: Precision, trains: bool
+) -> Findings:  # fmt: skip
     """Trains on the first samples once, and forgets it: what a model shows only then is told before any rank is joined.
 
     Args:
@@ -34,6 +37,7 @@ def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Pr
         model: on its device.
         task: what it is trained for.
         feed: of the training split.
+        data: that it is of.
         precision: the formats of the run.
         trains: false where the model is only evaluated, so that its gradients take no memory.
 
@@ -59,18 +63,27 @@ def look(config: Config, model: nn.Module, task: Task, feed: Feed, precision: Pr
 
     found = probe(model, loss, trains)
     with own_task():
+        notes = tuple(task.notes(batch, called.outputs))
         _check_units(units_of(task, batch), config.task.name)
-        metrics = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
+        sums = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
+        metrics = tuple(task.metrics(sums))
+    if trains:
+        panels_of(task, config.task.name, sums, data)
     alone = feed.of(first[:1])
     with own_task():
         needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
     return dataclasses.replace(
-        found, needs_two=needs_two, sample_bytes=sample_bytes[0], mixes_samples=task.mixes_samples, metrics=metrics
+        found,
+        needs_two=needs_two,
+        sample_bytes=sample_bytes[0],
+        mixes_samples=task.mixes_samples,
+        metrics=metrics,
+        notes=notes,
     )
 
 
-def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) -> tuple[str, ...]:
-    """The names of the metrics of an evaluation: what one of them refuses, it refuses now."""
+def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+    """The sums of an evaluation: what a metric refuses, it refuses now."""
     modes = [(module, module.training) for module in model.modules()]
     total = Sums(batch.ids.device)
 
@@ -92,7 +105,7 @@ def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) ->
     finally:
         for module, training in modes:
             module.training = training
-    return tuple(task.metrics({name: value.cpu() for name, value in total.tensors.items()}))
+    return {name: value.cpu() for name, value in total.tensors.items()}
 
 
 class Checked:

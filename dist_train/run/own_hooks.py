@@ -31,7 +31,7 @@ def _early_stopping(config: Config, parts: assemble.Parts) -> list[Hook]:
             "out, or give a test split"
         )
     settings = EARLY_STOPPING | asked
-    best = assemble.best_of(settings["metric"], parts.task)
+    best = assemble.best_of(settings["metric"], parts.task, parts.data)
     return [EarlyStopping(best, settings["patience"], float(settings["min_delta"]))]
 
 

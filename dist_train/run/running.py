@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from dist_train.loop.work import Work
 from dist_train.ranks.dist import World
 from dist_train.run.assemble import Parts
 from dist_train.tasks.base import Task
+from dist_train.tasks.panels import Panel, encoded, write
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
 
@@ -43,6 +44,7 @@ class Run:
         trackers: who is told.
         stopped: why it ends before its last step; None where it does not.
         prepared: what the loop works with, once the backend has prepared it.
+        shown: panels of the report, by title.
     """
 
     config: Config
@@ -57,6 +59,7 @@ class Run:
     trackers: Trackers
     stopped: str | None = None
     prepared: Work | None = field(default=None, repr=False)
+    shown: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
 
     @property
     def work(self) -> Work:
@@ -123,6 +126,20 @@ class Run:
         if taken:
             raise ValueError(f"log: got {taken[0]!r}, which each line of metrics has anyway; call it train/{taken[0]}")
         self.work.meter.event({name: float(value) for name, value in metrics.items()})
+
+    def show(self, *panels: Panel) -> None:
+        """Adds panels to the run's report, which may be made while the run goes on. One whose title was shown before
+        takes its place. On any ranks: what rank 0 shows counts.
+
+        Args:
+            panels: dist_train.Table(...) or dist_train.Plot(...).
+
+        Raises:
+            ValueError: one of them is none.
+        """
+        self.shown |= encoded(panels)
+        if self.world.is_main:
+            write(self.folder, self.shown)
 
     def say(self, text: str) -> None:
         """Writes lines for people, by rank 0."""

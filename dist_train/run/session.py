@@ -30,6 +30,7 @@ from dist_train.run.assemble import Parts
 from dist_train.run.hooks import Hook, Hooks
 from dist_train.run.outcome import Outcome
 from dist_train.run.running import Run
+from dist_train.tasks.base import panels_of, shows_panels
 from dist_train.track.base import Course
 from dist_train.track.trackers import Trackers
 
@@ -83,7 +84,8 @@ def opened(
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
         at, before = (found.manifest.step, found.folder.parent.parent) if found else (0, None)
-        course = Course(at, total_steps(cfg, per_epoch), per_epoch, cfg.global_batch_size, before)
+        of_results = assemble.results(config, parts)
+        course = Course(at, total_steps(cfg, per_epoch), per_epoch, cfg.global_batch_size, before, *of_results)
         kept_id = found.manifest.wandb_id if found else None
         # Around the watchdog: a tracker may wait for its server, at the start and at the end.
         with (
@@ -115,7 +117,7 @@ class Training:
         work, flops = prepare(run)
         config, say = run.config, run.trackers.say
         self.run, self.hooks = run, Hooks(hooks, run) if hooks or own_loop else None
-        best = assemble.best(config, work.task)
+        best = assemble.best(config, work.task, run.data)
         self.checkpoints = Checkpoints(
             config, run.world, run.folder, run.facts, work.backend, best, run.damaged, run.trackers.wandb_id
         )
@@ -168,18 +170,27 @@ class Training:
         """The run has come to its end, or was ended by a hook."""
         run, work, evaluation = self.run, self.work, self.work.evaluation
         self.checkpoints.close()
-        examiners = evaluation.examiners.values()
         with work.average.used():
             weights.save_weights(run.folder if run.world.is_main else None, work.backend.weights())  # first of all
-            if not all(examiner.seen for examiner in examiners):  # no evaluation was left to be the last one
+            wanted = evaluation.splits and (evaluation.examiners or shows_panels(work.task))
+            if wanted and not evaluation.totals:  # no evaluation was left to be the last one
                 evaluation.run(work.model, run.control.phases, last=True)
-        for examiner in examiners:
+        for examiner in evaluation.examiners.values():
             examiner.write(run.folder)
+        self._show_panels()
         if self.hooks is not None:
             self.hooks.end()
         early = run.stopped if result.steps < run.course.steps else None
         run.trackers.finish(result, self.checkpoints.stalls_s, early)
         return self._outcome(result, "finished", early)
+
+    def _show_panels(self) -> None:
+        """Adds the task's own panels to the report, of each test split."""
+        run, task = self.run, self.work.task
+        for split, sums in self.work.evaluation.totals.items():
+            found = panels_of(task, run.config.task.name, sums, run.data)
+            if found:
+                run.show(*(replace(panel, title=f"{panel.title}, {split}") if split else panel for panel in found))
 
     def _outcome(self, result: Result, status: Literal["finished", "preempted"], why: str | None) -> Outcome:
         of = result.steps, self.work.meter.epoch, result.samples, result.train_s, dict(result.evaluation)
@@ -190,7 +201,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     """What the loop works with, on the backend, at the step where it starts; and FLOPs of a step, if they are asked
     for. Collective."""
     config, world, parts, trackers, found = run.config, run.world, run.parts, run.trackers, run.found
-    trackers.say("\n".join([dist.rank_table(world), *parts.loaded]))
+    trackers.say("\n".join([dist.rank_table(world), *parts.loaded, *parts.findings.notes]))
     for error in run.damaged:
         trackers.say(f"passed over a damaged checkpoint: {error}")
     if found:
@@ -206,7 +217,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     if found:
         progress, beside = resume.load_state(found, backend, world, config.train.seed, average)
         trackers.say("\n".join([found.describe(), *beside]))
-    trackers.log(_begin(run.course, progress, trackers.backend, world), None)
+    trackers.log(_begin(run.course, progress, trackers.backend, world) | _measured(parts, run.course), None)
     examiners = {name: parts.task.examiner(parts.data, feed, world) for name, feed in parts.test_feeds.items()}
     watched = {name: examiner for name, examiner in list(examiners.items())[:1] if examiner is not None}
     evaluation = parts.evaluation(config, world, watched)
@@ -238,4 +249,16 @@ def _begin(course: Course, progress: Progress | None, backend: str, world: World
         "backend": backend,
         "world_size": world.size,
         "host": platform.node(),
+    }
+
+
+def _measured(parts: Parts, course: Course) -> Metrics:
+    """What that line says about metrics, for who reads them."""
+    if not parts.task.evaluates:
+        return {}
+    return {
+        "unit": parts.task.unit,
+        "lower_is_better": sorted(parts.task.lower_is_better),
+        "test_splits": [name for name in parts.data.tests if name],
+        "best_metric": course.results[0] if course.results else None,
     }

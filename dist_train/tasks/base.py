@@ -1,18 +1,21 @@
 """What a model is trained for: a loss as a sum, what it is a mean over, and numbers for people."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from dist_train.config.own_code import blamed
 from dist_train.data.batch import Batch, leaves_of
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.ranks.dist import World
+from dist_train.tasks import TASKS
+from dist_train.tasks.panels import Panel, encoded
 
 # Where models and data sets that are no pairs of tensors have what a task needs.
 OUTPUTS = ("logits", "out")
@@ -22,9 +25,6 @@ TARGETS = ("labels", "label", "targets", "target")
 class Examiner(Protocol):
     """Watches the last evaluation, batch by batch, and leaves something in the run's folder for a report. Nothing in it
     waits for the device before it writes."""
-
-    seen: bool
-    """Whether it was given a batch."""
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
         """The next batch of this rank's part of the split, in order, and what the model gave for it; a batch without
@@ -50,6 +50,9 @@ class Task(ABC):
     """The metric that the best checkpoint is decided by (checkpoint.best_metric)."""
     lower_is_better: tuple[str, ...] = ("loss",)
     """Metrics of which the least is the best; of all others it is the largest."""
+
+    unit = "samples"
+    """What `units` counts, for people."""
 
     evaluates = True
     """Whether test splits are evaluated."""
@@ -86,9 +89,50 @@ class Task(ABC):
         """Raises ConfigError where what the model gave for a batch is not what the loss takes; asked once, before any
         rank is joined."""
 
+    def notes(self, batch: Batch, outputs: Any) -> Sequence[str]:
+        """Lines for people, said once before training: what is allowed, but may not be meant. Asked after `check`."""
+        return ()
+
     def examiner(self, data: Data, feed: Feed, world: World) -> Examiner | None:
         """What watches the last evaluation of a split; None where nothing does."""
         return None
+
+    def panels(self, sums: Mapping[str, torch.Tensor], data: Data) -> Sequence[Panel]:
+        """What the run's report shows of the last evaluation beside the metrics: see panels.py.
+
+        Args:
+            sums: as `metrics` has them.
+            data: the data set, such as for the names of its classes.
+        """
+        return ()
+
+
+def shows_panels(task: Task) -> bool:
+    """Whether it has panels of its own."""
+    return type(task).panels is not Task.panels
+
+
+def panels_of(task: Task, name: str, sums: Mapping[str, torch.Tensor], data: Data) -> Sequence[Panel]:
+    """The task's own panels. Raises ConfigError where they are none.
+
+    Args:
+        task: what the model is trained for.
+        name: of the task in the config.
+        sums: over a whole split.
+        data: the data set.
+    """
+    with blamed("task.name", name, "asked for its panels", ours=name in TASKS):
+        found = task.panels(sums, data)
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise ConfigError(
+            f"task.name: got {name}, whose panels are {type(found).__name__}, expected a list of Table(...) and "
+            f"Plot(...)"
+        )
+    try:
+        encoded(found)
+    except ValueError as error:
+        raise ConfigError(f"task.name: {name}.panels: {error}") from None
+    return found
 
 
 def units_per_sample(task: Task) -> int | None:

@@ -11,7 +11,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.ranks.dist import World
-from dist_train.tasks.base import inputs_and_targets
+from dist_train.tasks.base import inputs_and_targets, tensor_of
 from dist_train.tasks.class_weights import weight_of, weights_of
 from dist_train.tasks.measured import Measured, checked_pair
 from dist_train.tasks.mistakes import Mistakes
@@ -91,6 +91,17 @@ class Classification(Measured):
                 "task.args: got class_weights or ignore_index for targets that are vectors, which have no class "
                 "number, expected numbers; leave it out, or write --data.one_hot false"
             )
+
+    def notes(self, batch: Batch, outputs: Any) -> list[str]:
+        """Where outputs are of no class."""
+        given = tensor_of(outputs).shape[1]
+        if given == self.classes:
+            return []
+        last = self.classes - 1
+        return [
+            f"model: gives {given} outputs for {self.classes} classes, so that those after number {last} are never "
+            f"right; build it with {self.classes}, unless that is meant"
+        ]
 
     def examiner(self, data: Data, feed: Feed, world: World) -> Mistakes | None:
         """Which classes are taken for which, and the worst samples, where samples are pairs."""

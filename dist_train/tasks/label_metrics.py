@@ -33,13 +33,18 @@ class ExactMatch(Metric):
         return {"": float(sums["correct"] / sums["count"])}
 
 
+def counts_of_labels(outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """How often each label is predicted, is actual, and both (hits), int64 [labels]."""
+    guessed, actual = predicted_and_actual(outputs, targets)
+    return {"hits": (guessed & actual).sum(0), "predicted": guessed.sum(0), "actual": actual.sum(0)}
+
+
 class PerLabel(Metric):
-    """A score of each label, of three counts: how often it is predicted, is actual, and both (hits)."""
+    """A score of each label, of its counts."""
 
     def sums(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """See Metric. Each is [labels]."""
-        guessed, actual = predicted_and_actual(outputs, targets)
-        return {"hits": (guessed & actual).sum(0), "predicted": guessed.sum(0), "actual": actual.sum(0)}
+        return counts_of_labels(outputs, targets)
 
 
 def together(sums: dict[str, Tensor]) -> dict[str, Tensor]:

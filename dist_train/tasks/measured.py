@@ -36,11 +36,17 @@ class Measured(Task):
         """Both in the shapes and types that the loss and the metrics take."""
         return outputs, targets
 
+    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """More sums of an evaluation, for `panels`."""
+        return {}
+
     def sums(self, model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         """`loss`, and in evaluation the sums of the metrics, by METRIC/SUM."""
         outputs, targets = self.fitted(*outputs_and_targets(model, batch))
         sums = {"loss": self.loss_of(outputs, targets, "sum")}
-        return sums if model.training else sums | self.measures.sums(outputs, targets)
+        if model.training:
+            return sums
+        return sums | self.measures.sums(outputs, targets) | self.counted(outputs, targets)
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Loss and metrics."""

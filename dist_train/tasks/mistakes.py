@@ -12,18 +12,18 @@ from dist_train.data.order import share
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.tasks.base import inputs_and_targets, tensor_of
-from dist_train.whole import whole
+from dist_train.tasks.worst import Worst, pixels, write_arrays
 
 NAME = "evaluation.npz"
 WORST = 24
 CONFUSION_CLASSES = 1000  # above, the matrix is left out
-COLUMNS = ("index", "true", "predicted", "loss", "confidence")
 
 
 class Classifier(Protocol):
     """What is asked of the task: see classification.py."""
 
     loss: str
+    ignored: int | None
 
     def loss_of(self, outputs: torch.Tensor, targets: torch.Tensor, reduction: str) -> torch.Tensor:
         """The loss of each sample, [batch]."""
@@ -46,7 +46,7 @@ class Mistakes:
         self.seen = False
         self.is_main = world.is_main
         self.confusion: torch.Tensor | None = None
-        self.worst: dict[str, torch.Tensor] = {}
+        self.worst = Worst(WORST)
 
     def __call__(self, batch: Batch, outputs: Any) -> None:
         """The next batch of this rank's part of the split, in order, and the model's outputs [batch, classes]."""
@@ -62,17 +62,10 @@ class Mistakes:
         if self.confusion is not None:
             size = len(self.classes)
             self.confusion.index_add_(0, true.where(counts, 0) * size + predicted, counts.to(torch.int64))
-        found = {
-            "index": torch.arange(self.next, self.next + count, device=outputs.device),
-            "true": true,
-            "predicted": predicted,
-            "loss": self.task.loss_of(outputs, targets, "none").masked_fill(~counts, -torch.inf),  # below all others
-            "confidence": self._confidence(outputs, predicted),
-        }
-        both = {name: torch.cat([self.worst[name], found[name]]) if self.seen else found[name] for name in COLUMNS}
-        # Stable: of equal losses the sample that comes first stays first. One that is not a number is the largest.
-        order = both["loss"].argsort(descending=True, stable=True)[:WORST]
-        self.worst = {name: both[name][order] for name in COLUMNS}
+        loss = self.task.loss_of(outputs, targets, "none").masked_fill(~counts, -torch.inf)
+        sure = self._confidence(outputs, predicted)
+        of_each = {"true": true, "predicted": predicted, "confidence": sure}
+        self.worst.add(loss, self.next, lambda worst: {name: value[worst] for name, value in of_each.items()})
         self.next += count
         self.seen = True
 
@@ -91,29 +84,12 @@ class Mistakes:
         """
         assert self.seen
         confusion = None if self.confusion is None else dist.sum_(self.confusion).cpu().numpy()
-        parts = dist.gather({name: value.cpu().numpy() for name, value in self.worst.items()})
+        worst = self.worst.over_ranks()
         if not self.is_main:
             return
-        worst = {name: np.concatenate([part[name] for part in parts]) for name in COLUMNS}
-        counted = worst["loss"] != -np.inf
-        worst = {name: value[counted] for name, value in worst.items()}
-        key = np.nan_to_num(worst["loss"].astype(np.float64), nan=np.inf)
-        order = np.lexsort([worst["index"], -key, ~np.isnan(worst["loss"])])[:WORST]  # the last is the first key
-        worst = {name: value[order] for name, value in worst.items()}
         arrays = {f"worst_{name}": value for name, value in worst.items()}
-        arrays |= {name: arrays[name].astype(np.float64) for name in ("worst_loss", "worst_confidence")}
-        arrays["worst_images"] = np.stack([_pixels(image) for image in self.feed.inputs(worst["index"])])
+        arrays["worst_images"] = np.stack([pixels(image) for image in self.feed.inputs(worst["index"])])
         arrays["classes"] = np.array([str(name) for name in self.classes], dtype=np.str_)
         if confusion is not None:
             arrays["confusion"] = confusion.reshape(len(self.classes), -1)
-        with whole(folder / NAME) as beside, beside.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-
-
-def _pixels(image: torch.Tensor) -> np.ndarray:
-    """uint8; of floats, their own smallest is 0 and their largest 255."""
-    if image.dtype == torch.uint8:
-        return image.numpy()
-    values = np.nan_to_num(image.numpy().astype(np.float64))
-    low, high = values.min(), values.max()
-    return np.rint((values - low) / (high - low or 1.0) * 255).astype(np.uint8)
+        write_arrays(folder / NAME, arrays)

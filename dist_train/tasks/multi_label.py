@@ -1,14 +1,20 @@
 """Multi-label classification: any number of labels for each sample."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from dist_train.data.batch import Batch
+from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
+from dist_train.tasks.counts import f1, precision, recall
+from dist_train.tasks.label_metrics import counts_of_labels
 from dist_train.tasks.measured import Measured, Pair, checked_pair
+from dist_train.tasks.panels import MOST_ROWS, Panel, Table
+
+COUNTED = "by_label"
 
 
 class MultiLabel(Measured):
@@ -54,6 +60,20 @@ class MultiLabel(Measured):
         weight = None if self.weight is None else self.weight.to(outputs.device, outputs.dtype)
         found = F.binary_cross_entropy_with_logits(outputs, targets, reduction="none", pos_weight=weight).mean(1)
         return found.sum() if reduction == "sum" else found
+
+    def counted(self, outputs: torch.Tensor, targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How often each label is predicted, is true, and both."""
+        return {f"{COUNTED}/{key}": value for key, value in counts_of_labels(outputs, targets).items()}
+
+    def panels(self, sums: Mapping[str, torch.Tensor], data: Data) -> list[Panel]:
+        """Precision and recall of each label, the least F1 first."""
+        counts = {key: sums[f"{COUNTED}/{key}"] for key in ("hits", "predicted", "actual")}
+        names = data.classes or tuple(range(len(counts["hits"])))
+        scores = [score(**counts).tolist() for score in (f1, precision, recall)]
+        columns = zip(names, *scores, *(counts[key].long().tolist() for key in ("actual", "predicted")), strict=True)
+        rows = sorted(([str(name), *values] for name, *values in columns), key=lambda row: row[1])
+        note = "" if len(rows) <= MOST_ROWS else f"the {MOST_ROWS:,} with the least F1 of {len(rows):,}"
+        return [Table("Labels", ("label", "F1", "precision", "recall", "true", "predicted"), rows[:MOST_ROWS], note)]
 
     def check(self, batch: Batch, outputs: Any) -> None:
         """Where a loss would broadcast, or take for a probability what is none."""

@@ -8,8 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from dist_train.data.batch import Batch
+from dist_train.data.feed import Feed
+from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
+from dist_train.ranks.dist import World
 from dist_train.tasks.measured import Measured, Pair, checked_pair
+from dist_train.tasks.predictions import Predictions
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {
     "mse": F.mse_loss,
@@ -73,6 +77,10 @@ class Regression(Measured):
                 f"model: got outputs {outputs.dtype} {list(outputs.shape)}, expected {expected}, as the targets of "
                 f"{len(targets)} samples are; give the model as many outputs as a target has numbers"
             )
+
+    def examiner(self, data: Data, feed: Feed, world: World) -> Predictions:
+        """Predicted beside true, and the worst samples."""
+        return Predictions(self, feed, world)
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:

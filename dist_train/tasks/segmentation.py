@@ -8,9 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from dist_train.data.batch import Batch
+from dist_train.data.feed import Feed
+from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
+from dist_train.ranks.dist import World
 from dist_train.tasks.base import inputs_and_targets
 from dist_train.tasks.class_weights import weight_of, weights_of
+from dist_train.tasks.masks import Masks
 from dist_train.tasks.measured import Measured, Pair, checked_pair
 
 
@@ -26,6 +30,8 @@ class Segmentation(Measured):
         classes: of the data set.
         target_shape: of every mask, where the data set says that all have one. Then no pixels are counted.
     """
+
+    unit = "pixels"
 
     def __init__(
         self,
@@ -97,3 +103,7 @@ class Segmentation(Measured):
                 f"data.name: got the class number {beyond[0]} in a mask, expected 0 to {self.classes - 1}; for pixels "
                 f"that are of no class write --task.args.ignore_index {beyond[0]}"
             )
+
+    def examiner(self, data: Data, feed: Feed, world: World) -> Masks:
+        """The worst samples, with their masks."""
+        return Masks(self, self.ignored, feed, tuple(data.classes), world)

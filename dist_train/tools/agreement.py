@@ -24,7 +24,7 @@ class Trajectory:
         losses: of each step, the mean over its global batch.
         grad_norms: of each step, before clipping.
         weights: after the last step, float64 by the model's own names; of rank 0, the others may have none.
-        evaluation: `eval/loss` and `eval/accuracy` after the last step.
+        evaluation: `eval/loss` and the task's other metrics after the last step.
         samples_per_s: of all ranks together, by the median step of the second half.
         update: the norm of what training has changed, over all weights.
         buffers: after the last step, as the weights.

@@ -110,7 +110,7 @@ def _source(which: str, folder: Path, config: Config) -> Path:
     from dist_train.run import assemble
 
     data = assemble.read_data(config.data, config.data.download)
-    found = assemble.best(config, assemble.make_task(config, data)).of(manifest.listed(folder)[0])
+    found = assemble.best(config, assemble.make_task(config, data), data).of(manifest.listed(folder)[0])
     if found is None:
         raise ConfigError(
             f"--which: got best, but {folder} has no checkpoint that was evaluated; expected final, or a run with "

@@ -43,7 +43,10 @@ def run(argv: list[str], launcher: Launcher) -> int:
     if options["--png"]:
         from dist_train.report import png
 
-        for panel in shown:
+        drawn = png.drawable(shown)
+        for panel in drawn:
             write(Path(options["--png"]) / f"{panel.key}.png", png.png(panel), "--png")
-        print(f"{len(shown)} plots: {options['--png']}")
+        left = len(shown) - len(drawn)
+        only = f" (of your own figures, the page alone has {left})" if left else ""
+        print(f"{len(drawn)} plots: {options['--png']}{only}")
     return ending.OK

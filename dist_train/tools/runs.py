@@ -1,6 +1,7 @@
 """python -m dist_train runs [DIR] [--json]: the runs in DIR (runs) and in the folders below it, newest first.
 
-Age is the time since a run last recorded something. The best metric is the largest eval/accuracy.
+Age is the time since a run last recorded something. The best is that of the metric which the best checkpoint is decided
+by: the first of task.metrics, unless checkpoint.best_metric names another.
 """
 
 import dataclasses
@@ -14,9 +15,9 @@ from dist_train.ranks import ending
 from dist_train.ranks.launcher import Launcher
 from dist_train.report.files import runs_below
 from dist_train.report.glance import Glance, glance
-from dist_train.report.text import duration, number, percent
+from dist_train.report.text import duration, figure, number
 
-HEAD = ("run", "status", "backend", "steps", "best accuracy", "loss", "age")
+HEAD = ("run", "status", "backend", "steps", "best", "loss", "age")
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
@@ -45,7 +46,9 @@ def run(argv: list[str], launcher: Launcher) -> int:
 def _row(one: Glance, place: Path) -> tuple[str, ...]:
     name = one.folder.relative_to(place).as_posix()
     of = f"/{one.total_steps}" if one.total_steps is not None else ""
-    best = f"{percent(one.best_accuracy)} at {one.best_step}" if one.best_accuracy is not None else "-"
+    best = "-"
+    if one.metric is not None and one.best is not None:
+        best = f"{one.metric.removeprefix('eval/')} {figure(one.metric, one.best)} at {one.best_step}"
     return (
         name if name != "." else place.resolve().name,
         one.status,

@@ -1,6 +1,7 @@
 """The bar on a terminal. It is drawn when there are metrics, by whom brings them: between that nothing happens."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from rich.console import Console, Group
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from dist_train.loop.meter import Metrics, duration
 from dist_train.track.base import Course, Summary
+from dist_train.track.words import spoken
 
 
 class Bar:
@@ -64,20 +66,20 @@ class Bar:
             f"step {step}/{steps}",
             f"ETA {self._eta(step)}",
         )
-        return Group(above, Text("  ".join(self._values())))
+        return Group(above, Text("  ".join(self._values()), no_wrap=True, overflow="ellipsis"))
 
     def _eta(self, step: int) -> str:
         rate = self.now.get("train/samples_per_s")
         return duration((self.course.steps - step) * self.course.samples_per_step / rate) if rate else "-"
 
     def _values(self) -> list[str]:
-        forms = {
-            "train/loss": "loss {:.4f}",
-            "eval/accuracy": "accuracy {:.2%}",
-            "train/lr": "lr {:.3g}",
-            "train/samples_per_s": "{:,.0f} samples/s",
+        forms: dict[str, Callable[[float], str]] = {
+            "train/loss": "loss {:.4f}".format,
+            **{name: partial(spoken, name.removeprefix("eval/")) for name in self.course.results[:1]},
+            "train/lr": "lr {:.3g}".format,
+            "train/samples_per_s": "{:,.0f} samples/s".format,
         }
-        values = [form.format(self.now[name]) for name, form in forms.items() if name in self.now]
+        values = [form(self.now[name]) for name, form in forms.items() if name in self.now]
         if self.device.type == "cuda":
             values.append(f"GPU {torch.cuda.max_memory_allocated(self.device) / 2**30:.1f} GiB")
         return values

@@ -39,6 +39,8 @@ class Course:
         steps_per_epoch: of these, in a pass over the data.
         samples_per_step: over all ranks.
         before: folder of the run whose checkpoint this one goes on from, mostly its own; None at the start.
+        results: metrics of an evaluation, such as eval/accuracy: first that which the best checkpoint is decided by.
+        lowest: those of which the least is the best.
     """
 
     at: int
@@ -46,6 +48,8 @@ class Course:
     steps_per_epoch: int
     samples_per_step: int
     before: Path | None
+    results: tuple[str, ...] = ()
+    lowest: frozenset[str] = frozenset()
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:

@@ -1,7 +1,10 @@
 """summary.json of a run that finished."""
 
+import json
+import math
 import statistics
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +12,7 @@ import torch
 from dist_train.config.tree import Config
 from dist_train.loop.meter import Result
 from dist_train.ranks.dist import World, device_name
-from dist_train.track.base import Summary
+from dist_train.track.base import Course, Summary
 from dist_train.versions import versions
 
 
@@ -45,6 +48,29 @@ def finished(config: Config, world: World, backend: str, result: Result, stalls_
         "versions": versions(),
         "git_commit": _git_commit(),
     }
+
+
+def best(path: Path, course: Course) -> Summary:
+    """`best`: of each metric of an evaluation its best value in the whole run, and the step of it.
+
+    Args:
+        path: metrics.jsonl, which knows the evaluations of all starts of the run.
+        course: says which way the metrics get better.
+    """
+    found: dict[str, dict[str, float]] = {}
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if '"eval/' in line]
+    except (OSError, ValueError):  # the file's tracker may have failed
+        return {}
+    for line in lines:
+        for name in course.results:
+            value, before = line.get(name), found.get(name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                continue
+            better = before is None or (value < before["value"] if name in course.lowest else value > before["value"])
+            if better:
+                found[name] = {"value": value, "step": line["step"]}
+    return {"best": found} if found else {}
 
 
 def _saved(stalls_s: list[float]) -> dict[str, dict[str, float]]:

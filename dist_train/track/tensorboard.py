@@ -12,7 +12,6 @@ from dist_train.track.base import Course, Summary, numbers
 
 # Sections of the config that are hyper-parameters: the others say where the run is and what it leaves.
 SECTIONS = ("data", "model", "optim", "train", "backend", "compile")
-RESULTS = ("eval/accuracy", "eval/loss", "train/loss")
 
 
 class TensorBoard:
@@ -38,7 +37,9 @@ class TensorBoard:
         # Of the step itself all was recorded before its checkpoint was.
         self.writer = SummaryWriter(str(place), purge_step=course.at + 1 if course.at else 0)
         # add_hparams would make a run of its own for them.
-        experiment, start, self.end = hparams(_hyper_parameters(tree), dict.fromkeys(RESULTS, 0.0))
+        experiment, start, self.end = hparams(
+            _hyper_parameters(tree), dict.fromkeys((*course.results, "train/loss"), 0.0)
+        )
         if new:
             self.writer.file_writer.add_summary(experiment)
             self.writer.file_writer.add_summary(start)

@@ -22,16 +22,8 @@ from dist_train.track.base import Course, Summary, Tracker, numbers
 from dist_train.track.console import Lines, shows_bar
 from dist_train.track.jsonl import Jsonl
 from dist_train.track.wandb import WandB, run_id
+from dist_train.track.words import spoken
 from dist_train.whole import write_text
-
-# Words in the names of metrics that are shares of 1.
-SHARES = ("accuracy", "precision", "recall", "f1", "iou", "dice", "match")
-
-
-def spoken(name: str, value: float) -> str:
-    """A metric for people: `accuracy 97.49%`, `loss 0.0812`."""
-    share = any(word in name for word in SHARES)
-    return f"{name} {value:.2%}" if share else f"{name} {value:.4f}"
 
 
 class Trackers:
@@ -50,7 +42,7 @@ class Trackers:
         self, config: Config, world: World, folder: Path, course: Course, kept_id: str | None,
         images: Callable[[], torch.Tensor | None],
     ):  # fmt: skip
-        self.config, self.world, self.folder = config, world, folder
+        self.config, self.world, self.folder, self.course = config, world, folder, course
         self.backend = chosen(config.backend.name, world.launcher)
         self.trackers: list[Tracker] = []
         self.code = ending.FAILED
@@ -114,6 +106,7 @@ class Trackers:
         if not self.world.is_main:
             return
         what = summary.finished(self.config, self.world, self.backend, result, stalls_s)
+        what |= summary.best(self.folder / Jsonl.name, self.course)
         self._summary(what | ({"ended_early": early} if early is not None else {}))
         self.code = ending.OK
         if early is not None:

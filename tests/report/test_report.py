@@ -18,10 +18,11 @@ from dist_train.ranks.launcher import Launcher
 from dist_train.report import png, read
 from dist_train.report.images import picture
 from dist_train.report.panels import Curve, Lines, panels, thin
+from dist_train.report.summary import headlines, rows
 from dist_train.report.text import duration, number
 from dist_train.tools import report, runs
 
-from report_runs import lines, make, write_evaluation, write_lines
+from report_runs import lines, make, measured, write_evaluation, write_lines, write_masks, write_predictions
 
 
 @given(st.integers(1, 500), st.integers(10, 60), st.sampled_from([0.0, 0.05, 0.9, 1.0]), st.integers(0, 2**32))
@@ -51,7 +52,7 @@ def test_what_a_killed_run_left_is_read(tmp_path: Path):
     (found,) = read.read([run])
     assert (found.status, found.steps, found.total_steps) == ("unfinished", 40, 40)
     assert found.problems[0] == "2 lines of metrics.jsonl cannot be read"
-    assert "evaluation.npz cannot be read" in found.problems[1] and found.evaluation is None
+    assert "evaluation.npz cannot be read" in found.problems[1] and found.evaluated.classes is None
     losses = found.series["train/loss"]
     assert np.isnan(losses.value[0]) and np.isnan(losses.step[0])
     recorded = [line["train/loss"] for line in lines() if "train/loss" in line]
@@ -221,10 +222,77 @@ def test_runs_lists_them_newest_first(tmp_path: Path, capsys: pytest.CaptureFixt
         ["sweep/1", "unfinished"],
         ["old", "finished"],
     ]
-    assert all("ddp x 2" in row and " 40/40 " in row and "54.00% at 40" in row for row in rows)
+    assert all("ddp x 2" in row and " 40/40 " in row and "accuracy 54.00% at 40" in row for row in rows)
     assert runs.run([str(tmp_path), "--json"], Launcher()) == 0
     first = json.loads(capsys.readouterr().out)[0]
-    assert first["best_accuracy"] == 0.54 and first["loss"] == lines()[-3]["train/loss"]
+    assert (first["metric"], first["best"], first["best_step"]) == ("eval/accuracy", 0.54, 40)
+    assert first["loss"] == lines()[-3]["train/loss"]
+
+
+ERRORS = {"mae": lambda step: abs(step - 20) / 10, "r2": lambda step: step / 100, "loss": lambda step: 1 / step}
+
+
+def test_the_best_of_a_metric_is_its_least_where_less_is_better(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run, found = make(tmp_path / "run", finished=False), lines()
+    measured(found, "eval/mae", ["loss", "mae"], [], **ERRORS)
+    write_lines(run, found)
+    (one,) = read.read([run])
+    assert one.metrics == ["eval/mae", "eval/r2", "eval/loss"] and one.unit == "pixels"
+    cells = {row.key: (row.label, row.cells[0].text, row.cells[0].detail) for row in rows([one])}
+    assert cells["best_mae"] == ("Best mae", "0", "at step 20") and cells["mae"][1] == "2"
+    assert cells["best_r2"] == ("Best r2", "0.4", "at step 40") and "best_accuracy" not in cells
+    assert headlines(one)[:2] == ["best_mae", "eval_loss"]
+    assert [panel.key for panel in panels([one])][:3] == ["loss", "mae", "r2"]
+    assert panels([one])[0].y_label == "loss, mean over pixels" and not panels([one])[2].percent
+    assert runs.run([str(tmp_path)], Launcher()) == 0
+    assert " mae 0 at 20 " in capsys.readouterr().out
+
+
+def test_several_test_splits_and_parts_of_a_metric_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folders = [make(tmp_path / name, finished=False) for name in ("one", "two")]
+    for i, folder in enumerate(folders):
+        found = lines()
+        of = {"day__f1": lambda step, i=i: step / 50 - i / 10, "night__f1": lambda _: 0.25}
+        of |= {"day__f1__micro": lambda _: 0.5, "day__loss": lambda step: 4 / step, "night__loss": lambda _: 3.0}
+        measured(found, "eval/day/f1", ["loss"], ["day", "night"], **of)
+        write_lines(folder, found)
+    both = read.read(folders)
+    table = {row.key: row for row in rows(both)}
+    assert table["best_day/f1"].label == "Best f1 of day" and table["best_night/loss"].label.endswith("loss of night")
+    assert [(cell.text, cell.best) for cell in table["best_day/f1"].cells] == [("80.00%", True), ("70.00%", False)]
+    loss, f1, *_ = panels(both)
+    assert [curve.label for curve in loss.curves if "one" in curve.label] == [
+        "one, train", "one, evaluation, day", "one, evaluation, night",
+    ]  # fmt: skip
+    labels = {"one, day", "one, day, micro", "one, night"}
+    assert f1.key == "f1" and f1.percent and {curve.label for curve in f1.curves if "one" in curve.label} == labels
+    assert runs.run([str(tmp_path)], Launcher()) == 0
+    assert "day/f1 80.00% at 40" in capsys.readouterr().out
+
+
+def test_numbers_that_the_users_code_logs_are_drawn(tmp_path: Path):
+    run, found = make(tmp_path / "run", finished=False), lines()
+    for line in found:
+        if "train/loss" in line:
+            line |= {"train/d_loss": 1.5, "gan/score": 2.0, "straggler/rank": 1, "lr": 3}
+    write_lines(run, found)
+    keys = {panel.key for panel in panels(read.read([run]))}
+    assert {"train-d_loss", "gan-score"} <= keys and not {"straggler-rank"} & keys
+
+
+def test_what_other_tasks_leave_is_drawn_and_a_damaged_file_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture):
+    run = make(tmp_path / "run", finished=False)
+    write_predictions(run, 2)
+    write_masks(run)
+    assert report.run([str(run), "--png", str(tmp_path / "plots")], Launcher()) == 0
+    for key in ("predicted-0", "predicted-1", "worst", "masks"):
+        with Image.open(tmp_path / f"plots/{key}.png") as image:
+            assert image.size[0] == 1280 and len(set(image.convert("L").resize((80, 60)).tobytes())) > 10, key
+    for name in ("predictions.npz", "masks.npz", "panels.json"):
+        (run / name).write_bytes(b"PK\3\4 cut off")
+    (one,) = read.read([run])
+    assert [problem.split()[0] for problem in one.problems] == ["panels.json", "predictions.npz", "masks.npz"]
+    assert report.run([str(run)], Launcher()) == 0
 
 
 def test_runs_reads_only_what_it_needs(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 
 from dist_train.ranks.launcher import Launcher
+from dist_train.tasks import panels
+from dist_train.tasks.panels import Plot, Table
 from dist_train.tools import report
 
-from report_runs import CLASSES, lines, make, write_evaluation, write_lines
+from report_runs import (
+    CLASSES,
+    lines,
+    make,
+    measured,
+    write_evaluation,
+    write_lines,
+    write_masks,
+    write_predictions,
+)
 from zygote import Run, Zygote
 
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
@@ -217,6 +228,69 @@ def test_spikes_and_gaps_are_seen_in_a_thinned_curve(opened: Open, tmp_path: Pat
         )
         assert row(page, "not_finite") == ["2"] and row(page, "status") == ["unfinished"]
         assert "mean of 16 lines" in page.inner_text("[data-panel=ranks] .note")
+
+
+def cells(page, key: str) -> list[list[str]]:
+    rows = f"[data-panel='{key}'] tbody tr"
+    return page.eval_on_selector_all(rows, "all => all.map(r => [...r.cells].map(c => c.innerText))")
+
+
+def test_a_regression_shows_predicted_against_true(opened: Open, tmp_path: Path):
+    run, found = make(tmp_path / "run", finished=False), lines()
+    measured(found, "eval/r2", ["loss"], [], r2=lambda step: step / 100, loss=lambda step: 1 / step)
+    write_lines(run, found)
+    write_predictions(run)
+    with opened(write(tmp_path / "page.html", run)) as page:
+        assert row(page, "best_r2") == ["0.4"]
+        first = page.inner_text(".card.run .facts div:first-child").split("\n")
+        assert first == ["Best r2", "0.4", "at step 40"]
+        some, worst = (curve(page, "predicted", i) for i in (0, 1))
+        assert len(some["x"]) == 48 and sorted(worst["customdata"]) == [1, 12, 21]
+        assert worst["y"][worst["customdata"].index(1)] == -1
+        low, high = layout(page, "predicted", "xaxis.range")
+        assert layout(page, "predicted", "yaxis.range") == [low, high] and low < -2 and high > 4
+        marks = page.eval_on_selector_all(f"{figure('predicted')} .points path", "all => all.length")
+        assert marks == 51
+        assert cells(page, "worst")[1] == ["#1", "9.25", "2", "-1"]
+        assert "51 test samples; marked: the 3" in page.inner_text("[data-panel='predicted'] .note")
+
+
+def test_a_segmentation_shows_its_worst_masks(opened: Open, tmp_path: Path):
+    run = make(tmp_path / "run", finished=False)
+    write_masks(run)
+    colours = """all => all.map(e => { const c = document.createElement("canvas"); c.width = e.naturalWidth;
+        c.height = e.naturalHeight; const p = c.getContext("2d"); p.drawImage(e, 0, 0);
+        return [c.width, c.height, [...p.getImageData(1, 1, 1, 1).data].slice(0, 3).join()]; })"""
+    with opened(write(tmp_path / "page.html", run)) as page:
+        seen = page.eval_on_selector_all("[data-panel='masks'] img", colours)
+        assert [one[:2] for one in seen] == [[6, 4]] * 3 + [[3, 5]] * 3
+        # Pixel (1, 1) is of class 7 % 4 = 3, which the first predicts as well, and of 4 % 4 = 0, taken for 1.
+        assert [one[2] for one in seen] == [
+            "9,9,9", "180,82,143", "180,82,143", "9,9,9", "0,114,178", "232,112,42",
+        ]  # fmt: skip
+        legend = page.eval_on_selector_all("[data-panel='masks'] .legend li", "all => all.map(e => e.innerText)")
+        assert legend == ["does not count", *CLASSES]
+        assert page.inner_text("[data-panel='masks'] figcaption >> nth=1").split("\n") == [
+            "#3", "loss 2.25, 0.00% of its pixels right",
+        ]  # fmt: skip
+
+
+def test_panels_of_the_users_own_are_drawn_and_none_of_them_runs(opened: Open, tmp_path: Path):
+    run = make(tmp_path / "run", finished=False)
+    figure_of_hers = {
+        "data": [{"type": "bar", "x": [NASTY, "b"], "y": [1, 2], "name": NASTY}, {"type": "bar", "y": [3, None]}],
+        "layout": {"title": {"text": "hers"}, "height": 250, "xaxis": {"title": {"text": NASTY}}},
+    }
+    table = Table(NASTY, [NASTY, "b"], [[NASTY, 0.12345], [None, True]], NASTY)
+    panels.write(run, panels.encoded([table, Plot("Bars", figure_of_hers)]))
+    with opened(write(tmp_path / "page.html", run), color_scheme="dark") as page:
+        assert page.evaluate("window.hacked") is None and not page.query_selector_all("main script")
+        assert page.inner_text("[data-panel='own-0'] h3") == NASTY
+        assert cells(page, "own-0") == [[NASTY, "0.1235"], ["–", "yes"]]
+        assert page.eval_on_selector_all(f"{figure('own-1')} .bars .point", "all => all.length") >= 3
+        assert page.eval_on_selector(figure("own-1"), "e => e.clientHeight") == 250
+        assert page.eval_on_selector_all(f"{figure('own-1')} .gtitle", "all => all.length") == 0
+        assert layout(page, "own-1", "template.layout.paper_bgcolor") == "rgba(0,0,0,0)"
 
 
 def test_a_real_run(opened: Open, zygote: Zygote, tmp_path: Path):

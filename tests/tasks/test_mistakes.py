@@ -16,7 +16,7 @@ from dist_train.data.sets import Columns
 from dist_train.loop import optim
 from dist_train.ranks import dist
 from dist_train.run import assemble
-from dist_train.tasks import mistakes
+from dist_train.tasks import mistakes, worst
 
 from checkpoint_runs import DDP, SINGLE, resumed_from, root
 from faults import moments
@@ -158,9 +158,9 @@ def test_above_a_thousand_classes_there_is_no_matrix(tmp_path: Path):
 
 def test_floats_are_scaled_by_their_own_range():
     image = torch.tensor([[-1.0, 0.0], [1.0, float("nan")]])
-    assert mistakes._pixels(image).tolist() == [[0, 128], [255, 128]]
-    assert mistakes._pixels(torch.full((2, 2), 3.0)).tolist() == [[0, 0], [0, 0]]
-    assert mistakes._pixels(torch.tensor([[7]], dtype=torch.uint8)).tolist() == [[7]]
+    assert worst.pixels(image).tolist() == [[0, 128], [255, 128]]
+    assert worst.pixels(torch.full((2, 2), 3.0)).tolist() == [[0, 0], [0, 0]]
+    assert worst.pixels(torch.tensor([[7]], dtype=torch.uint8)).tolist() == [[7]]
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------

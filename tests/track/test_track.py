@@ -340,7 +340,7 @@ def test_the_bar_fits_into_80_columns(monkeypatch: pytest.MonkeyPatch):
     from dist_train.track.bar import Bar
 
     monkeypatch.setattr("torch.cuda.max_memory_allocated", lambda device: 75.3 * 2**30)
-    bar = Bar(Course(0, 1_000_000, 12_345, 64, None), torch.device("cuda"), str)
+    bar = Bar(Course(0, 1_000_000, 12_345, 64, None, ("eval/accuracy",)), torch.device("cuda"), str)
     bar.now = {"step": 123_456, "epoch": 10.0005, "train/loss": 12.3456, "eval/accuracy": 1.0, "train/lr": 1.234e-4}
     bar.now["train/samples_per_s"] = 1_234_567.0
     console = Console(width=80, file=io.StringIO())
