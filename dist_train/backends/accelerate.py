@@ -22,8 +22,8 @@ from dist_train.backends.base import (
     named_as,
     optimizer_state,
     to_cpu,
-    trained_of,
     update,
+    updated_of,
     whole_norm,
 )
 from dist_train.backends.probe import NOTHING, Findings
@@ -98,9 +98,9 @@ class Accelerate(Backend):
         """See Backend."""
         return load_optimizer(self, self.bare, self.optimizer.optimizer, saved, read)
 
-    def trained(self) -> list[torch.Tensor]:
+    def updated(self) -> list[torch.Tensor]:
         """See Backend."""
-        return trained_of(self.bare)
+        return updated_of(self.bare)
 
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
         """See Backend."""

@@ -103,9 +103,13 @@ class Backend(ABC):
         """
 
     @abstractmethod
+    def updated(self) -> list[torch.Tensor]:
+        """What the optimizer updates on this rank, always in the same order. When its `step` is called, their `grad` is
+        the gradient of the whole step, clipped. Parts of a weight that ranks share out are disjoint."""
+
     def trained(self) -> list[torch.Tensor]:
-        """This rank's memory of the weights that the optimizer updates, as plain tensors. Parts of a weight that ranks
-        share out are disjoint."""
+        """The memory of `updated`, as plain tensors."""
+        return [local_of(tensor) for tensor in self.updated()]
 
     @abstractmethod
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
@@ -187,9 +191,9 @@ def model_state(model: nn.Module) -> dict[str, Shards]:
     return {f"model.{name}": shards_of(value) for name, value in model.state_dict().items()}
 
 
-def trained_of(model: nn.Module) -> list[torch.Tensor]:
-    """Backend.trained, where the optimizer holds the model's own parameters."""
-    return [local_of(p) for _, p in _trained(model)]
+def updated_of(model: nn.Module) -> list[torch.Tensor]:
+    """Backend.updated, where the optimizer holds the model's own parameters."""
+    return [p for _, p in _trained(model)]
 
 
 def named_as(model: nn.Module, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:

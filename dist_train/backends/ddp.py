@@ -19,8 +19,8 @@ from dist_train.backends.base import (
     named_as,
     optimizer_state,
     to_cpu,
-    trained_of,
     update,
+    updated_of,
     whole_norm,
 )
 from dist_train.backends.shards import Shards
@@ -69,9 +69,9 @@ class DDP(Backend):
         """See Backend."""
         return load_optimizer(self, self.bare, self.optimizer, saved, read)
 
-    def trained(self) -> list[torch.Tensor]:
+    def updated(self) -> list[torch.Tensor]:
         """See Backend."""
-        return trained_of(self.bare)
+        return updated_of(self.bare)
 
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
         """See Backend."""

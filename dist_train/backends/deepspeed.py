@@ -29,7 +29,7 @@ from dist_train.backends.base import (
     optimizer_keys,
     optimizer_state,
     to_cpu,
-    trained_of,
+    updated_of,
     whole_norm,
 )
 from dist_train.backends.gradients import Counted, Whole
@@ -211,9 +211,9 @@ class DeepSpeed(Backend):
             initial.fill(flat, self.optimizer.state[flat], number)
         return lines
 
-    def trained(self) -> list[torch.Tensor]:
+    def updated(self) -> list[torch.Tensor]:
         """See Backend."""
-        return [flat.detach() for flat in self._flats()] if self.stage else trained_of(self.bare)
+        return self._flats() if self.stage else updated_of(self.bare)
 
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
         """See Backend."""

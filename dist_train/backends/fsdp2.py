@@ -19,8 +19,8 @@ from dist_train.backends.base import (
     model_state,
     named_as,
     optimizer_state,
-    trained_of,
     update,
+    updated_of,
 )
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
@@ -106,9 +106,9 @@ class FSDP2(Backend):
         """See Backend."""
         return load_optimizer(self, self.model, self.optimizer, saved, read)
 
-    def trained(self) -> list[torch.Tensor]:
+    def updated(self) -> list[torch.Tensor]:
         """See Backend."""
-        return trained_of(self.model)
+        return updated_of(self.model)
 
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
         """See Backend."""

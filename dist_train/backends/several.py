@@ -109,15 +109,15 @@ class Several(Backend):
             lines += [f"{name}: {line}" for line in part.load(mine, read_mine)]
         return lines
 
-    def trained(self) -> list[torch.Tensor]:
+    def updated(self) -> list[torch.Tensor]:
         """See Backend."""
-        return [tensor for part in self.parts.values() for tensor in part.trained()]
+        return [tensor for part in self.parts.values() for tensor in part.updated()]
 
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
         """See Backend."""
         found, left = {}, list(tensors)
         for name, part in self.parts.items():
-            count = len(part.trained())
+            count = len(part.updated())
             found |= {f"{name}.{key}": shards for key, shards in part.named(left[:count]).items()}
             left = left[count:]
         return found

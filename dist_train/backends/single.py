@@ -17,8 +17,8 @@ from dist_train.backends.base import (
     named_as,
     optimizer_state,
     to_cpu,
-    trained_of,
     update,
+    updated_of,
     whole_norm,
 )
 from dist_train.backends.shards import Shards
@@ -59,9 +59,9 @@ class Single(Backend):
         """See Backend."""
         return load_optimizer(self, self.model, self.optimizer, saved, read)
 
-    def trained(self) -> list[torch.Tensor]:
+    def updated(self) -> list[torch.Tensor]:
         """See Backend."""
-        return trained_of(self.model)
+        return updated_of(self.model)
 
     def named(self, tensors: Sequence[torch.Tensor]) -> dict[str, Shards]:
         """See Backend."""

@@ -1,6 +1,7 @@
 """Resuming: which checkpoint, whether it fits this run, and loading it."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,13 @@ def facts_of(model: nn.Module, data: Data) -> Facts:
     return Facts(tensors, len(data.train), sum(map(len, data.tests.values())), data.fingerprint)
 
 
-def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
+def choose(place: Path, world: World, before: float = math.inf) -> tuple[Found | None, list[Damaged]]:
     """The newest whole checkpoint of a run folder, or the one that `place` is, read by all ranks. Collective.
+
+    Args:
+        place: the folder.
+        world: this rank's place.
+        before: of those with fewer steps than this.
 
     Returns:
         It, None if there is none at all, and what is wrong with those that were passed over.
@@ -57,7 +63,7 @@ def choose(place: Path, world: World) -> tuple[Found | None, list[Damaged]]:
         ConfigError: there are some, and all are damaged.
     """
     found, damaged = dist.on_main(functools.partial(manifest.listed, place))
-    for folder, what in found:
+    for folder, what in (one for one in found if one[1].step < before):
         from dist_train.checkpoint import storage  # many modules, which a run from the start does not need
 
         mine = sorted(what.files)[world.rank :: world.size]

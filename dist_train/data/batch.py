@@ -113,8 +113,10 @@ def _children(tree: Any) -> tuple[list[Any], Rebuild] | None:
         return list(tree), kind
     if isinstance(tree, torch.Tensor):
         return None
-    if isinstance(tree, Mapping):  # such as transformers' BatchEncoding
+    if isinstance(tree, Mapping):
         keys = list(tree)
+        if dataclasses.is_dataclass(tree):  # transformers' ModelOutput
+            return [tree[key] for key in keys], lambda values: kind(**dict(zip(keys, values, strict=True)))
         return [tree[key] for key in keys], lambda values: dict(zip(keys, values, strict=True))
     if isinstance(tree, tuple):  # a NamedTuple
         return list(tree), lambda values: kind(*values)

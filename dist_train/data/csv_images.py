@@ -108,9 +108,10 @@ def csv_images(
     with kept_apart():  # transforms may draw
         shape = tuple(files(rows[:1], image, None)[0][0].shape)
         classes = _targets(names, target)
+    train, test = files(rows, image, shape), files(test_rows, test_image, shape)
     return Data(
-        Samples(files(rows, image, shape), identity(rows), draws=bool(image or target)),
-        Samples(files(test_rows, test_image, shape), identity(test_rows), draws=bool(test_image or target)),
+        Samples(train, identity(rows), draws=bool(image or target), describe=train.path),
+        Samples(test, identity(test_rows), draws=bool(test_image or target), describe=test.path),
         input_shape=shape,
         classes=classes,
         mean=tuple(mean),

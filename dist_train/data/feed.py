@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from dist_train.data.batch import Batch, flatten, leaves_of, names_of
+from dist_train.data.batch import Batch, flatten, leaves_of, mapped, names_of
 from dist_train.data.batch_transforms import BatchTransforms
 from dist_train.data.generators import sendable
 from dist_train.data.order import Plan
@@ -140,6 +140,17 @@ class Feed:
             leaves = list(self.transforms(*leaves, read, 0))
         return Batch(rebuild(leaves), torch.from_numpy(samples), len(samples))
 
+    def read(self, samples: np.ndarray) -> Any:
+        """The tree of these samples, as the data set has it, on the CPU.
+
+        Raises:
+            ConfigError: one of them is bad.
+        """
+        if isinstance(self.split, Columns):
+            index = torch.from_numpy(samples)
+            return mapped(self.split.tree, lambda leaf: leaf[index])
+        return self.reader.read(samples)
+
     def inputs(self, samples: np.ndarray) -> torch.Tensor:
         """What a model takes of these samples, as the data set has it, on the CPU: the first of each pair.
 
@@ -147,9 +158,7 @@ class Feed:
             ConfigError: one of them is bad.
         """
         assert self.paired
-        if isinstance(self.split, Columns):
-            return self.split.leaves[0][torch.from_numpy(samples)]
-        return leaves_of(self.reader.read(samples))[0]
+        return leaves_of(self.read(samples))[0]
 
     def _from_memory(
         self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None

@@ -101,6 +101,10 @@ class ImageFiles(Dataset[tuple[torch.Tensor, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    def path(self, index: int) -> str:
+        """Of the image's file."""
+        return str(self.folder / self.rows[index].path)
+
     def __getitem__(self, index: int) -> tuple[torch.Tensor, Any]:
         row = self.rows[index]
         path = self.folder / row.path

@@ -70,9 +70,10 @@ def image_folder(
 
     with kept_apart():  # transforms may draw
         shape = tuple(files(rows[:1], transforms, None)[0][0].shape)
+    train, test = files(rows, transforms, shape), files(test_rows, test_transforms, shape)
     return Data(
-        Samples(files(rows, transforms, shape), _named(rows, base), draws=transforms is not None),
-        Samples(files(test_rows, test_transforms, shape), _named(test_rows, base), draws=test_transforms is not None),
+        Samples(train, _named(rows, base), draws=transforms is not None, describe=train.path),
+        Samples(test, _named(test_rows, base), draws=test_transforms is not None, describe=test.path),
         input_shape=shape,
         classes=names,
         mean=tuple(mean),

@@ -86,6 +86,7 @@ class Samples:
             those that the data set or what it uses keeps, are seeded for each sample. False saves the time of it.
         collate: makes one tree of tensors [samples, ...] of a list of items, such as by padding them; None stacks
             them, as torch's default_collate does.
+        describe: text about a sample, by its number, such as the path of its file: for people who look for it.
 
     Raises:
         ConfigError: the data set has no samples by number.
@@ -95,6 +96,7 @@ class Samples:
     identity: str = ""
     draws: bool = True
     collate: Callable[[list[Any]], Any] | None = None
+    describe: Callable[[int], str] | None = None
 
     def __post_init__(self) -> None:
         kind = type(self.dataset)

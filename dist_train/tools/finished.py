@@ -1,4 +1,4 @@
-"""A finished run, as the commands that read one take it from the command line."""
+"""A run, as the commands that read one take it from the command line."""
 
 import dataclasses
 from pathlib import Path
@@ -15,16 +15,27 @@ def finished(argv: list[str], command: str) -> tuple[Path, Config]:
     The run's weights are all that its model needs, so the file that it started from may be gone: model.init_from is
     taken out. Raises ConfigError.
     """
+    folder, config = recorded(argv, command, "a finished run")
     given = load(argv, f"python -m dist_train {command}")
-    folder = run_folder(given)
-    if folder is None:
-        raise ConfigError(f"run.dir: got nothing, expected the folder of a finished run; write {command} --run.dir DIR")
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"run.dir: got {folder}, expected the folder of a finished run, with config.yaml in it")
     if given.model.init_from is not None:
         raise ConfigError(
             f"model.init_from: got {given.model.init_from}, but {command} takes the weights of the run; leave it out"
         )
-    config = load(["--config", written(str(folder / "config.yaml")), *argv])
     own = dataclasses.replace(config.model, init_from=None, init_strict=False)
     return folder, dataclasses.replace(config, model=own)
+
+
+def recorded(argv: list[str], command: str, kind: str = "a run") -> tuple[Path, Config]:
+    """The same of any run, with all that its config says. Raises ConfigError.
+
+    Args:
+        argv: the command line.
+        command: whose it is.
+        kind: of the run that is expected.
+    """
+    folder = run_folder(load(argv, f"python -m dist_train {command}"))
+    if folder is None:
+        raise ConfigError(f"run.dir: got nothing, expected the folder of {kind}; write {command} --run.dir DIR")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run.dir: got {folder}, expected the folder of {kind}, with config.yaml in it")
+    return folder, load(["--config", written(str(folder / "config.yaml")), *argv])
