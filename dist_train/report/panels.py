@@ -9,6 +9,7 @@ import numpy as np
 
 from dist_train.report.evaluated import Masked, Predictions, Wrong
 from dist_train.report.read import TRAIN, Event, RankTimes, Run
+from dist_train.report.replayed import Replayed
 from dist_train.report.text import duration, number
 from dist_train.tasks import panels as own
 from dist_train.track.words import is_share
@@ -19,6 +20,7 @@ DARK = ("#4aa8e8", "#ff8b4a", "#2cc79b", "#e59ac6", "#f0b93a", "#9bd3f5", "#aab4
 POINTS_PER_CURVE = 2000
 POINTS_PER_PANEL = 24_000
 FEWEST_POINTS = 200
+SHOWN_SAMPLES, SHOWN_LAYERS = 10, 20  # of a step
 # More vertical lines than this would hide the curve; the time line has them all.
 MOST_MARKS = 40
 MOST_CHECKPOINTS = 400
@@ -239,7 +241,7 @@ class Rows:
         key: names its file.
         title: of the table.
         columns: their names.
-        rows: of each a text, a number, or None for each column.
+        rows: of each a text, a number, a picture (PNG), or None for each column.
         note: about what is in it.
         worst: it belongs to what is most wrong.
     """
@@ -247,7 +249,7 @@ class Rows:
     key: str
     title: str
     columns: list[str]
-    rows: list[list[str | float | None]]
+    rows: list[list[str | float | bytes | None]]
     note: str = ""
     worst: bool = False
 
@@ -313,6 +315,8 @@ def panels(runs: list[Run]) -> list[Panel]:
         if masks is not None and masks.worst:
             found.append(MaskGallery(f"masks{suffix}", f"Largest losses{of}", masks.classes, masks.worst, i))
         found += [_own(panel, j, suffix, of) for j, panel in enumerate(run.evaluated.panels)]
+        for step in run.replayed:
+            found += _of_step(step, suffix, of)
     return found
 
 
@@ -377,6 +381,29 @@ def _of_predictions(left: Predictions, run: int, suffix: str, of: str) -> list[P
     table = [[f"#{i:,}", loss, *values] for i, loss, values in rows]
     found.append(Rows(f"worst{suffix}", f"Largest losses{of}", ["test sample", "loss", *heads], table, "", True))
     return found
+
+
+def _of_step(step: Replayed, suffix: str, of: str) -> list[Panel]:
+    """A step that was taken again: its samples, and the gradient by parameter."""
+    title, key = f"Step {step.step:,}, taken again", f"step-{step.step}"
+    said = "the run recorded nothing to compare with" if step.off is None else f"at most {step.off:.1e} from the record"
+    norm = "" if step.grad_norm is None else f", gradient norm {number(step.grad_norm)}"
+    note = f"loss {number(step.loss)}{norm}; {'differs: ' if step.differs else ''}{said}"
+    if step.unknown:
+        note += f"; no loss of each sample, as {step.unknown}"
+    shown = [one for one in step.samples if one.what] or step.samples[:SHOWN_SAMPLES]
+    pictures = any(one.png for one in shown)
+    head = ["sample", *(["picture"] if pictures else []), "loss", "what it is"]
+    rows = [[f"#{one.index:,}", *([one.png or None] if pictures else []), one.loss, one.what] for one in shown]
+    if len(step.samples) > len(shown):
+        note += f"; and {len(step.samples) - len(shown):,} others"
+    layers = sorted(step.layers.items(), key=lambda one: -one[1] if np.isfinite(one[1]) else -np.inf)
+    norms = [[name, value] for name, value in layers[:SHOWN_LAYERS]]
+    left = f"the largest {SHOWN_LAYERS} of {len(layers):,}" if len(layers) > SHOWN_LAYERS else ""
+    return [
+        Rows(f"{key}{suffix}", f"{title}{of}", head, rows, note),
+        Rows(f"{key}-gradient{suffix}", f"{title}: gradient{of}", ["weights", "gradient norm"], norms, left),
+    ]
 
 
 def _own(panel: own.Panel, j: int, suffix: str, of: str) -> Panel:

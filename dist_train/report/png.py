@@ -258,8 +258,8 @@ def _rows(panel: Rows, figure: "Figure") -> None:
     _note(figure, "; ".join(filter(None, [panel.note, f"and {left_out:,} more rows" if left_out else ""])))
 
 
-def _text(cell: str | float | None) -> str:
-    if cell is None:
+def _text(cell: str | float | bytes | None) -> str:
+    if cell is None or isinstance(cell, bytes):
         return "–"
     return str(cell) if isinstance(cell, str | bool) else number(cell)
 

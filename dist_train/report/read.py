@@ -18,6 +18,8 @@ from dist_train.errors import ConfigError
 from dist_train.report.evaluated import Evaluated
 from dist_train.report.evaluated import read as read_evaluated
 from dist_train.report.files import METRICS, is_run
+from dist_train.report.replayed import Replayed
+from dist_train.report.replayed import read as read_replayed
 from dist_train.run.lock import holder
 from dist_train.track.status import summary_of
 from dist_train.track.words import lower_is_better, parts_of
@@ -111,6 +113,7 @@ class Run:
         events: in their order; none in runs of versions without them.
         ranks: None if no line has ranks/own_ms.
         evaluated: what the last evaluation left.
+        replayed: steps that were taken again, by step.
         environment: text by name: what it was computed with and where.
         steps: optimizer steps done.
         total_steps: that the config asks for, as far as it is known.
@@ -127,6 +130,7 @@ class Run:
     events: list[Event] = field(default_factory=list)
     ranks: RankTimes | None = None
     evaluated: Evaluated = field(default_factory=Evaluated)
+    replayed: list[Replayed] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     steps: int = 0
     total_steps: int | None = None
@@ -195,6 +199,7 @@ def _read(folder: Path, name: str) -> Run:
     run.steps = int(run.steps if run.status != "finished" else summary.get("steps", run.steps))
     run.total_steps = total_steps(run.config, *last_epoch)
     run.evaluated = read_evaluated(folder, run.problems)
+    run.replayed = read_replayed(folder, run.problems)
     run.environment = _environment(run)
     return run
 

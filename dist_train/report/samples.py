@@ -67,9 +67,11 @@ def table(panel: Rows) -> str:
 <div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div></figure>"""
 
 
-def _cell(cell: str | float | None) -> str:
+def _cell(cell: str | float | bytes | None) -> str:
     if cell is None:
         return ABSENT
+    if isinstance(cell, bytes):
+        return f'<img src="data:image/png;base64,{base64.b64encode(cell).decode()}" alt="">'
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     return escape(cell) if isinstance(cell, str) else number(cell)

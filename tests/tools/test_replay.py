@@ -194,3 +194,18 @@ def test_mistakes(recorded: Path, zygote: Zygote, tmp_path: Path, argv: list[str
 def test_a_folder_that_is_no_runs(zygote: Zygote, tmp_path: Path):
     _, ended = replayed(zygote, tmp_path / "nothing", tmp_path / "r.json", "--step", "3")
     assert ended.codes == [2] and "expected the folder of a run" in ended.err[0]
+
+
+def test_the_report_shows_it(recorded: Path, zygote: Zygote, tmp_path: Path):
+    run = Path(shutil.copytree(recorded, tmp_path / "run"))
+    kept = run / "replay" / "step-00000009.json"
+    zygote.run(Run(["replay", "--run.dir", str(run), "--step", "9"]))[0].check()
+    zygote.run(Run(["report", str(run)]))[0].check()
+    page = (run / "report.html").read_text()
+    tree = json.loads(kept.read_text())
+    assert "Step 9, taken again" in page and f"#{tree['steps'][0]['samples'][0]['index']}" in page
+    assert tree["steps"][0]["samples"][0]["png"] in page and "layers.1.weight" in page
+    kept.write_text('{"steps": [{"step": 9}], "compared": []}')
+    zygote.run(Run(["report", str(run)]))[0].check()
+    page = (run / "report.html").read_text()
+    assert "replay/step-00000009.json cannot be read" in page and "taken again" not in page
