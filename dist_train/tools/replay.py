@@ -41,7 +41,6 @@ OPTIONS = {
 }
 SHOWN_LAYERS = 10
 COMPARED = ("train/loss", "train/grad_norm")
-PICTURES = 8  # of a step, in the report
 Line = dict[str, float]  # of metrics, by name
 
 
@@ -197,8 +196,8 @@ def _of_step(step: "Step", parts: "Parts", shown: int) -> dict[str, Any]:
         one: dict[str, Any] = {"index": sample, "loss": loss}
         if i < shown:
             one["what"] = described(parts, sample)
-        if i < PICTURES and (png := _png(parts, sample)):
-            one["png"] = png
+            if png := _png(parts, sample):
+                one["png"] = png
         samples.append(one)
     return {
         "step": step.number,
