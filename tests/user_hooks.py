@@ -125,3 +125,11 @@ class Showing(dist_train.Hook):
         run.show(dist_train.Table("Steps", ["rank", "step"], [[run.world.rank, run.step]]))
         if self.wrong:
             run.show("a text")  # type: ignore[arg-type]
+
+
+class Start(dist_train.Hook):
+    """Keeps the weights that a run on one process starts from."""
+
+    def start(self, run: dist_train.Run) -> None:
+        weights = {name: p.detach().clone() for name, p in run.model.named_parameters(remove_duplicate=False)}
+        torch.save(weights, run.folder / "start.pt")

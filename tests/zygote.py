@@ -40,6 +40,7 @@ class Run:
         kill_all: when a rank was killed, kill the others at once; else they end by themselves.
         cwd: the folder to start in; None for that of the tests.
         script: a Python file to run in place of the package, in `cwd`.
+        launched: by torchrun, also where it is one rank alone.
     """
 
     argv: list[str]
@@ -48,6 +49,7 @@ class Run:
     kill_all: bool = False
     cwd: str | None = None
     script: str | None = None
+    launched: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,14 @@ class Ended:
 
 
 class Zygote:
-    """The process that is forked; see the module."""
+    """The process that is forked; see the module.
 
-    def __init__(self) -> None:
+    Args:
+        more: modules that it imports beside those of WARM.
+    """
+
+    def __init__(self, *more: str) -> None:
+        self.more = more
         self.process: subprocess.Popen | None = None
         self.link: Connection | None = None
 
@@ -79,7 +86,7 @@ class Zygote:
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
             environment = os.environ | threads | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
             with Listener(family="AF_UNIX") as listener:
-                serve = f"import zygote; zygote._serve({listener.address!r})"
+                serve = f"import zygote; zygote._serve({listener.address!r}, {self.more!r})"
                 self.process = subprocess.Popen([sys.executable, "-c", serve], env=environment)
                 self.link = listener.accept()
         self.link.send(runs)
@@ -94,8 +101,8 @@ class Zygote:
             self.process.wait()
 
 
-def _serve(address: str) -> None:
-    for name in WARM:
+def _serve(address: str, more: tuple[str, ...]) -> None:
+    for name in (*WARM, *more):
         importlib.import_module(name)
     gc.freeze()  # a collection in a forked process would copy every page
     link = Client(address, family="AF_UNIX")
@@ -152,7 +159,7 @@ def _rank(run: Run, rank: int, port: int, output: Path) -> None:
         for fd, kind in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT), fd)
         faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
-        if run.ranks > 1:
+        if run.ranks > 1 or run.launched:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.ranks, "LOCAL_WORLD_SIZE": run.ranks}
             os.environ |= {name: str(value) for name, value in place.items()}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
