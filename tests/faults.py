@@ -18,7 +18,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
 from importlib import metadata
@@ -39,10 +39,11 @@ from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.doctor import link, machine, meeting
 from dist_train.loop import meter
+from dist_train.loop.evaluate import Sums
 from dist_train.models.mlp import MLP
 from dist_train.ranks import dist, ending, orphan, rendezvous, watchdog
 from dist_train.ranks.phases import Phases
-from dist_train.run import folder, session
+from dist_train.run import assemble, folder, session
 from dist_train.run.early_stopping import EarlyStopping
 
 
@@ -850,3 +851,51 @@ def another_epochs_order() -> None:
 
     own = Plan.indices
     Plan.indices = lambda plan, epoch, *where: own(plan, epoch + 1, *where)
+
+
+# -- means that are no means over all ranks ----------------------------------------------------------------------------
+
+
+def own_units(tensor: torch.Tensor) -> dist.Pending:
+    """Each rank's own units, as many times as there are ranks: what a mean over ranks makes of them."""
+    return lambda: tensor * torch_dist.get_world_size()
+
+
+OVER_RANKS = Sums.over_ranks
+
+
+def averaged(sums: Sums) -> dict[str, torch.Tensor]:
+    """As if each rank divided by itself, and the ranks' metrics were averaged."""
+    sums.tensors = {name: value / sums.tensors["units"] for name, value in sums.tensors.items()}
+    return OVER_RANKS(sums)
+
+
+def units_by_rank() -> None:
+    """See `own_units`."""
+    dist.sum_later = own_units
+
+
+def metrics_by_rank() -> None:
+    """See `averaged`."""
+    Sums.over_ranks = averaged
+
+
+# -- facts -------------------------------------------------------------------------------------------------------------
+
+
+def fact_to_another(name: str, argument: str) -> None:
+    """What a data set tells of itself is passed to an argument of another name too."""
+    asks = assemble.asked
+
+    def asked(function: Any, known: Mapping[str, Any]) -> dict[str, Any]:
+        return asks(function, known) | asks(function, {argument: known.get(name)})
+
+    assemble.asked = asked
+
+
+# -- backends ----------------------------------------------------------------------------------------------------------
+
+
+def other_backend(name: str, path: str) -> None:
+    """Under the name of a backend another class is taken."""
+    BACKENDS[name] = path

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from dist_train.backends.fsdp2 import FSDP2
 from dist_train.backends.shards import shards_of
@@ -238,7 +239,7 @@ class AnothersShard(FSDP2):
         """Those of the next rank, as they were at the start."""
         others = []
         for p, mine in zip([p for p in self.model.parameters() if p.requires_grad], super().trained(), strict=True):
-            whole = p.full_tensor() if mine.shape != p.shape else p
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
             parts = whole.detach().chunk(self.world.size) if whole.dim() else [whole.detach()]
             other = parts[(self.world.rank + 1) % len(parts)]
             others.append(other.clone() if other.shape == mine.shape else mine)

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-from dist_train.tools.agreement import Trajectory, beyond, difference, limit
+from dist_train.tools.agreement import FLOOR, Trajectory, beyond, difference, limit
 
 from zygote import Ended, Run, Zygote
 
 HERE = Path(__file__).parent / "users"
 USERS = sorted(path.stem for path in HERE.glob("*.yaml"))
-STEPS, SAVED_EVERY = 25, 4
+STEPS, SAVED_EVERY, KILLED_AT = 20, 6, 15
+SAVED = KILLED_AT // SAVED_EVERY * SAVED_EVERY  # in the middle of an epoch
 SMALL = {
     "train": {"device": "cpu", "threads": 1},
     "track": {"every_steps": 1},
@@ -29,7 +30,14 @@ SMALL = {
 }
 # Imported before the fork: what these users' runs need beside others'.
 LIBRARIES = ("dist_train.backends.accelerate", "dist_train.backends.deepspeed", "accelerate", "deepspeed", "peft")
-LIBRARIES += ("torchvision.models", "transformers.models.bert.modeling_bert")
+LIBRARIES += (
+    "deepspeed.runtime.zero.muon.original_muon",
+    "torchvision.models",
+    "transformers.models.bert.modeling_bert",
+)
+LIBRARIES += tuple(
+    f"dist_train.tasks.{name}" for name in ("classification", "multi_label", "regression", "segmentation")
+)
 
 
 @dataclass(frozen=True)
@@ -53,26 +61,31 @@ BACKENDS = ("ddp", "fsdp2", "deepspeed:2", "deepspeed:3", "accelerate")
 PLACES = [Place(backend, ranks) for backend in BACKENDS for ranks in (1, 2, 3)]
 
 
-def started(user: str, place: Place, folder: Path, killed_at: int | None = None, **sections: dict) -> Run:
+def started(
+    user: str, place: Place, folder: Path, killed_at: int | None = None, plant: tuple = (), **sections: dict
+) -> Run:
     """A user's run in a folder, which begins there or goes on.
 
     Args:
         user: whose.
         place: where it trains.
         folder: of the run.
-        killed_at: the step before which all of its ranks are killed.
+        killed_at: the step before which rank 0 is killed, and then the others.
+        plant: what is planted in each rank else.
         **sections: more keys of the config.
     """
     keys = {name: SMALL.get(name, {}) | sections.get(name, {}) for name in SMALL | sections}
     keys |= {"backend": place.keys, "run": {"dir": str(folder)}}
-    argv = ["--config", f"{user}.yaml"]
+    argv, script = ["--config", f"{user}.yaml"], None
     for path, value in ((f"--{section}.{key}", value) for section, of in keys.items() for key, value in of.items()):
         argv += [path, value if isinstance(value, str) else json.dumps(value)]
-    script = None
     if user == "own_loop":  # she starts it herself
         argv, script = [json.dumps(keys)], str(HERE / "own_loop.py")
-    plant = None if killed_at is None else {0: ("at_phase", "data", killed_at, "kill")}
-    return Run(argv, place.ranks, plant, kill_all=True, cwd=str(HERE), script=script, launched=place != ALONE)
+    plants = dict.fromkeys(range(place.ranks), plant) if plant else {}
+    if killed_at is not None:
+        plants[0] = ("at_phase", "data", killed_at, "kill")
+    places = {"cwd": str(HERE), "script": script, "launched": place != ALONE}
+    return Run(argv, place.ranks, plants, kill_all=True, timeout_s=120, **places)
 
 
 def trajectory(folder: Path, start: dict[str, np.ndarray]) -> Trajectory:
@@ -106,44 +119,55 @@ def users():
     process.close()
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What a user gets on one process without micro-batches, and the weights that the run starts from."""
+
+    run: Trajectory
+    start: dict[str, np.ndarray]
+
+
+def alone(users: Zygote, user: str, folder: Path, **sections: dict) -> Reference:
+    whole = {"micro_batch_size": None, "hooks": ["user_hooks:Start"]}
+    train = SMALL["train"] | sections.pop("train", {}) | whole
+    users.run(started(user, ALONE, folder, train=train, **sections))[0].check()
+    start = numbers(folder / "start.pt")
+    return Reference(trajectory(folder, start), start)
+
+
 @pytest.fixture(scope="module")
 def reference(users: Zygote, tmp_path_factory: pytest.TempPathFactory):
-    """A function from a user to what she gets on one process without micro-batches, and the weights at its start."""
-
-    @cache
-    def of(user: str) -> tuple[Trajectory, dict[str, np.ndarray]]:
-        folder = tmp_path_factory.mktemp(user) / "run"
-        whole = {"micro_batch_size": None, "hooks": ["user_hooks:Start"]}
-        users.run(started(user, ALONE, folder, train=SMALL["train"] | whole))[0].check()
-        start = numbers(folder / "start.pt")
-        return trajectory(folder, start), start
-
-    return of
+    """A function from a user to her reference."""
+    return cache(lambda user: alone(users, user, tmp_path_factory.mktemp(user) / "run"))
 
 
-def off(folder: Path, of: tuple[Trajectory, dict[str, np.ndarray]]) -> str:
+def off(folder: Path, reference: Reference) -> str:
     """What of a run is further off its reference than rounding goes; empty if nothing is."""
-    expected, start = of
-    run = trajectory(folder, start)
+    run, expected = trajectory(folder, reference.start), reference.run
     assert run.evaluation.keys() == expected.evaluation.keys() and "eval/loss" in run.evaluation
+    try:
+        found = beyond(difference(run, expected), limit("float32"))
+    except ValueError as unlike:
+        return str(unlike)
     for name, value in run.evaluation.items():
-        if not abs(value - expected.evaluation[name]) <= 1e-5 * abs(expected.evaluation[name]):
-            return f"{name}: got {value}, expected {expected.evaluation[name]}"
-    return beyond(difference(run, expected), limit("float32"))
+        if not abs(value - expected.evaluation[name]) <= FLOOR["float32"] * abs(expected.evaluation[name]):
+            return found or f"{name}: got {value}, expected {expected.evaluation[name]}"
+    return found
 
 
-def killed_and_resumed(users: Zygote, user: str, first: Place, second: Place, folder: Path) -> Ended:
-    """A run that is killed with a signal under the one, and goes on under the other."""
-    (killed,) = users.run(started(user, first, folder, killed_at=KILLED_AT))
+def killed_and_resumed(
+    users: Zygote, user: str, first: Place, second: Place, folder: Path, plant: tuple = (), **sections: dict
+) -> Ended:
+    """A run that is killed with a signal under the one, and goes on under the other, where something is planted."""
+    (killed,) = users.run(started(user, first, folder, killed_at=KILLED_AT, **sections))
     assert killed.codes[0] == -signal.SIGKILL and 0 not in killed.codes, killed
-    (ended,) = users.run(started(user, second, folder))
+    (ended,) = users.run(started(user, second, folder, plant=plant, **sections))
     assert f"step-{SAVED:08d}: step {SAVED}, written by {first.keys['name']}" in ended.check().out[0]
     return ended
 
 
 # -- killed, and gone on elsewhere: the trajectory of both parts -------------------------------------------------------
 
-KILLED_AT, SAVED = 15, 12
 CHAINS = {
     "adapters": (Place("deepspeed:3", 1), Place("fsdp2", 2)),
     "contrastive": (Place("ddp", 3), Place("fsdp2", 2)),
@@ -182,3 +206,49 @@ def test_and_the_other_way_round(user: str, users: Zygote, reference, tmp_path: 
 def test_a_user_s_run_is_the_same_everywhere(user: str, place: Place, users: Zygote, reference, tmp_path: Path):
     users.run(started(user, place, tmp_path / "run"))[0].check()
     assert not off(tmp_path / "run", reference(user))
+
+
+# -- ranks that are left -----------------------------------------------------------------------------------------------
+
+# The last step of an epoch has 3 samples, so that most ranks have none.
+MANY = {"data": {"args": {"n": 39, "n_test": 13}}, "train": SMALL["train"] | {"global_batch_size": 9}}
+PAIRS = (("fsdp2", "ddp"), ("fsdp2", "fsdp2"), ("deepspeed:2", "deepspeed:3"), ("deepspeed:3", "accelerate"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("ddp", "fsdp2"), *(pytest.param(*pair, marks=pytest.mark.full) for pair in PAIRS)]
+)
+def test_eight_ranks_go_on_as_the_seven_that_are_left(first: str, second: str, users: Zygote, tmp_path: Path):
+    killed_and_resumed(users, "regression", Place(first, 8), Place(second, 7), tmp_path / "run", **MANY)
+    assert not off(tmp_path / "run", alone(users, "regression", tmp_path / "alone", **MANY))
+
+
+# -- planted faults ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("user", "place", "plant", "said"),
+    [
+        ("sequences", Place("ddp", 2), ("units_by_rank",), "loss of step 1 "),
+        ("sequences", Place("ddp", 2), ("metrics_by_rank",), "loss of the evaluation "),
+        (
+            "vision_transformer",
+            Place("fsdp2", 2),
+            ("other_backend", "fsdp2", "optim_cells:AnothersShard"),
+            "loss of the evaluation ",
+        ),
+        ("vision_transformer", ALONE, ("fact_to_another", "classes", "layers"), "buffers: got {'encoder.layers."),
+    ],
+    ids=["units by rank", "metrics by rank", "another's shard", "a fact to another argument"],
+)
+def test_a_planted_fault_is_seen(
+    user: str, place: Place, plant: tuple, said: str, users: Zygote, reference, tmp_path: Path
+):
+    users.run(started(user, place, tmp_path / "run", plant=plant))[0].check()
+    assert off(tmp_path / "run", reference(user)).startswith(said)
+
+
+def test_a_group_s_learning_rate_that_is_lost_at_a_resume_is_seen(users: Zygote, reference, tmp_path: Path):
+    lost = ("other_backend", "single", "optim_cells:RatesLost")
+    killed_and_resumed(users, "vision_transformer", ALONE, ALONE, tmp_path / "run", lost)
+    assert off(tmp_path / "run", reference("vision_transformer")).startswith(f"loss of step {SAVED + 2} ")

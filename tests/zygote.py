@@ -41,6 +41,7 @@ class Run:
         cwd: the folder to start in; None for that of the tests.
         script: a Python file to run in place of the package, in `cwd`.
         launched: by torchrun, also where it is one rank alone.
+        timeout_s: after which a rank ends with its stack.
     """
 
     argv: list[str]
@@ -50,6 +51,7 @@ class Run:
     cwd: str | None = None
     script: str | None = None
     launched: bool = False
+    timeout_s: float = TIMEOUT_S
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _rank(run: Run, rank: int, port: int, output: Path) -> None:
     try:
         for fd, kind in ((1, "out"), (2, "err")):
             os.dup2(os.open(f"{output}.{kind}", os.O_WRONLY | os.O_CREAT), fd)
-        faulthandler.dump_traceback_later(TIMEOUT_S, exit=True)
+        faulthandler.dump_traceback_later(run.timeout_s, exit=True)
         if run.ranks > 1 or run.launched:
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": run.ranks, "LOCAL_WORLD_SIZE": run.ranks}
             os.environ |= {name: str(value) for name, value in place.items()}

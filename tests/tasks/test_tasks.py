@@ -8,7 +8,6 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
-import torch.distributed as torch_dist
 import torch.nn.functional as F
 from torch import nn
 from user_tasks import IGNORED
@@ -39,6 +38,7 @@ from dist_train.tasks.segmentation import Segmentation
 from dist_train.tools.agreement import Trajectory, difference
 from dist_train.tools.trajectory import trajectory
 
+from faults import averaged, own_units
 from parity_cells import ALONE, TOLERANCE, this_world
 from workers import run_ranks
 
@@ -111,23 +111,9 @@ def reference(name: str) -> Trajectory:
 
 def run_cells(cells: list[Config], planted: str = "") -> list[Trajectory]:
     """In a worker: each config's run, with a fault."""
-    plants = {"units by rank": (dist, "sum_later", by_rank), "metrics by rank": (Sums, "over_ranks", averaged)}
+    plants = {"units by rank": (dist, "sum_later", own_units), "metrics by rank": (Sums, "over_ranks", averaged)}
     with patch.object(*plants[planted]) if planted else nullcontext():
         return [trajectory(cell, this_world()) for cell in cells]
-
-
-def by_rank(tensor: torch.Tensor) -> dist.Pending:
-    """Each rank's own units, as many times as there are ranks: what a mean over ranks makes of them."""
-    return lambda: tensor * torch_dist.get_world_size()
-
-
-OVER_RANKS = Sums.over_ranks
-
-
-def averaged(sums: Sums) -> dict[str, torch.Tensor]:
-    """As if each rank divided by itself, and the ranks' metrics were averaged."""
-    sums.tensors = {name: value / sums.tensors["units"] for name, value in sums.tensors.items()}
-    return OVER_RANKS(sums)
 
 
 def compare(names: list[str], backend: str, ranks: int, planted: str = "") -> None:
