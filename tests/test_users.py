@@ -35,13 +35,13 @@ def reference(users: Zygote, tmp_path_factory: pytest.TempPathFactory):
 
 CHAINS = {
     "adapters": (Place("deepspeed:3", 1), Place("fsdp2", 2)),
-    "contrastive": (Place("ddp", 3), Place("fsdp2", 2)),
+    "contrastive": (Place("ddp", 3), Place("accelerate", 2)),
     "frozen_encoder": (Place("deepspeed:3", 2), Place("ddp", 1)),
-    "multi_label": (Place("accelerate", 3), Place("deepspeed:2", 2)),
-    "own_loop": (ALONE, Place("fsdp2", 3)),
-    "regression": (Place("deepspeed:2", 3), Place("accelerate", 2)),
-    "resnet18": (Place("fsdp2", 1), Place("ddp", 2)),
-    "segmentation": (Place("deepspeed:2", 1), Place("ddp", 3)),
+    "multi_label": (Place("accelerate", 3), Place("deepspeed:2", 1)),
+    "own_loop": (ALONE, Place("fsdp2", 2)),
+    "regression": (Place("deepspeed:2", 3), Place("accelerate", 1)),
+    "resnet18": (Place("ddp", 2), ALONE),
+    "segmentation": (Place("fsdp2", 1), Place("ddp", 2)),
     "sequences": (Place("accelerate", 1), Place("deepspeed:3", 3)),
     "vision_transformer": (Place("deepspeed:2", 2), Place("fsdp2", 3)),
 }
