@@ -62,7 +62,7 @@ def flatten(tree: Any) -> tuple[list[Any], Rebuild]:
         return list(values), make
     counts = [len(leaves) for leaves, _ in parts]
 
-    def rebuild(leaves: list[Any]) -> Any:
+    def rebuild(leaves: Sequence[Any]) -> Any:
         built, at = [], 0
         for (_, inner), count in zip(parts, counts, strict=True):
             built.append(inner(leaves[at : at + count]))

@@ -179,7 +179,7 @@ class Data:
             if isinstance(split, Columns) and not split.identity:
                 for leaf in split.leaves:
                     for piece in leaf.split(HASHED_ROWS):  # no copy of all, where they do not lie in a row
-                        digest.update(bytes_of(piece))
+                        digest.update(bytes_of(piece).data)
             else:
                 digest.update(split.identity.encode())
         return digest.hexdigest()
