@@ -60,7 +60,7 @@ def main() -> None:
             savers[asynchronous] = Checkpoints(
                 saving, world, place, Facts({}, 1, 1, lambda: ""), backend, Best("eval/loss", True)
             )
-        plan = Plan.of(10**6, config.train, world)
+        plan = Plan.of(10**6, config, world)
         meter, host = Meter(Silent(), 10**6, plan, 10**6, device, Control()), HostCopy()
         times: dict[str, list[float]] = {row: [] for row in ROWS}
         for repeat in range(options.repeats + 1):

@@ -125,7 +125,7 @@ def loop(prepared: Prepared, steps: int) -> float:
 def bare(prepared: Prepared, steps: int) -> float:
     """Samples/s of the captured step alone, with nothing around it: what the loop could reach at best."""
     config, world, parts = prepared.config, prepared.world, prepared.parts
-    plan = Plan.of(len(parts.feed.split), config.train, world)
+    plan = Plan.of(len(parts.feed.split), config, world)
     meter = Meter(Lines(), total_steps(config.train, plan.steps_per_epoch), plan, EVERY_STEPS, world.device, Control())
     captured = Captured(prepared.work(Lines(), Control()), meter)
     captured.begin(0, 0)

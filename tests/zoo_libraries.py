@@ -2,6 +2,7 @@
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torchvision.models import resnet18
 from transformers import BertConfig, BertForSequenceClassification
 
 from dist_train.config.tree import DataConfig, ModelConfig
@@ -42,12 +43,25 @@ def recomputed(config: BertConfig) -> torch.nn.Module:
     return model
 
 
+def smooth_resnet18(classes: int) -> torch.nn.Module:
+    """ResNet-18 without kinks, at which rounding would decide a gradient."""
+    model = resnet18(num_classes=classes)
+    for module in model.modules():
+        if hasattr(module, "relu"):
+            module.relu = torch.nn.Tanh()
+    model.maxpool = torch.nn.AvgPool2d(2)
+    return model
+
+
 # By the name of a kind: the model, and whether its samples are sentences.
 LIBRARIES = {
     "ResNet18": (
         ModelConfig(f"{TORCHVISION}:resnet18", args={"num_classes": CLASSES}, frozen=["*bn*", "*.1.*"]),
         False,
     ),
+    "ResNet18Norms": (ModelConfig(f"{TORCHVISION}:resnet18", args={"num_classes": CLASSES}), False),
+    "SmoothResNet18": (ModelConfig("zoo_libraries:smooth_resnet18", args={"classes": CLASSES}), False),
+    "BatchNormGroups": (ModelConfig("zoo:BatchNorm2d", batch_statistics={"group": 4}), False),
     "VisionTransformer": (
         ModelConfig(f"{TORCHVISION}.vision_transformer:VisionTransformer", args={**VIT, "num_classes": CLASSES}),
         False,

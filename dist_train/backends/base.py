@@ -14,7 +14,8 @@ from dist_train.backends.initial import Initial, differences
 from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, local_of, shards_as, shards_of
-from dist_train.config.tree import CompileConfig, Config
+from dist_train.config.tree import CompileConfig, Config, group_of
+from dist_train.models.statistics import exchange
 from dist_train.ranks.dist import World
 from dist_train.ranks.journal import Journal
 
@@ -49,8 +50,11 @@ class Backend(ABC):
         self.journal: Journal | None = None  # of the layers, where each is gathered as it is entered
 
     def buffers_of(self, model: nn.Module) -> Buffers:
-        """Those of the model, before it is wrapped; to be settled after every step."""
-        return Buffers(model, self.findings, self.world.size, self.skips or self.scale is not None)
+        """Those of the model, before it is compiled or wrapped; to be settled after every step. Its norms over a batch
+        take their statistics from now on as model.batch_statistics says."""
+        config, ranks = self.config, self.world.size
+        statistics = exchange(model, group_of(config.model), ranks, compiles=config.compile.mode != "off")
+        return Buffers(model, self.findings, ranks, self.skips or self.scale is not None, statistics)
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:

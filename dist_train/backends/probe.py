@@ -6,7 +6,7 @@ the weights, that every step takes the same way through the layers. What a model
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,9 @@ class Findings:
         sparse: parameters whose gradient is sparse.
         written: parameters that forward changed.
         buffers: buffers that forward changed.
+        by_samples: those of them that it changes by its samples or draws, and not alike on every rank: without those of
+            `norms`.
+        norms: norms over a batch, in training, whose statistics are as model.batch_statistics says.
         varies: forward drew random numbers, or read values, on the host: another step may take another way through the
             layers, and use other parameters.
         needs_two: forward takes no single sample, as a norm over a batch does not.
@@ -45,6 +48,8 @@ class Findings:
     sparse: tuple[str, ...] = ()
     written: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
+    by_samples: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
     varies: bool = False
     needs_two: bool = False
     sample_bytes: int = 0
@@ -84,6 +89,23 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
         buffers=buffers,
         varies=varies,
     )
+
+
+def changed_to(
+    model: nn.Module, forward: Callable[[], Any], names: Collection[str], draws: int
+) -> dict[str, torch.Tensor]:
+    """What a forward in training makes of buffers. They are put back, as by `probe`.
+
+    Args:
+        model: see `probe`.
+        forward: of it.
+        names: of the buffers.
+        draws: a seed of what the forward draws.
+    """
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    with _drawing_apart(device, draws), _state_kept(model), torch.no_grad():
+        forward()
+        return {name: value.clone() for name, value in model.named_buffers() if name in names}
 
 
 class _Reads(TorchFunctionMode):
@@ -131,13 +153,13 @@ def _digest(parameter: nn.Parameter) -> tuple[str, int]:
 
 
 @contextmanager
-def _drawing_apart(device: torch.device) -> Iterator[None]:
+def _drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
     """The same draws at every look, on every rank; then puts all generators back that a model may draw from."""
     devices = [device] if device.type == "cuda" else []
     with kept_apart(), torch.random.fork_rng(devices):
-        seed_for(0, 0, 0)
+        seed_for(seed, 0, 0)
         if devices:
-            torch.cuda.manual_seed(0)
+            torch.cuda.manual_seed(seed)
         yield
 
 

@@ -63,7 +63,7 @@ def references(config: Config, world: World, parts: Parts, steps: int | None = N
 def lay_out(config: Config, world: World, parts: Parts, most: int | None = None) -> list[list[Batch]]:
     """The micro-batches of this rank's first steps, on the device. As many as are worth their memory and time, as few
     would stay in the CPU's cache; or at most so many."""
-    plan = Plan.of(len(parts.feed.split), config.train, world)
+    plan = Plan.of(len(parts.feed.split), config, world)
     batches, steps, size, begin = parts.feed.steps(plan), [], 0, time.perf_counter()
     for step in range(min(plan.steps_per_epoch, most or plan.steps_per_epoch)):
         steps.append([next(batches) for _ in range(plan.micro_batches(step))])

@@ -4,7 +4,7 @@
 BY_NAME = (
     *("train.seed", "task.name", "task.loss", "task.args", "train.grad_clip", "train.precision"),
     *("data.normalize", "data.one_hot", "data.transforms", "data.batch_transforms"),
-    *("model.name", "model.activation", "model.dropout", "model.args", "model.frozen"),
+    *("model.name", "model.activation", "model.dropout", "model.args", "model.frozen", "model.batch_statistics"),
     *("optim.lr", "optim.weight_decay", "optim.momentum", "optim.args"),
     *("optim.groups", "optim.no_decay", "optim.schedule", "optim.warmup_steps", "optim.warmup_share"),
     *("optim.lr_final", "optim.step_size", "optim.gamma", "optim.decay_steps", "optim.decay_share"),

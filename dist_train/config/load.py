@@ -44,7 +44,8 @@ def load(argv: list[str], prog: str = "python -m dist_train") -> Config:
         hint = fields_of(section)[key]
         try:
             if name:
-                tree[section][key] = (tree[section][key] or {}) | {name[0]: any_value(text)}
+                before = tree[section][key] if isinstance(tree[section][key], dict) else {}
+                tree[section][key] = before | {name[0]: any_value(text)}
             elif is_text(hint):
                 tree[section][key] = fitting(path, None if text == "null" and is_optional(hint) else text, hint)
             else:

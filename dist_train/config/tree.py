@@ -82,6 +82,9 @@ class ModelConfig:
     frozen: list[str] = field(default_factory=list)
     """Weights that are not trained, by patterns of their names, such as backbone.*; !backbone.head.* takes some back.
     Norms among them stay in eval mode, so that their running statistics stay as they are."""
+    batch_statistics: str | dict[str, Any] | None = None
+    """Of which samples a BatchNorm takes its statistics: global, all samples of the step, on all ranks; or {group: 32},
+    of each 32 in the step's order, which neither ranks nor micro-batches cut through (null: global)."""
     blocks: list[str] | None = None
     """Layers that fsdp2 and ZeRO 3 gather and compile each by itself, by patterns of their names or classes (null: the
     members of the outermost nn.Sequential and nn.ModuleList)."""
@@ -332,6 +335,12 @@ def fields_of(path: str) -> dict[str, Any] | None:
             return None
         node = hints[part]
     return typing.get_type_hints(node) if dataclasses.is_dataclass(node) else None
+
+
+def group_of(model: ModelConfig) -> int | None:
+    """The samples of a group that a BatchNorm takes its statistics of; None where they are of the whole step."""
+    asked = model.batch_statistics
+    return asked["group"] if isinstance(asked, dict) else None
 
 
 def run_folder(config: Config) -> Path | None:

@@ -82,7 +82,7 @@ def describe(hint: Any) -> str:
         example = _example(hint).strip("'")
         return f"a list such as {example} ({describe(args[0])} each)"
     if is_dict(hint):
-        return "keys with values"
+        return "a name, or keys with values" if str in args else "keys with values"
     return " or ".join(describe(a) for a in args)  # a union
 
 
@@ -107,7 +107,7 @@ def _example(hint: Any) -> str:
         if is_dict(args[0]):
             return "'[{match: \"head.*\", lr: 0.01}]'"
         return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
-    if is_dict(hint):
+    if is_dict(hint) and str not in args:
         return "'{start_step: 10, steps: 5}'" if args[1:] == (int,) else "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])
 

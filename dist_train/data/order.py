@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dist_train.config.tree import group_of
+
 if TYPE_CHECKING:
-    from dist_train.config.tree import TrainConfig
+    from dist_train.config.tree import Config, TrainConfig
     from dist_train.ranks.dist import World
 
 # Up to here an epoch's order is a permutation held in memory (8 MiB); above, it is computed index by index.
@@ -51,21 +53,41 @@ def steps_per_epoch(n: int, global_batch_size: int, drop_last: bool = False) -> 
     return n // global_batch_size if drop_last else -(-n // global_batch_size)
 
 
-def share(count: int, rank: int, world_size: int) -> slice:
-    """The part of `count` things that a rank takes: contiguous, of sizes that differ by one at most, maybe empty."""
-    return slice(rank * count // world_size, (rank + 1) * count // world_size)
+def share(count: int, rank: int, world_size: int, group: int = 1) -> slice:
+    """The part of `count` things that a rank takes: contiguous, of sizes that differ by one at most, maybe empty.
+
+    Args:
+        count: of the things.
+        rank: of so many.
+        world_size: ranks.
+        group: so many things stay together: shares are of whole groups, of which the last may be smaller.
+    """
+    groups = -(-count // group)
+    first, past = rank * groups // world_size * group, (rank + 1) * groups // world_size * group
+    return slice(first, min(past, count))
 
 
-def pieces(count: int, world_size: int, micro_batch_size: int | None) -> int:
-    """Micro-batches of a step with `count` samples: the fewest that keep to the limit, as many on every rank."""
-    largest = -(-count // world_size)
-    return 1 if micro_batch_size is None else max(1, -(-largest // micro_batch_size))
+def pieces(count: int, world_size: int, micro_batch_size: int | None, group: int = 1) -> int:
+    """Micro-batches of a step with `count` samples: the fewest that keep to the limit, as many on every rank.
+
+    Args:
+        count: samples of the step.
+        world_size: number of ranks.
+        micro_batch_size: the limit; a multiple of `group`.
+        group: see `share`.
+    """
+    if micro_batch_size is None:
+        return 1
+    groups = -(-count // group)
+    largest = -(-groups // world_size)  # in groups
+    return max(1, -(-largest // (micro_batch_size // group)))
 
 
-def largest_piece(count: int, world_size: int, micro_batch_size: int | None) -> int:
-    """Samples of the largest micro-batch of a rank, of a step with `count` samples."""
-    largest = -(-count // world_size)
-    return -(-largest // pieces(count, world_size, micro_batch_size))
+def largest_piece(count: int, world_size: int, micro_batch_size: int | None, group: int = 1) -> int:
+    """Samples of the largest micro-batch of a rank, of a step with `count` samples; see `pieces`."""
+    groups = -(-count // group)
+    largest = -(-groups // world_size)
+    return min(count, -(-largest // pieces(count, world_size, micro_batch_size, group)) * group)
 
 
 def sizes(count: int, world_size: int, micro_batch_size: int | None) -> set[int]:
@@ -150,7 +172,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run over `n` samples, and a rank's part of each."""
+    """The steps of a run over `n` samples, and a rank's part of each: of whole groups of `group` samples."""
 
     n: int
     seed: int
@@ -159,11 +181,14 @@ class Plan:
     drop_last: bool
     rank: int
     world_size: int
+    group: int = 1
 
     @classmethod
-    def of(cls, n: int, cfg: "TrainConfig", world: "World") -> "Plan":
+    def of(cls, n: int, config: "Config", world: "World") -> "Plan":
         """The plan of a run's config for one rank."""
-        return cls(n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last, world.rank, world.size)
+        cfg, place = config.train, (world.rank, world.size)
+        of = n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last
+        return cls(*of, *place, group_of(config.model) or 1)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -177,7 +202,11 @@ class Plan:
 
     @cached_property
     def _whole_micro_batches(self) -> int:
-        return pieces(self.global_batch_size, self.world_size, self.micro_batch_size)
+        return self.pieces(self.global_batch_size)
+
+    def pieces(self, count: int) -> int:
+        """Micro-batches of a step with `count` samples over all ranks, on every rank."""
+        return pieces(count, self.world_size, self.micro_batch_size, self.group)
 
     def batch_size(self, step: int) -> int:
         """Samples of a step of an epoch over all ranks."""
@@ -187,7 +216,7 @@ class Plan:
         """Micro-batches of a step of an epoch, on every rank."""
         if step < self.whole_steps:
             return self._whole_micro_batches
-        return pieces(self.batch_size(step), self.world_size, self.micro_batch_size)
+        return self.pieces(self.batch_size(step))
 
     def sizes(self, first_step: int = 0) -> Iterator[tuple[int, int]]:
         """Samples over all ranks, and micro-batches, of each step of an epoch from `first_step` on."""
@@ -222,9 +251,8 @@ class Plan:
     def _cuts(self, count: int, before: int) -> tuple[slice, list[slice]]:
         """This rank's share of a batch of `count` samples, and its micro-batches within the share, each with those
         before it."""
-        mine = share(count, self.rank, self.world_size)
-        micro_batches = pieces(count, self.world_size, self.micro_batch_size)
-        cuts = [share(mine.stop - mine.start, i, micro_batches) for i in range(micro_batches)]
+        mine, micro_batches = share(count, self.rank, self.world_size, self.group), self.pieces(count)
+        cuts = [share(mine.stop - mine.start, i, micro_batches, self.group) for i in range(micro_batches)]
         return mine, [slice(cut.start, cut.stop + before if cut.stop > cut.start else cut.stop) for cut in cuts]
 
     def _block(self, epoch: int, first: int, last: int, places: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dist_train import backends
 from dist_train.backends.precision import Precision
-from dist_train.config.tree import Config
+from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import Batch, like, mapped
 from dist_train.data.feed import GATHERED, Feed
 from dist_train.data.order import evaluated_at_once, largest_piece
@@ -62,7 +62,7 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     """Of rank 0, which holds the largest share. Raises what the model raises on fake tensors."""
     cfg, world = config.train, launcher.world_size
     precision = Precision(cfg.precision, torch.device("cpu"))  # a size does not depend on the device
-    micro = largest_piece(cfg.global_batch_size, world, cfg.micro_batch_size)
+    micro = largest_piece(cfg.global_batch_size, world, cfg.micro_batch_size, group_of(config.model) or 1)
     task, feed = assemble.make_task(config, data), _feed(config, data, precision)
     kind = feed.of(np.zeros(1, np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):

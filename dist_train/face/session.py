@@ -21,6 +21,7 @@ from dist_train.loop.optim import set_lr
 from dist_train.loop.schedule import lr_at
 from dist_train.loop.train import evaluation_due
 from dist_train.loop.units import Units, counted
+from dist_train.models.running import running
 from dist_train.ranks import dist, orphan
 from dist_train.ranks.launcher import Launcher, detect
 from dist_train.run import start
@@ -111,7 +112,7 @@ class Step:
     def __iter__(self) -> Iterator[Batch]:
         phase, backend = self._loop.control.phases, self._loop.backend
         for i, batch in enumerate(self._batches, 1):
-            with backend.accumulate(last=i == len(self._batches)):
+            with backend.accumulate(last=i == len(self._batches)), running(batch):
                 phase("forward")
                 self._batch = batch
                 yield batch

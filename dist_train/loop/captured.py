@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from dist_train.backends.base import compiled
-from dist_train.data.order import pieces, share
+from dist_train.data.order import share
 from dist_train.errors import ConfigError
 from dist_train.loop.meter import Meter
 from dist_train.loop.schedule import lr_at
@@ -87,7 +87,7 @@ class Captured:
             self._take_or_capture(count, measure_or_clip)
         else:
             replay()
-        for i in range(pieces(count, 1, self.plan.micro_batch_size)):
+        for i in range(self.plan.pieces(count)):
             self.meter.add(self.losses[self.unread, i])
         self.unread += 1
         if measure:  # for a line of metrics, with which the losses are read
@@ -144,9 +144,9 @@ class Captured:
 
     def _gradients(self, count: int) -> None:
         samples = self.order.index_select(0, self.step)[0, :count]
-        micro_batches = pieces(count, 1, self.plan.micro_batch_size)
+        micro_batches = self.plan.pieces(count)
         for i in range(micro_batches):
-            loss = self.loss(samples[share(count, i, micro_batches)])
+            loss = self.loss(samples[share(count, i, micro_batches, self.plan.group)])
             self.backend.backward(loss / (count * self.each))
             self.losses[:, i].index_copy_(0, self.place, loss.detach().view(1))
 

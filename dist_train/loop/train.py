@@ -10,6 +10,7 @@ from dist_train.loop.optim import set_lr
 from dist_train.loop.schedule import lr_at
 from dist_train.loop.units import Units, counted
 from dist_train.loop.work import Work
+from dist_train.models.running import running
 from dist_train.ranks import dist
 
 
@@ -65,7 +66,7 @@ class Eager:
         micro_batches, batches, units = next(self.steps)
         for i, batch in enumerate(batches, 1):
             phase("forward")
-            with backend.accumulate(last=i == micro_batches):
+            with backend.accumulate(last=i == micro_batches), running(batch):
                 loss = self.task.sums(self.model, batch)["loss"]
                 if not batch.size:  # a stand-in, as this rank has no sample
                     loss = loss * 0.0

@@ -66,7 +66,7 @@ class Work:
     @cached_property
     def plan(self) -> Plan:
         """The steps of the run, and this rank's part of each."""
-        return Plan.of(len(self.feed.split), self.config.train, self.world)
+        return Plan.of(len(self.feed.split), self.config, self.world)
 
     @cached_property
     def meter(self) -> Meter:

@@ -22,5 +22,28 @@ def problems(config: Config, _: Launcher) -> Iterator[str]:
     for key in FIELDS:
         if key in model.args:
             yield f"model.args.{key}: got {model.args[key]!r}, expected it as model.{key}; write --model.{key}"
+    yield from _statistics(config)
     facts = arguments.facts_of(config)
     yield from arguments.problems(MODELS, model.name, "model", {**fields, **model.args}, given, facts=facts)
+
+
+def _statistics(config: Config) -> Iterator[str]:
+    path, asked, cfg = "model.batch_statistics", config.model.batch_statistics, config.train
+    example = "for example --model.batch_statistics.group 32"
+    if not isinstance(asked, dict):
+        if asked not in (None, "global"):
+            yield f"{path}: got {asked!r}, expected global, or {{group: SAMPLES}}; {example}"
+        return
+    group = asked.get("group")
+    if asked.keys() != {"group"} or type(group) is not int or group < 1:
+        yield f"{path}: got {asked}, expected global, or {{group: SAMPLES}}, a whole number above 0; {example}"
+    elif group > cfg.global_batch_size:
+        yield (
+            f"{path}: got groups of {group}, expected at most train.global_batch_size, which is "
+            f"{cfg.global_batch_size}; write --model.batch_statistics global"
+        )
+    elif cfg.micro_batch_size is not None and cfg.micro_batch_size % group:
+        yield (
+            f"train.micro_batch_size: got {cfg.micro_batch_size} with {path} {{group: {group}}}, expected whole groups"
+            f"; for example --train.micro_batch_size {group * max(1, cfg.micro_batch_size // group)}"
+        )

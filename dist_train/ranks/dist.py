@@ -120,6 +120,15 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def stack(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors of all ranks, [ranks, ...] in order of rank, on every rank. Collective."""
+    if not torch_dist.is_initialized():
+        return tensor[None]
+    every = tensor.new_empty(torch_dist.get_world_size(), *tensor.shape)
+    torch_dist.all_gather(list(every), tensor)
+    return every
+
+
 Pending = Callable[[], torch.Tensor]
 
 

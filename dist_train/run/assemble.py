@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from dist_train.models import MODELS
 from dist_train.models.blocks import blocks
 from dist_train.models.frozen import freeze
 from dist_train.ranks.dist import World
-from dist_train.run.look import LOOKED_AT, look
+from dist_train.run.batch_statistics import LOOKED_AT, trained_norms
+from dist_train.run.look import look
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Examiner, Task, units_per_sample
 from dist_train.track.words import lower_is_better, parts_of
@@ -142,7 +143,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
         _check_captured(task, data, feeds["train"], device)
     model = model.to(device)
     if not task.evaluates:
-        return Parts(data, task, model, feeds, precision, loaded, UNSEEN)
+        unseen = replace(UNSEEN, norms=tuple(trained_norms(model)))
+        return Parts(data, task, model, feeds, precision, loaded, unseen)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
         findings = look(config, model, task, feeds["train"], data, precision, trains=trained is None)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now

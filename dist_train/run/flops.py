@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.backends.precision import Precision
-from dist_train.config.tree import Config
+from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import like
 from dist_train.data.order import largest_piece
 from dist_train.data.randomness import kept_apart
@@ -46,7 +46,8 @@ def of_step(config: Config, world: World, parts: Parts) -> int:
         Exception: whatever the model raises on tensors without values, such as where its way depends on them.
     """
     cfg = config.train
-    batch = largest_piece(cfg.global_batch_size, world.size, cfg.micro_batch_size)
+    sizes = cfg.global_batch_size, world.size, cfg.micro_batch_size
+    batch = largest_piece(*sizes, group_of(config.model) or 1)
     kind = parts.feed.of(np.zeros(1, np.int64))
     counted = of_batch(parts.model, lambda model: parts.task.sums(model, like(kind, batch))["loss"], parts.precision)
     return round(counted / batch * cfg.global_batch_size)

@@ -12,7 +12,7 @@ from torch import nn
 from dist_train.backends.precision import Precision
 from dist_train.backends.probe import Findings, probe
 from dist_train.config.own_code import blamed
-from dist_train.config.tree import Config, TrainConfig
+from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, pieces, sizes
@@ -20,11 +20,11 @@ from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.loop.evaluate import Called, Sums
 from dist_train.models import MODELS
+from dist_train.run.batch_statistics import LOOKED_AT, by_samples, check, rows_checked, trained_norms
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Task, nbytes, panels_of, units_of
 
 LOOKS = "called on the first samples"
-LOOKED_AT = 2  # samples: a norm over a batch takes no single one
 
 
 def look(
@@ -53,10 +53,11 @@ def look(
     own_model = partial(blamed, "model.name", config.model.name, LOOKS, ours=config.model.name in MODELS)
     own_task = partial(blamed, "task.name", config.task.name, LOOKS, ours=config.task.name in TASKS)
     sample_bytes = []
+    trained = trained_norms(model)
 
     def loss() -> torch.Tensor:
         checked = Checked(called, lambda outputs: task.check(batch, outputs), own_model)
-        with own_task():
+        with own_task(), rows_checked(config, trained, count):
             total = _sum_of(task.sums(checked, batch), config.task.name)
         sample_bytes.append((nbytes(batch.tree) + nbytes(called.outputs)) // count)
         return total / count
@@ -71,9 +72,12 @@ def look(
         panels_of(task, config.task.name, sums, data)
     alone = feed.of(first[:1])
     with own_task():
-        needs_two = bool(found.buffers) and _needs_two(model, lambda: task.sums(called, alone))
+        needs_two = bool(found.buffers or trained) and _needs_two(model, lambda: task.sums(called, alone))
+        others = by_samples(config, model, found.buffers, lambda some: task.sums(called, feed.of(some)), feed)
     return dataclasses.replace(
         found,
+        by_samples=others,
+        norms=tuple(trained),
         needs_two=needs_two,
         sample_bytes=sample_bytes[0],
         mixes_samples=task.mixes_samples,
@@ -163,9 +167,11 @@ def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
     return False
 
 
-def check_shares(cfg: TrainConfig, findings: Findings, n: int, world_size: int) -> None:
-    """Raises ConfigError where a step would give a rank a single one of `n` samples, and the model takes none alone, or
-    where it would cut a rank's share into pieces, and the loss takes them only together."""
+def check_shares(config: Config, findings: Findings, n: int, world_size: int) -> None:
+    """Raises ConfigError where a step would give a norm a single one of `n` samples, and the model takes none alone, or
+    where it would cut a rank's share into pieces, and the loss or the norms take them only together."""
+    cfg, group = config.train, group_of(config.model)
+    check(config, findings, n, world_size)
     if findings.mixes_samples and pieces(min(cfg.global_batch_size, n), world_size, cfg.micro_batch_size) > 1:
         raise ConfigError(
             f"train.micro_batch_size: got {cfg.micro_batch_size} in steps of {cfg.global_batch_size} samples on "
@@ -185,7 +191,10 @@ def check_shares(cfg: TrainConfig, findings: Findings, n: int, world_size: int) 
         (min(cfg.global_batch_size, n), "write a larger --train.global_batch_size or --train.micro_batch_size"),
         (ragged, "write --train.drop_last true, or another --train.global_batch_size"),
     ):
-        if 1 in sizes(count, world_size, cfg.micro_batch_size):
+        together = sizes(count, world_size, cfg.micro_batch_size)
+        if findings.norms and not findings.by_samples:
+            together = {count} if group is None else {min(group, count), (count - 1) % group + 1}
+        if 1 in together:
             raise ConfigError(
                 f"train.global_batch_size: got a batch of {count} samples{ranks} with a single one at once, which the "
                 f"model does not take, as a norm over a batch has no statistics of it; {mend}"

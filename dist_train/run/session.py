@@ -27,6 +27,7 @@ from dist_train.ranks.phases import Phases
 from dist_train.ranks.stop import Requests
 from dist_train.run import assemble, folder, profiling
 from dist_train.run.assemble import Parts
+from dist_train.run.batch_statistics import notes
 from dist_train.run.hooks import Hook, Hooks
 from dist_train.run.outcome import Outcome
 from dist_train.run.running import Run
@@ -207,7 +208,8 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     if found:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
-    trackers.say(f"backend {trackers.backend}, {parts.describe()}")  # before the weights are shared out
+    said = [f"backend {trackers.backend}, {parts.describe()}"]  # before the weights are shared out
+    trackers.say("\n".join([*said, *notes(config, parts.findings, world.size)]))
     backend = _backend(config, world, parts)
     # A model with several optimizers has one for each of its parts, made in _backend.
     of_all = None if parts.optims else parts.model

@@ -53,7 +53,7 @@ def joined(config: Config, launcher: Launcher, own_loop: bool = False) -> Iterat
         backend = chosen(config.backend.name, launcher.name)
         fit.check_model(backend, parts.findings, parts.model, config.backend.zero_stage)
         fit.check_sparse(config, backend, device, parts.findings)
-        check_shares(config.train, parts.findings, len(parts.data.train), launcher.world_size)
+        check_shares(config, parts.findings, len(parts.data.train), launcher.world_size)
         hooks = own_hooks.build(config, parts)
         facts = resume.facts_of(parts.model, parts.data)
         resume.check_newest(config, run_folder(config), facts)

@@ -27,7 +27,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     parts = assemble.build(config, device)
     alone = dist.World(0, 1, 0, 1, device, launcher.name)
-    plan = Plan.of(len(parts.feed.split), config.train, alone)
+    plan = Plan.of(len(parts.feed.split), config, alone)
     batch = next(parts.feed.steps(plan))
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it warns of breaks, which are printed below
     inputs, _ = inputs_and_targets(batch.tree)

@@ -15,17 +15,19 @@ from torch import nn
 from dist_train import backends
 from dist_train.config.load import load
 from dist_train.config.paths import written
-from dist_train.config.tree import Config
+from dist_train.config.tree import Config, group_of
 from dist_train.data.agree import agree
 from dist_train.errors import ConfigError, OwnCodeError
 from dist_train.loop import optim
 from dist_train.loop.meter import Control, Metrics, Result
 from dist_train.loop.train import train
 from dist_train.loop.work import Work
+from dist_train.models.statistics import norms
 from dist_train.ranks import dist, ending
 from dist_train.ranks.dist import World
 from dist_train.ranks.launcher import Launcher, detect
 from dist_train.run import assemble
+from dist_train.run.batch_statistics import trained_norms
 from dist_train.tools.agreement import Difference, Trajectory, beyond, difference, limit, spread
 
 # How often the reference is run again from other weights, and by how many roundings each weight is moved at most. More
@@ -117,10 +119,11 @@ def rounding(config: Config, world: World, reference: Trajectory) -> Difference:
 
 def depends_on_share(config: Config, world: World, reference: Trajectory, allowed: Difference | float) -> str:
     """How the same run of one process differs where its batches are cut in two, and what of the model may be why;
-    empty if it does not differ."""
-    cfg = config.train
-    cut = (cfg.micro_batch_size or cfg.global_batch_size) // 2
-    if not cut:
+    empty if it does not differ, or where batches cannot be cut: ranks exchange the statistics of the whole step."""
+    cfg, group = config.train, group_of(config.model)
+    cut = (cfg.micro_batch_size or cfg.global_batch_size) // 2 // (group or 1) * (group or 1)
+    model = assemble.build(config, world.device).model
+    if not cut or (group is None and trained_norms(model)):
         return ""
     config = dataclasses.replace(config, train=dataclasses.replace(cfg, micro_batch_size=cut))
     try:
@@ -129,8 +132,8 @@ def depends_on_share(config: Config, world: World, reference: Trajectory, allowe
         found = f"{type(error).__name__}: {error}".splitlines()[0]
     if not found:
         return ""
-    model = assemble.build(config, world.device).model
-    layers = sorted({type(m).__name__ for m in model.modules() if isinstance(m, MIXING) and getattr(m, "p", 1)})
+    others = [m for m in model.modules() if m not in norms(model).values()]
+    layers = sorted({type(m).__name__ for m in others if isinstance(m, MIXING) and getattr(m, "p", 1)})
     return f"{found} ({', '.join(layers)})" if layers else found
 
 

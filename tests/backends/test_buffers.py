@@ -13,6 +13,7 @@ from dist_train.backends.buffers import Buffers
 from dist_train.backends.probe import Findings, probe
 from dist_train.config.tree import BackendConfig, Config, TrainConfig
 from dist_train.errors import ConfigError
+from dist_train.models.statistics import Statistics
 
 from parity_cells import ALONE, this_world
 from workers import run_ranks
@@ -127,7 +128,9 @@ def test_a_step_that_is_left_out_leaves_no_trace(precision: str):
 def test_a_step_that_keeps_its_poison_would_be_seen():
     """Planted: buffers that are not put back."""
     model = Norms()
-    buffers = Buffers(model, Findings(buffers=("norm.running_mean", "seen")), ranks=1, skips=True)
+    buffers = Buffers(
+        model, Findings(buffers=("norm.running_mean", "seen")), ranks=1, skips=True, statistics=Statistics({}, [])
+    )
     model.norm.running_mean.fill_(float("nan"))
     model.seen = model.seen + 1
     buffers.settle(taken=True)

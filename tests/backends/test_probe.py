@@ -229,9 +229,76 @@ def test_a_model_that_writes_its_weights_starts_from_its_initial_ones():
     assert parts.model.layer.weight.abs().max() > 0.1
 
 
+class OwnForward(nn.BatchNorm1d):
+    """Of which nobody knows what it does with its samples."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 class BatchNormed(nn.Sequential):
+    kind = nn.BatchNorm1d
+
     def __init__(self, input_shape, classes):
-        super().__init__(nn.Flatten(), nn.Linear(64, 6), nn.BatchNorm1d(6), nn.Linear(6, classes))
+        super().__init__(nn.Flatten(), nn.Linear(64, 6), self.kind(6), nn.Linear(6, classes))
+
+
+class OwnNormed(BatchNormed):
+    kind = OwnForward
+
+
+class Folded(BatchNormed):
+    """Two rows of each sample."""
+
+    def forward(self, x):
+        return self[3](self[2](self[1](x.flatten(1)).repeat(2, 1))[: len(x)])
+
+
+GROUPS_OF_8 = "--model.batch_statistics.group=8"
+
+
+@pytest.mark.parametrize(
+    ("argv", "ranks", "what"),
+    [
+        ([], 64, None),  # one sample for a rank
+        (["--train.global_batch_size=479"], 1, "1 samples with a single one at once.*--train.drop_last true"),
+        (["--train.micro_batch_size=16"], 4, None),  # a rank's share is no larger
+        (
+            ["--train.micro_batch_size=16"],
+            2,
+            "^model.batch_statistics: got nothing with train.micro_batch_size 16 in steps of 64 samples on 2 ranks, "
+            r"but a norm over the batch \(2\) would need all of them at once, expected groups of them; write "
+            "--model.batch_statistics.group 16, or leave train.micro_batch_size out$",
+        ),
+        (
+            ["--train.micro_batch_size=16", "--model.batch_statistics=global"],
+            1,
+            "^model.batch_statistics: got global wi",
+        ),
+        (["--train.micro_batch_size=16", GROUPS_OF_8], 2, None),
+        (["--train.global_batch_size=57", GROUPS_OF_8], 2, "57 samples on 2 ranks with a single one at once"),
+        (["--compile.mode=default", "--compile.fullgraph=true"], 1, None),
+        (["--compile.mode=default", "--compile.fullgraph=true"], 2, "^compile.fullgraph: got true, but the statistics"),
+        (["--compile.mode=default", "--compile.fullgraph=true", GROUPS_OF_8], 2, None),
+        (["--model.frozen=[2.*]", "--train.micro_batch_size=16"], 1, None),
+        (
+            ["--model.frozen=[2.*]", GROUPS_OF_8],
+            1,
+            "got {'group': 8}, but the model has no BatchNorm that is in training",
+        ),
+    ],
+)
+def test_norms_that_cannot_have_their_statistics_are_refused(argv: list[str], ranks: int, what: str | None):
+    with pytest.raises(ConfigError, match=what) if what else nullcontext():
+        check_shares(load([*DIGITS, *argv]), built("BatchNormed", *argv).findings, 1438, ranks)
+
+
+def test_groups_are_of_samples():
+    built("Folded")
+    with pytest.raises(
+        ConfigError, match="batch_statistics: got {'group': 8}, but 2 is called with 4 rows for 2 samples"
+    ):
+        built("Folded", GROUPS_OF_8)
 
 
 @pytest.mark.parametrize(
@@ -250,8 +317,9 @@ class BatchNormed(nn.Sequential):
 def test_a_share_of_one_sample_is_refused_where_the_model_takes_none(batch, micro, drops, ranks, what):
     argv = [f"--train.global_batch_size={batch}", f"--train.drop_last={str(drops).lower()}"]
     argv += [f"--train.micro_batch_size={micro}"] if micro else []
-    parts, config = built("BatchNormed", *argv), load([*DIGITS, *argv])
+    parts, config = built("OwnNormed", *argv), load([*DIGITS, *argv])
     assert parts.findings.needs_two and int(parts.model[2].num_batches_tracked) == 0
+    assert parts.findings.norms == () and parts.findings.by_samples == ("2.running_mean", "2.running_var")
     with pytest.raises(ConfigError, match=what) if what else nullcontext():
-        check_shares(config.train, parts.findings, 1438, ranks)
-    check_shares(config.train, built("Digits", *argv).findings, 1438, ranks)
+        check_shares(config, parts.findings, 1438, ranks)
+    check_shares(config, built("Digits", *argv).findings, 1438, ranks)

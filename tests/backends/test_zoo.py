@@ -13,6 +13,7 @@ from dist_train.backends.ddp import DDP
 from dist_train.backends.fsdp2 import FSDP2
 from dist_train.backends.probe import NOTHING
 from dist_train.config.tree import Config, OptimConfig
+from dist_train.models.statistics import Statistics
 from dist_train.tools.agreement import Difference, difference
 
 from parity_cells import BACKENDS, TOLERANCE
@@ -56,12 +57,9 @@ def by(backends: tuple[str, ...], line: str) -> dict[str, str]:
 
 
 TABLE = (
-    Row(
-        "norms over a batch, and other layers that keep statistics",
-        ("BatchNorm1d", "BatchNorm2d", "InstanceNormStats", "Counts"),
-        statistics=True,
-        resumed=True,
-    ),
+    Row("BatchNorm, of all samples of a step", ("BatchNorm1d", "BatchNorm2d"), resumed=True),
+    Row("BatchNorm, of groups of samples", ("BatchNormGroups",), resumed=True),
+    Row("other layers that keep statistics", ("InstanceNormStats", "Counts"), statistics=True, resumed=True),
     Row("norms over a batch that are frozen in eval", ("FrozenNorm",)),
     Row("LayerNorm, RMSNorm, GroupNorm", ("SampleNorms",)),
     Row("buffers that stay as they are, also unsaved ones; extra state", ("Buffers", "ExtraState"), resumed=True),
@@ -254,7 +252,8 @@ SETTINGS = (
             *(("SparseEmbedding", SGD), ("UnusedHead", MOMENTUM), ("FrozenBias", MOMENTUM)),
         )
     ),
-    *((kind, {"clips": True, "precision": "float64"}) for kind in ("Scalars", "Empty", "Complex")),
+    *((kind, {"clips": True, "precision": "float64"}) for kind in ("Scalars", "Empty", "Complex", "BatchNorm2d")),
+    ("BatchNormGroups", {"micro_batch_size": 4, "clips": True}),
 )
 
 
@@ -299,8 +298,13 @@ def test_a_short_format_of_a_model_whose_outputs_are_no_tensor(backend: str, pla
 class BuffersOfEachRank(FSDP2):
     def prepare(self, model, optimizer_fn):
         prepared = super().prepare(model, optimizer_fn)
-        self.buffers = Buffers(model, NOTHING, 1, skips=False)
+        self.buffers = Buffers(model, NOTHING, 1, skips=False, statistics=Statistics({}, []))
         return prepared
+
+
+class StatisticsOfEachShare(DDP):
+    def buffers_of(self, model):
+        return Buffers(model, self.findings, self.world.size, skips=False, statistics=Statistics({}, []))
 
 
 class WholeWeightsNotExchanged(FSDP2):
@@ -336,7 +340,8 @@ class NormsInTraining(DDP):
 
 
 FAULTS = (
-    (BuffersOfEachRank, "BatchNorm2d"),
+    (BuffersOfEachRank, "Counts"),
+    (StatisticsOfEachShare, "BatchNorm2d"),
     (WholeWeightsNotExchanged, "Scalars"),
     (OtherWeightsLeft, "Tied"),
     (MomentsForgotten, "Tied"),

@@ -270,7 +270,7 @@ def by_torch_alone(change: str, folder: Path) -> dict[str, torch.Tensor]:
     cell = cell_of("single", "AdamW")
     parts = assemble.build(cell, torch.device("cpu"))
     parameters = list(parts.model.parameters())
-    plan = Plan.of(len(parts.data.train), cell.train, ALONE)
+    plan = Plan.of(len(parts.data.train), cell, ALONE)
     first, second = (
         getattr(torch.optim, optim.name)(
             parameters, lr=optim.lr, **({"momentum": optim.momentum} if optim.momentum else {}), **optim.args

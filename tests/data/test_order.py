@@ -16,6 +16,7 @@ from dist_train.data.order import (
     Plan,
     evaluated_at_once,
     global_indices,
+    largest_piece,
     pieces,
     share,
     shuffled,
@@ -26,8 +27,10 @@ sizes = st.integers(1, 300)
 seeds = st.integers(0, 2**63 - 1)
 
 
-def plan(n: int, batch: int, rank: int, world: int, micro: int | None = None, drop_last: bool = False) -> Plan:
-    return Plan(n, 3, batch, micro, drop_last, rank, world)
+def plan(
+    n: int, batch: int, rank: int, world: int, micro: int | None = None, drop_last: bool = False, group: int = 1
+) -> Plan:
+    return Plan(n, 3, batch, micro, drop_last, rank, world, group)
 
 
 @given(n=sizes, seed=seeds, epoch=st.integers(0, 1000), batch=sizes)
@@ -218,6 +221,29 @@ def test_the_uniformity_check_fails_a_bad_shuffle(bad):
 def test_pieces_keep_to_the_limit():
     assert [pieces(64, 4, m) for m in (None, 16, 15, 8, 1)] == [1, 1, 2, 2, 16]
     assert pieces(1, 4, 1) == pieces(0, 4, 1) == 1
+
+
+@given(
+    n=sizes,
+    batch=st.integers(1, 60),
+    world=st.integers(1, 6),
+    group=st.integers(1, 9),
+    groups=st.integers(1, 4) | st.none(),
+)
+def test_groups_are_cut_by_nobody(n: int, batch: int, world: int, group: int, groups: int | None):
+    """Each micro-batch of each rank is of whole groups of its step, and together they are the step in its order."""
+    micro = None if groups is None else groups * group
+    of_ranks = [plan(n, batch, rank, world, micro, group=group) for rank in range(world)]
+    batches = [iter(each.indices(0)) for each in of_ranks]
+    for step in range(of_ranks[0].steps_per_epoch):
+        found, count = [], of_ranks[0].batch_size(step)
+        for each in batches:
+            for mine in itertools.islice(each, of_ranks[0].micro_batches(step)):
+                assert not len(mine) or len(found) % group == 0
+                assert len(mine) <= min(micro or batch, largest_piece(count, world, micro, group))
+                found += list(mine)
+        assert found == list(global_indices(n, 3, 0, step, batch))
+    assert all(next(each, None) is None for each in batches)
 
 
 def test_an_evaluation_takes_what_fits_in_memory():

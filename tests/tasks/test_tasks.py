@@ -381,7 +381,7 @@ def test_a_loss_that_mixes_samples_takes_no_pieces():
     findings = assemble.build(cell, CPU).findings
 
     def checked(ranks: int, **train) -> None:
-        check_shares(dataclasses.replace(cell.train, **train), findings, 16, ranks)
+        check_shares(dataclasses.replace(cell, train=dataclasses.replace(cell.train, **train)), findings, 16, ranks)
 
     checked(1)
     checked(2, micro_batch_size=4)  # no share is larger

@@ -55,9 +55,15 @@ def hangs_where_there_are_ranks(input_shape: tuple[int, ...], classes: int) -> n
     return nn.Linear(*input_shape, classes)
 
 
+class OfItsShare(nn.BatchNorm1d):
+    """A forward of its own, so that each rank takes the statistics of its own share."""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
 def with_batch_statistics(input_shape: tuple[int, ...], classes: int) -> nn.Module:
-    """Each rank takes the statistics of its own share."""
-    return nn.Sequential(nn.Linear(*input_shape, 8), nn.BatchNorm1d(8), nn.Linear(8, classes))
+    return nn.Sequential(nn.Linear(*input_shape, 8), OfItsShare(8), nn.Linear(8, classes))
 
 
 @pytest.mark.parametrize(
@@ -77,7 +83,7 @@ def test_a_cell_that_starts_and_fails_is_a_failure(model: str, options: list[str
     done = parity("--backends=ddp", "--world-sizes=2", f"--model.name={__name__}:{model}", *options)
     assert (done.returncode, done.stderr) == (1, "")
     (row,) = [row for row in done.stdout.splitlines() if row.startswith("ddp")]
-    assert line in row and ("BatchNorm1d" in row or model != "with_batch_statistics")
+    assert line in row and ("(OfItsShare)" in row or model != "with_batch_statistics")
     assert done.stdout.splitlines()[-1] == "0 of 1 agree, 0 not run"
 
 
