@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_train.backends.buffers import Buffers
 from dist_train.backends.initial import Initial, differences
+from dist_train.backends.ordered import Ordered
 from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, local_of, shards_as, shards_of
@@ -41,6 +42,7 @@ class Backend(ABC):
     optimizer: torch.optim.Optimizer
     parameters: list[nn.Parameter]
     buffers: Buffers
+    ordered: Ordered | None = None  # adds up the gradients, where backend.reduce is ordered
     taken = True  # the last step changed the weights: it was not left out
 
     def __init__(self, config: Config, world: World, findings: Findings = NOTHING):

@@ -23,38 +23,50 @@ from dist_train.backends.base import (
     updated_of,
     whole_norm,
 )
+from dist_train.backends.ordered import ordered
 from dist_train.backends.shards import Shards
 
 
 class DDP(Backend):
-    """DistributedDataParallel."""
+    """DistributedDataParallel. With backend.reduce ordered it is left out, as we sum the gradients ourselves."""
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        device = self.world.device
         self.bare, self.buffers = model, self.buffers_of(model)
         compile_(model, self.config.compile)  # inside DDP, which then sees one graph and overlaps as before
-        self.model = DistributedDataParallel(
-            model, device_ids=None if device.type == "cpu" else [device.index], **buckets.settings(self.findings)
-        )
-        buckets.own_buffers(self.model)
-        buckets.settle_buckets(self.model, self.findings.sparse)
-        buckets.explained(self.model)
+        self.ordered = ordered(self, model.named_parameters())
+        self.model = model if self.ordered else self._wrapped(model)
         self.parameters = list(model.parameters())
         self.optimizer = optimizer_fn(model.named_parameters())
         return self.model, self.optimizer
 
+    def _wrapped(self, model: nn.Module) -> DistributedDataParallel:
+        device = self.world.device
+        wrapped = DistributedDataParallel(
+            model, device_ids=None if device.type == "cpu" else [device.index], **buckets.settings(self.findings)
+        )
+        buckets.own_buffers(wrapped)
+        buckets.settle_buckets(wrapped, self.findings.sparse)
+        buckets.explained(wrapped)
+        return wrapped
+
     def accumulate(self, last: bool) -> AbstractContextManager:
         """See Backend."""
-        return nullcontext() if last else self.model.no_sync()
+        return nullcontext() if last or self.ordered else self.model.no_sync()
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
+        if self.ordered:
+            loss.backward()
+            self.ordered.take()
+            return
         # DDP divides the sum over ranks by their number
         loss.backward(loss.new_full((), self.scale.factor if self.scale else self.world.size))
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
+        if self.ordered:
+            self.ordered.settle()
         return update(self, whole_norm, max_norm, measure, self.world.size)
 
     def weights(self) -> dict[str, torch.Tensor]:

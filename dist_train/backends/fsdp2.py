@@ -22,6 +22,7 @@ from dist_train.backends.base import (
     update,
     updated_of,
 )
+from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import Shards
@@ -66,6 +67,7 @@ class FSDP2(Backend):
                 module.set_gradient_divide_factor(1.0)
                 # Else the factor is a multiplication before the sum, which gloo does not have.
                 module.set_force_sum_reduction_for_comms(True)
+        self._order()
         self.journal = Journal(model, layers, "fsdp2")
         self.syncs = True
         self.parameters = list(self.model.parameters())
@@ -75,8 +77,24 @@ class FSDP2(Backend):
         self._group_by_kind()
         return self.model, self.optimizer
 
+    def _order(self) -> None:
+        """Has the gradients added up in order, if the config asks for it. In one process fully_shard sums nothing."""
+        alone, whole = self.world.size == 1, set(self.summed)
+        self.ordered = ordered(self, ((n, p) for n, p in self.model.named_parameters() if alone or p in whole))
+        self.scatters = []
+        if self.ordered and not alone:
+            from dist_train.backends.ordered_scatter import OrderedScatter
+
+            for module in self.model.modules():
+                if isinstance(module, FSDPModule):
+                    self.scatters.append(OrderedScatter())
+                    module.set_custom_reduce_scatter(self.scatters[-1])
+
     def accumulate(self, last: bool) -> AbstractContextManager:
         """See Backend."""
+        for scatter in self.scatters:
+            scatter.last = last
+        last = last or self.ordered is not None  # each micro-batch is a leaf
         if last != self.syncs:  # it goes through all modules
             self.model.set_requires_gradient_sync(last)
             self.syncs = last
@@ -85,10 +103,15 @@ class FSDP2(Backend):
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         loss.backward(loss.new_full((), self.scale.factor) if self.scale else None)
+        if self.ordered:
+            self.ordered.take()
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
-        self._sum_whole()
+        if self.ordered:
+            self.ordered.settle()
+        else:
+            self._sum_whole()
         return update(self, self._norm, max_norm, measure)
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -158,6 +181,9 @@ class FSDP2(Backend):
     def _norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         """The norm of gradients of which each rank holds a part, on the device. Collective."""
         gradients = [p.grad for p in parameters if p.grad is not None]
+        if self.ordered:  # each whole, as in one process
+            norms = [torch.linalg.vector_norm(g.full_tensor() if isinstance(g, DTensor) else g) for g in gradients]
+            return torch.linalg.vector_norm(torch.stack(norms))
         shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]
         whole = [g for g in gradients if not isinstance(g, DTensor)]
         # The ranks' shards are disjoint, so their squares add up; in float64 a square cannot overflow.

@@ -21,6 +21,11 @@ UNFIT_OPTIMIZERS = {
 # compile.scope step: those whose update is one kernel on CUDA, and the arguments that would make another of it.
 CAPTURED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
 CAPTURED_DECIDES = {"fused", "foreach", "differentiable", "capturable"}
+# backend.reduce ordered: who sums by itself.
+NOT_ORDERED = {
+    "accelerate": "whose DistributedDataParallel sums as it likes",
+    "deepspeed": "whose engine sums in buckets of its own",
+}
 # What `accelerate launch` can be told that the config decides: variable, neutral value, option, what to do instead.
 ACCELERATE_SETTINGS = (
     ("ACCELERATE_MIXED_PRECISION", "no", "--mixed_precision", "leave it out (or no), and set train.precision"),
@@ -93,6 +98,7 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
     yield from _extra(config, backend)
     yield from _combination(config, backend)
     yield from _whole_step(config, backend)
+    yield from _ordered(config, backend)
     yield from _accelerate(config, env)
 
 
@@ -213,6 +219,31 @@ def _whole_step(config: Config, backend: str) -> Iterator[str]:
         )
     for key in sorted(CAPTURED_DECIDES & optim.args.keys()):
         yield f"optim.args.{key}: got {optim.args[key]!r}, but compile.scope step decides it; leave it out"
+
+
+def _ordered(config: Config, backend: str) -> Iterator[str]:
+    """What sums in a fixed order ask for."""
+    if config.backend.reduce != "ordered":
+        return
+    path, leave = "backend.reduce: got ordered", "or leave backend.reduce out"
+    if backend in NOT_ORDERED:
+        yield f"{path} with backend {backend}, {NOT_ORDERED[backend]}; write --backend.name ddp or fsdp2, {leave}"
+    if config.train.micro_batch_size is None:
+        eighth = max(1, config.train.global_batch_size // 8)
+        yield (
+            f"{path} without train.micro_batch_size, expected the samples of a slice, whose gradients are added up in "
+            f"order; for example --train.micro_batch_size {eighth}"
+        )
+    if config.train.threads is None:
+        yield (
+            f"{path} without train.threads, on which the sums within a process depend; for example --train.threads 1"
+        )
+    if config.compile.scope == "step":
+        yield f"{path} with compile.scope step, which adds up by itself; write --compile.scope model"
+    if config.train.precision == "float16":
+        yield f"{path} with float16, whose loss scale depends on what overflows first; write --train.precision bfloat16"
+    if config.backend.offload:
+        yield f"{path} with backend.offload, expected gradients on the device; leave one of them out"
 
 
 def _accelerate(config: Config, env: Mapping[str, str]) -> Iterator[str]:

@@ -21,6 +21,7 @@ from dist_train.backends.base import (
     updated_of,
     whole_norm,
 )
+from dist_train.backends.ordered import ordered
 from dist_train.backends.shards import Shards
 
 
@@ -32,6 +33,7 @@ class Single(Backend):
         self.buffers = self.buffers_of(model)
         compile_(model, self.config.compile)
         self.model, self.parameters = model, list(model.parameters())
+        self.ordered = ordered(self, model.named_parameters())
         self.optimizer = optimizer_fn(model.named_parameters())
         return self.model, self.optimizer
 
@@ -42,9 +44,13 @@ class Single(Backend):
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
         loss.backward(loss.new_full((), self.scale.factor) if self.scale else None)
+        if self.ordered:
+            self.ordered.take()
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
+        if self.ordered:
+            self.ordered.settle()
         return update(self, whole_norm, max_norm, measure)
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -221,6 +221,9 @@ class BackendConfig:
     3 and weights."""
     offload: bool = False
     """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
+    reduce: Literal["fast", "ordered"] = "fast"
+    """How gradients are summed: fast, as the library does it; ordered, in an order that is the same at any number of
+    ranks, so that single, ddp and fsdp2 give the same bits. It takes more time and memory."""
     config: str | None = field(default=None, metadata=PATH)
     """deepspeed: JSON file with more of its own settings, for what has no place in this config."""
 

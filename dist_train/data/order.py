@@ -172,7 +172,10 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps of a run over `n` samples, and a rank's part of each: of whole groups of `group` samples."""
+    """The steps of a run over `n` samples, and a rank's part of each: of whole groups of `group` samples.
+
+    A rank's groups follow each other; or, if they are `dealt`, each is a micro-batch, and the ranks take them by turns.
+    """
 
     n: int
     seed: int
@@ -182,13 +185,15 @@ class Plan:
     rank: int
     world_size: int
     group: int = 1
+    dealt: bool = False
 
     @classmethod
     def of(cls, n: int, config: "Config", world: "World") -> "Plan":
         """The plan of a run's config for one rank."""
         cfg, place = config.train, (world.rank, world.size)
         of = n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last
-        return cls(*of, *place, group_of(config.model) or 1)
+        dealt = config.backend.reduce == "ordered"
+        return cls(*of, *place, (cfg.micro_batch_size if dealt else group_of(config.model)) or 1, dealt)
 
     @cached_property
     def steps_per_epoch(self) -> int:
@@ -234,34 +239,43 @@ class Plan:
             before: so many samples more at the beginning of each micro-batch that is not empty: those that come before
                 it in the global batch, whose first sample comes after its last.
         """
-        mine, cuts = self._cuts(self.global_batch_size, before)
-        at_once = max(1, BLOCK // max(1, mine.stop - mine.start))
+        places, cuts = self._places(self.global_batch_size, before)
+        at_once = max(1, BLOCK // max(1, len(places)))
         for first in range(first_step, self.whole_steps, at_once):
             last = min(first + at_once, self.whole_steps)
-            for row in self._block(epoch, first, last, _places(mine, self.global_batch_size, before)):
+            for row in self._block(epoch, first, last, places):
                 for cut in cuts:
                     yield row[cut]
         ragged = self.n - self.whole_steps * self.global_batch_size
         if ragged and first_step <= self.whole_steps < self.steps_per_epoch:
-            mine, cuts = self._cuts(ragged, before)
-            (row,) = self._block(epoch, self.whole_steps, self.whole_steps + 1, _places(mine, ragged, before))
+            places, cuts = self._places(ragged, before)
+            (row,) = self._block(epoch, self.whole_steps, self.whole_steps + 1, places)
             for cut in cuts:
                 yield row[cut]
 
-    def _cuts(self, count: int, before: int) -> tuple[slice, list[slice]]:
-        """This rank's share of a batch of `count` samples, and its micro-batches within the share, each with those
-        before it."""
-        mine, micro_batches = share(count, self.rank, self.world_size, self.group), self.pieces(count)
-        cuts = [share(mine.stop - mine.start, i, micro_batches, self.group) for i in range(micro_batches)]
-        return mine, [slice(cut.start, cut.stop + before if cut.stop > cut.start else cut.stop) for cut in cuts]
+    def _places(self, count: int, before: int) -> tuple[np.ndarray, list[slice]]:
+        """Of a batch of `count` samples the places that this rank looks up, those before its micro-batches among them;
+        and where each micro-batch is in these."""
+        parts = [
+            np.arange(mine.start - before if mine.stop > mine.start else mine.stop, mine.stop)
+            for mine in self._micro_batches(count)
+        ]
+        ends = np.cumsum([len(part) for part in parts]).tolist()
+        return np.concatenate(parts) % count, [
+            slice(end - len(part), end) for end, part in zip(ends, parts, strict=True)
+        ]
+
+    def _micro_batches(self, count: int) -> list[slice]:
+        """The places of this rank's micro-batches in a batch of `count` samples."""
+        number = self.pieces(count)
+        if self.dealt:
+            firsts = [(i * self.world_size + self.rank) * self.group for i in range(number)]
+            return [slice(min(first, count), min(first + self.group, count)) for first in firsts]
+        mine = share(count, self.rank, self.world_size, self.group)
+        cuts = [share(mine.stop - mine.start, i, number, self.group) for i in range(number)]
+        return [slice(mine.start + cut.start, mine.start + cut.stop) for cut in cuts]
 
     def _block(self, epoch: int, first: int, last: int, places: np.ndarray) -> np.ndarray:
         """The samples at some places of each batch from step `first` up to `last`: int64 [steps, places]."""
         starts = np.arange(first, last)[:, None] * self.global_batch_size
         return _samples(starts + places, self.n, self.seed, epoch)
-
-
-def _places(mine: slice, count: int, before: int) -> np.ndarray:
-    """The places of a share in a batch of `count` samples, and of those before it."""
-    places = np.arange(mine.start - before, mine.stop)
-    return places % count if before else places

@@ -25,13 +25,13 @@ WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
 
 
-def factory(config: OptimConfig, model: nn.Module | None = None, sparse: bool = False) -> Factory:
+def factory(config: OptimConfig, model: nn.Module | None = None, unfused: bool = False) -> Factory:
     """A function from parameters with their names to the optimizer. Backends call it after they have sharded them.
 
     Args:
         config: of the optimizer.
         model: that no backend has prepared, for optim.groups and optim.no_decay; None leaves these out.
-        sparse: some gradients are sparse, which no fused kernel takes.
+        unfused: no fused kernel fits; see Parts.unfused.
 
     Raises:
         ConfigError: a pattern of optim.groups matches nothing in the model.
@@ -48,7 +48,7 @@ def factory(config: OptimConfig, model: nn.Module | None = None, sparse: bool = 
     def build(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         arranged = groups.arranged(named)
         parameters = [p for group in arranged for p in group["params"]]
-        fuses = not own and not sparse and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
+        fuses = not own and not unfused and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
         fused = {"fused": True} if fuses else {}
         try:
             with blamed("optim.name", config.name, f"called with {settings}", ours=not own):

@@ -90,6 +90,11 @@ class Parts:
         of = config.train, self.task, self.test_feeds, world, self.precision, self.findings.sample_bytes
         return Evaluation(*of, examiners)
 
+    def unfused(self, config: Config) -> bool:
+        """Whether no fused kernel may update the weights: it takes no sparse gradients, and computes the last elements
+        of a shard by other instructions, so that their last bits would depend on where a shard ends."""
+        return bool(self.findings.sparse) or config.backend.reduce == "ordered"
+
     def describe(self) -> str:
         """A line for people."""
         weights = sum(p.numel() for p in self.model.parameters())

@@ -211,9 +211,7 @@ def replay(
         resume.load_model(found, parts.model)
     task, lines, taken = Watched(parts.task), Lines(), list[Step]()
     backend = backends.create(config, world, parts.findings)
-    model, optimizer = backend.prepare(
-        parts.model, optim.factory(config.optim, parts.model, bool(parts.findings.sparse))
-    )
+    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, parts.model, parts.unfused(config)))
     average, progress = Average(config.optim, backend), None
     if found:
         progress, _ = resume.load_state(found, backend, world, config.train.seed, average)

@@ -213,7 +213,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     backend = _backend(config, world, parts)
     # A model with several optimizers has one for each of its parts, made in _backend.
     of_all = None if parts.optims else parts.model
-    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, of_all, bool(parts.findings.sparse)))
+    model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, of_all, parts.unfused(config)))
     run.control.phases.journal = backend.journal
     progress, average = None, Average(config.optim, backend)
     if found:

@@ -24,7 +24,12 @@ from dist_train.tools.options import split
 from dist_train.whole import can_write, write
 
 BACKENDS = ("ddp", "fsdp2", "accelerate", "deepspeed:0", "deepspeed:1", "deepspeed:2", "deepspeed:3")
-KEPT = {"fsdp2": ("offload",), "deepspeed": ("offload", "config")}
+KEPT = {
+    "single": ("reduce",),
+    "ddp": ("reduce",),
+    "fsdp2": ("offload", "reduce"),
+    "deepspeed": ("offload", "config"),
+}
 # Default, and an example.
 OPTIONS = {
     "--backends": (",".join(BACKENDS), "ddp"),

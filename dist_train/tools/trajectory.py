@@ -73,7 +73,7 @@ def measured(config: Config, world: World, moved: int | None = None) -> tuple[Tr
         _move(parts.model, moved)
     start = weights_of(parts.model)
     backend = backends.create(config, world, parts.findings)
-    optimizer_fn = optim.factory(config.optim, parts.model, bool(parts.findings.sparse))
+    optimizer_fn = optim.factory(config.optim, parts.model, parts.unfused(config))
     model, optimizer = backend.prepare(parts.model, optimizer_fn)
     recorder, evaluation = Recorder(), parts.evaluation(config, world)
     of = config, world, backend, model, optimizer, parts.task, parts.feed, evaluation, recorder, Control()
