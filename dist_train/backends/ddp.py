@@ -23,6 +23,7 @@ from dist_train.backends.base import (
     updated_of,
     whole_norm,
 )
+from dist_train.backends.matrices import lay_out
 from dist_train.backends.shards import Shards
 
 
@@ -42,6 +43,7 @@ class DDP(Backend):
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
         self.optimizer = optimizer_fn(model.named_parameters())
+        lay_out(self.optimizer, self.world)
         return self.model, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
