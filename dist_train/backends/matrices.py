@@ -83,7 +83,7 @@ def lay_out(
         held: by the tensors that the optimizer updates, the matrices in each, the same ones on every rank; None if it
             was given the parameters themselves, whole or sharded by rows.
     """
-    if not isinstance(optimizer, SeesMatrices) or world.size == 1:
+    if not isinstance(optimizer, SeesMatrices):
         return
     if held is None:
         seen = [p for group in optimizer.param_groups if optimizer.sees(group) for p in group["params"]]
@@ -93,7 +93,7 @@ def lay_out(
         return
     rows = iter(zip(*_ranges(every), strict=True))
     optimizer.layout = {t: [Matrix(of.shape, of.offset, next(rows)) for of in held[t]] for t in held}
-    optimizer.exchange = Exchange(world)
+    optimizer.exchange = Exchange(world) if world.size > 1 else Alone()
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -215,7 +215,7 @@ class Exchange:
         mine = like.new_zeros(longest)
         torch.cat([mine[:0], *(result.reshape(-1) for result in found.values())], out=mine[: sum(counts[self.rank])])
         every = like.new_empty(self.size * longest)
-        torch_dist.all_gather_into_tensor(every, mine)
+        torch_dist.all_gather(list(every.split(longest)), mine)
         results = {}
         for several, chunk, sizes in zip(of_owner, every.split(longest), counts, strict=True):
             results |= dict(zip(several, chunk[: sum(sizes)].split(sizes), strict=True))
