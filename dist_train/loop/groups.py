@@ -49,7 +49,7 @@ def groups_of(config: OptimConfig, model: nn.Module | None) -> Groups:
     settings = _variants(config, {"lr_scale": 1.0} | ({"optimizer": MUON} if splits else {}))
     beside = _variants(config, {"lr_scale": _adamw_scale(config), "optimizer": "AdamW"}) if splits else ()
     if model is None:
-        return Groups(settings, {})
+        return Groups(beside or settings, {})
     of = _matched(config, model)
     others = others_of(config, model, of) if splits else ()
     if config.no_decay:
