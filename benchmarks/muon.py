@@ -1,7 +1,7 @@
 """torchrun --nproc_per_node=2 benchmarks/muon.py [--rounds 9] [--sizes 64x8,256x8,512x4,1024x2]
 
 What Muon's orthogonalisation costs where each matrix is one rank's and results are exchanged, beside every rank doing
-all of it: of matrices that all ranks hold (DDP), and of matrices that are sharded by rows (FSDP2; there, every rank first
+all of it: of matrices that all ranks hold (DDP), and of matrices sharded by rows (FSDP2; there, every rank first
 gathers every matrix). A size is the width of a transformer's layers, of four matrices each, and their number. The ways
 take turns; a ratio is of the times of one round.
 """

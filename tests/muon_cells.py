@@ -11,6 +11,7 @@ from torch import nn
 from dist_train.backends import matrices
 from dist_train.backends.matrices import Exchange, Matrix
 from dist_train.config.tree import Config, ModelConfig, OptimConfig
+from dist_train.loop import muon
 
 import optim_cells
 from parity_cells import this_world
@@ -68,6 +69,15 @@ def exchanged(shapes: list[tuple[int, int]], ranges: list[list[tuple[int, int]]]
         of = Matrix(shape, 0, tuple(ranges[i]))
         work.append((of, matrix.narrow(0, *ranges[i][world.rank]), scaled))
     return [part.tolist() for part in Exchange(world).mapped(work)]
+
+
+def in_small_exchanges(cell: Config, folder: Path) -> optim_cells.Outcome:
+    """In a worker: a run in which a few matrices at a time are exchanged."""
+    before, muon.AT_ONCE = muon.AT_ONCE, 20
+    try:
+        return optim_cells.run(cell, folder)
+    finally:
+        muon.AT_ONCE = before
 
 
 # -- planted faults ----------------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def _ranges(every: Sequence[Held]) -> Iterator[list[tuple[int, int]]]:
 class Alone:
     """Every matrix is whole in this process."""
 
-    rank = 0
+    rank, size = 0, 1
 
     def mapped(self, work: Sequence[Work]) -> list[torch.Tensor]:
         """See Exchange."""

@@ -5,13 +5,14 @@ orthogonalises what a rank holds of a matrix; here it is the whole of it.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
-from dist_train.backends.matrices import Alone, Matrix, SeesMatrices
+from dist_train.backends.matrices import Alone, Matrix, SeesMatrices, Work
 from dist_train.backends.shards import local_of
 from dist_train.loop.eager import eager
 
@@ -22,6 +23,7 @@ ADJUSTED: dict[str | None, Callable[[int, int], float]] = {
     "match_rms_adamw": lambda rows, columns: 0.2 * math.sqrt(max(rows, columns)),
     "spectral_unclamped": lambda rows, columns: math.sqrt(rows / columns),
 }
+AT_ONCE = 1 << 25  # elements for each rank that are exchanged at once: an exchange takes a few times their memory
 TYPES = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -90,45 +92,69 @@ class Muon(SeesMatrices):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        """Takes a step. Collective, where ranks hold parts of matrices."""
+        """Takes a step. Collective, where several ranks hold the matrices."""
         assert closure is None
-        work: dict[torch.dtype, list] = {}  # an exchange is of one type
-        for group in self.param_groups:
-            if self.sees(group):
-                for matrix, part, weights in self._begun(group):
-                    function = partial(
-                        orthogonalised, coefficients=group["ns_coefficients"], steps=group["ns_steps"], eps=group["eps"]
-                    )
-                    work.setdefault(part.dtype, []).append(((matrix, part, function), weights, group))
-        for several in work.values():
-            updates = self.exchange.mapped([of for of, _, _ in several])
-            for ((matrix, _, _), weights, group), update in zip(several, updates, strict=True):
-                rate = group["lr"] * ADJUSTED[group["adjust_lr_fn"]](*matrix.shape)
-                weights.add_(update.view(weights.shape), alpha=-rate)
+        begun, elements = list[Begun](), 0
+        for of in self._begun():
+            if begun and (elements > AT_ONCE * self.exchange.size or of.part.dtype != begun[-1].part.dtype):
+                self._finish(begun)
+                begun, elements = [], 0
+            begun.append(of)
+            elements += math.prod(of.matrix.shape)
+        self._finish(begun)
         if self.adamw is not None:
             self.adamw.param_groups = [group for group in self.param_groups if not self.sees(group)]
             self.adamw.state = self.state
             self.adamw.step()
 
-    def _begun(self, group: Mapping[str, Any]) -> Iterator[tuple[Matrix, torch.Tensor, torch.Tensor]]:
-        """Takes the gradients into the momentum, and decays the weights. What this rank holds of each matrix: of its
-        update [count], and of its weights, to be written to."""
-        decay, momentum = 1 - group["lr"] * group["weight_decay"], group["momentum"]
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            if not state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            average, gradient = local_of(state["momentum_buffer"]), local_of(parameter.grad)
-            average.lerp_(gradient, 1 - momentum)
-            update = gradient.lerp(average, momentum) if group["nesterov"] else average
-            weights = local_of(parameter)
-            weights.mul_(decay)
-            flat = update.to(self.ns_dtype or update.dtype).reshape(-1)
-            for matrix, count in self.parts(parameter):
-                mine = weights if weights.dim() > 1 else weights.narrow(0, matrix.offset, count)
-                yield matrix, flat.narrow(0, matrix.offset, count), mine
+    def _begun(self) -> Iterator["Begun"]:
+        """Takes the gradients into the momentum, and decays the weights."""
+        for group in self.param_groups:
+            for parameter in group["params"] if self.sees(group) else ():
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                average, gradient = local_of(state["momentum_buffer"]), local_of(parameter.grad)
+                average.lerp_(gradient, 1 - group["momentum"])
+                update = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
+                weights = local_of(parameter)
+                weights.mul_(1 - group["lr"] * group["weight_decay"])
+                flat = update.to(self.ns_dtype or update.dtype).reshape(-1)
+                for matrix, count in self.parts(parameter):
+                    mine = weights if weights.dim() > 1 else weights.narrow(0, matrix.offset, count)
+                    yield Begun(matrix, flat.narrow(0, matrix.offset, count), mine, group)
+
+    def _finish(self, begun: Sequence["Begun"]) -> None:
+        """Orthogonalises what was begun, and adds it to the weights. Collective."""
+        for of, update in zip(begun, self.exchange.mapped([of.work for of in begun]), strict=True):
+            rate = of.group["lr"] * ADJUSTED[of.group["adjust_lr_fn"]](*of.matrix.shape)
+            of.weights.add_(update.view(of.weights.shape), alpha=-rate)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The update of a matrix that is not orthogonalised yet.
+
+    Args:
+        matrix: how it lies.
+        part: what this rank holds of it [count].
+        weights: what it is added to.
+        group: settings.
+    """
+
+    matrix: Matrix
+    part: torch.Tensor
+    weights: torch.Tensor
+    group: Mapping[str, Any]
+
+    @property
+    def work(self) -> Work:
+        """What is asked of an exchange."""
+        settings = {"coefficients": "ns_coefficients", "steps": "ns_steps", "eps": "eps"}
+        function = partial(orthogonalised, **{name: self.group[key] for name, key in settings.items()})
+        return self.matrix, self.part, function
 
 
 def orthogonalised(

@@ -17,7 +17,7 @@ from dist_train.loop.hidden import others_of
 from dist_train.loop.muon import orthogonalised
 from dist_train.loop.optim import check, factory, set_lr
 
-from muon_cells import MUON, Small, config, exchanged, scaled, with_fault
+from muon_cells import MUON, Small, config, exchanged, in_small_exchanges, scaled, with_fault
 from optim_cells import Outcome, run, run_all
 from parity_cells import BACKENDS, TOLERANCE
 from workers import run_ranks
@@ -161,18 +161,14 @@ def test_what_muon_cannot_take_is_refused(keys: dict, line: str):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory):
-    """A function from a cell of one process to what it leaves, each run once."""
+    """A function from a precision to what a run of one process leaves, each run once."""
     place = tmp_path_factory.mktemp("muon")
 
     @cache
-    def of(precision: str = "float32", dtype: str | None = None) -> Outcome:
-        return run(config("single", typed(dtype), precision), place / f"{precision}-{dtype}")
+    def of(precision: str) -> Outcome:
+        return run(config("single", precision=precision), place / precision)
 
     return of
-
-
-def typed(dtype: str | None) -> OptimConfig:
-    return dataclasses.replace(MUON, args=MUON.args | {"ns_dtype": dtype})
 
 
 SOME = {
@@ -190,13 +186,13 @@ def agree(backends: tuple[str, ...], ranks: int, expected: Outcome, place: Path,
 
 @pytest.mark.parametrize("ranks", SOME)
 def test_the_same_as_in_one_process(ranks: int, reference, tmp_path: Path):
-    agree(SOME[ranks], ranks, reference(), tmp_path)
+    agree(SOME[ranks], ranks, reference("float32"), tmp_path)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_the_same_as_in_one_process_in_full(ranks: int, reference, tmp_path: Path):
-    agree(BACKENDS, ranks, reference(), tmp_path)
+    agree(BACKENDS, ranks, reference("float32"), tmp_path)
 
 
 def test_the_same_in_float64(reference, tmp_path: Path):
@@ -223,6 +219,12 @@ def test_parts_of_any_length_make_the_whole_and_come_back(dtype: str):
                 assert parts[i] == scaled(whole).narrow(0, *held[i][rank]).tolist()
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("ddp", "float32"), ("fsdp2", "float64")])
+def test_a_model_of_more_than_is_exchanged_at_once(backend: str, dtype: str, reference, tmp_path: Path):
+    found = run_ranks(in_small_exchanges, 2, config(backend, precision=dtype), tmp_path)[0]
+    assert distance(found, reference(dtype)) < TOLERANCE[dtype]
+
+
 # Where each is cut off; the last goes on to the end.
 CHAIN = (("single", 0, 1), ("fsdp2", 2, 3), ("deepspeed:2", 3, 5), ("ddp", 2, 6), ("deepspeed:3", 2, 8))
 CHAIN += (("fsdp2", 3, None),)
@@ -233,7 +235,7 @@ def test_it_goes_on_under_other_backends(reference, tmp_path: Path):
         of = [(config(backend), tmp_path / "run", cut_after)]
         end = (run_ranks(run_all, ranks, of)[0] if ranks else run_all(of))[0]
         assert not end.lines
-    assert distance(end, reference()) < TOLERANCE["float32"]
+    assert distance(end, reference("float32")) < TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(
@@ -256,4 +258,4 @@ def test_the_same_ranks_give_the_same_bits(backend: str, tmp_path: Path):
 )
 def test_planted_faults_are_seen(fault: str, backend: str, reference, tmp_path: Path):
     found = run_ranks(with_fault, 2, fault, config(backend), tmp_path)[0]
-    assert distance(found, reference()) > 10 * TOLERANCE["float32"]
+    assert distance(found, reference("float32")) > 10 * TOLERANCE["float32"]
