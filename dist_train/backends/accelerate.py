@@ -26,6 +26,7 @@ from dist_train.backends.base import (
     updated_of,
     whole_norm,
 )
+from dist_train.backends.matrices import lay_out
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards
 from dist_train.config.tree import Config
@@ -69,6 +70,7 @@ class Accelerate(Backend):
         buckets.explained(self.model)
         self.parameters = list(model.parameters())
         optimizer = optimizer_fn(model.named_parameters())
+        lay_out(optimizer, self.world)
         self.optimizer = self.accelerator.prepare(optimizer)
         return self.model, optimizer
 

@@ -23,6 +23,7 @@ from dist_train.backends.base import (
     updated_of,
     whole_norm,
 )
+from dist_train.backends.matrices import lay_out
 from dist_train.backends.ordered import ordered
 from dist_train.backends.shards import Shards
 
@@ -38,6 +39,7 @@ class DDP(Backend):
         self.model = model if self.ordered else self._wrapped(model)
         self.parameters = list(model.parameters())
         self.optimizer = optimizer_fn(model.named_parameters())
+        lay_out(self.optimizer, self.world)
         return self.model, self.optimizer
 
     def _wrapped(self, model: nn.Module) -> DistributedDataParallel:

@@ -34,6 +34,7 @@ from dist_train.backends.base import (
 )
 from dist_train.backends.gradients import Counted, Whole
 from dist_train.backends.initial import Initial, differences, maker
+from dist_train.backends.matrices import Held, SeesMatrices, lay_out, rows_of
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.probe import NOTHING, Findings
@@ -101,6 +102,7 @@ class DeepSpeed(Backend):
         else:
             self.counted = Counted(self.engine, list(asked.values()))
         self.optimized = trained
+        lay_out(self.optimizer, self.world, self._held() if self.stage else None)
         return self.engine, self.optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager:
@@ -196,10 +198,11 @@ class DeepSpeed(Backend):
                 counts.setdefault((fragment.flat, key), []).append(value)
                 shards[path] = shards_of(value)
         read(shards)
-        group = self.optimizer.param_groups[0]
-        on_device = group.get("fused") or group.get("capturable")
         held = Counter(fragment.flat for fragment in fragments.values())
+        number_of = {fragment.flat: group_of[name] for name, fragment in fragments.items()}
         for (flat, key), values in counts.items():
+            group = self.optimizer.param_groups[number_of[flat]]
+            on_device = group.get("fused") or group.get("capturable")
             # One that has none saved has counted nothing yet.
             if len(values) < held[flat] or any(not torch.equal(value, values[0]) for value in values):
                 raise ConfigError(
@@ -207,7 +210,7 @@ class DeepSpeed(Backend):
                     f"once for all; write --backend.name ddp or fsdp2, or --backend.zero_stage 0"
                 )
             self.optimizer.state[flat][key] = values[0].to(flat.device) if on_device else values[0]
-        for flat, number in {fragment.flat: group_of[name] for name, fragment in fragments.items()}.items():
+        for flat, number in number_of.items():
             initial.fill(flat, self.optimizer.state[flat], number)
         return lines
 
@@ -241,10 +244,29 @@ class DeepSpeed(Backend):
 
     def _groups(self) -> dict[str, int]:
         """The number of each trained parameter's group."""
-        zero = self.engine.optimizer
-        members = zero.fp16_groups if self.stage == 3 else zero.bit16_groups
-        number = {p: of for of, parameters in zip(self._group_of_flats(), members, strict=True) for p in parameters}
+        several = zip(self._group_of_flats(), self._members(), strict=True)
+        number = {p: of for of, parameters in several for p in parameters}
         return {name: number[p] for name, p in self.optimized.items()}
+
+    def _members(self) -> list[list[nn.Parameter]]:
+        """The parameters of which each flat buffer holds this rank's part, in the order of the buffers."""
+        zero = self.engine.optimizer
+        return zero.fp16_groups if self.stage == 3 else zero.bit16_groups
+
+    def _held(self) -> dict[torch.Tensor, list[Held]]:
+        """The matrices of each flat buffer, for an optimizer that sees matrices; of some this rank has no part."""
+        if not isinstance(self.optimizer, SeesMatrices):
+            return {}
+        name_of, fragments = {p: name for name, p in self.optimized.items()}, self._fragments()
+        found: dict[torch.Tensor, list[Held]] = {}
+        for flat, of, members in zip(self._flats(), self._group_of_flats(), self._members(), strict=True):
+            if self.optimizer.sees(self.optimizer.param_groups[of]):
+                found[flat] = []
+                for parameter in members:
+                    part = fragments.get(name_of[parameter])
+                    shape = rows_of(parameter.ds_shape if self.stage == 3 else parameter.shape)
+                    found[flat].append(Held(shape, *((part.start, part.offset, part.count) if part else (0, 0, 0))))
+        return found
 
     def _group_of_flats(self) -> list[int]:
         """The number of the group of each flat buffer."""

@@ -22,6 +22,7 @@ from dist_train.backends.base import (
     update,
     updated_of,
 )
+from dist_train.backends.matrices import lay_out
 from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
@@ -75,6 +76,7 @@ class FSDP2(Backend):
         if ":" in self.config.optim.name:
             self._check_own(mesh)
         self._group_by_kind()
+        lay_out(self.optimizer, self.world)
         return self.model, self.optimizer
 
     def _order(self) -> None:

@@ -4,11 +4,11 @@ A box is a view of the tensor that trains, so filling the boxes of all ranks res
 """
 
 import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 Box = tuple[tuple[int, ...], torch.Tensor]  # where it begins in the whole tensor, and its values
 
@@ -48,7 +48,8 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
-    return type(tensor) in (torch.Tensor, nn.Parameter, nn.Buffer)  # a DTensor's module takes long to import
+    module = sys.modules.get("torch.distributed.tensor")  # takes long to import; without it there is no DTensor
+    return module is None or not isinstance(tensor, module.DTensor)
 
 
 class HostCopy:

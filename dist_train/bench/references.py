@@ -55,7 +55,8 @@ def references(config: Config, world: World, parts: Parts, steps: int | None = N
     backend = backends.chosen(config.backend.name, world.launcher)
     if backend in bare.LIBRARIES and parts.precision.name not in SHORT and config.task.name in LOSSES:
         found[BARE] = _bare(bare.LIBRARIES[backend], config, world, parts, laid)
-    if backend == "single" and has_pictures(config, parts):
+    of_torch = ":" not in config.optim.name and config.optim.name not in optim.OURS
+    if backend == "single" and of_torch and has_pictures(config, parts):
         found[TUTORIAL] = _tutorial(config, world, parts)
     return found
 

@@ -117,7 +117,8 @@ class OptimConfig:
     """The optimizer and the schedule of its learning rate. A null is torch's own default."""
 
     name: str = "AdamW"
-    """A class of torch.optim: SGD, AdamW, ...; or your own optimizer as module:Class."""
+    """A class of torch.optim: SGD, AdamW, ...; Muon (with AdamW for what is no matrix, see optimizers.md); or your own
+    optimizer as module:Class."""
     lr: float = 1e-3
     """Peak learning rate, the same at every world size."""
     weight_decay: float | None = None
@@ -128,7 +129,8 @@ class OptimConfig:
     """The optimizer's other arguments, such as optim.args.betas."""
     groups: list[dict[str, Any]] = field(default_factory=list)
     """Other settings for some parameters: match, a pattern of their names such as "head.*", and the arguments of the
-    optimizer that differ for them, such as lr. The first pattern that matches a parameter decides."""
+    optimizer that differ for them, such as lr. The first pattern that matches a parameter decides. Under Muon, also
+    optimizer: Muon or AdamW."""
     no_decay: bool = False
     """No weight decay for biases, norms and other weights of one dimension, unless their group gives one."""
     schedule: str = "constant"

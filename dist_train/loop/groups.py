@@ -10,6 +10,7 @@ from torch import nn
 
 from dist_train.config.tree import OptimConfig
 from dist_train.errors import ConfigError
+from dist_train.loop.hidden import MUON, others_of
 
 Settings = dict[str, Any]
 NEAR = 3  # names that are shown where a pattern matches nothing
@@ -44,21 +45,35 @@ def groups_of(config: OptimConfig, model: nn.Module | None) -> Groups:
     Raises:
         ConfigError: a pattern matches nothing.
     """
-    asked = [_settings(config, group) for group in config.groups]
-    undecayed = [settings if "weight_decay" in settings else settings | {"weight_decay": 0.0} for settings in asked]
-    plain = {"lr_scale": 1.0}
-    settings = (plain, *asked, plain | {"weight_decay": 0.0}, *undecayed)
+    splits = config.name == MUON
+    settings = _variants(config, {"lr_scale": 1.0} | ({"optimizer": MUON} if splits else {}))
+    beside = _variants(config, {"lr_scale": _adamw_scale(config), "optimizer": "AdamW"}) if splits else ()
     if model is None:
-        return Groups(settings, {})
+        return Groups(beside or settings, {})
     of = _matched(config, model)
+    others = others_of(config, model, of) if splits else ()
     if config.no_decay:
-        of |= {name: of.get(name, 0) + 1 + len(asked) for name in _without_decay(model)}
-    return Groups(settings, of)
+        of |= {name: of.get(name, 0) + 1 + len(config.groups) for name in _without_decay(model)}
+    of |= {name: of.get(name, 0) + len(settings) for name in others}
+    return Groups(settings + beside, of)
+
+
+def _variants(config: OptimConfig, plain: Settings) -> tuple[Settings, ...]:
+    """Without a group and of each group, then the same without weight decay."""
+    asked = [plain | _settings(config, group) for group in config.groups]
+    undecayed = [settings if "weight_decay" in settings else settings | {"weight_decay": 0.0} for settings in asked]
+    return (plain, *asked, plain | {"weight_decay": 0.0}, *undecayed)
 
 
 def _settings(config: OptimConfig, group: Mapping[str, Any]) -> Settings:
     rest = {key: value for key, value in group.items() if key not in ("match", "lr")}
-    return rest | {"lr_scale": group["lr"] / config.lr if "lr" in group else 1.0}
+    return rest | ({"lr_scale": group["lr"] / config.lr} if "lr" in group else {})
+
+
+def _adamw_scale(config: OptimConfig) -> float:
+    """The learning rate of AdamW beside Muon, divided by optim.lr."""
+    adamw = config.args.get("adamw") or {}
+    return adamw["lr"] / config.lr if "lr" in adamw else 1.0
 
 
 def _matched(config: OptimConfig, model: nn.Module) -> dict[str, int]:

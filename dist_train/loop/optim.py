@@ -1,8 +1,6 @@
 """The optimizer from its config."""
 
-import inspect
-from collections.abc import Callable, Iterable
-from functools import cache
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -11,7 +9,10 @@ from dist_train.config.lookup import load
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import OptimConfig
 from dist_train.errors import ConfigError
+from dist_train.loop.eager import eager
 from dist_train.loop.groups import groups_of
+from dist_train.loop.hidden import MUON
+from dist_train.loop.muon import Muon
 from dist_train.loop.own_optimizer import Factory, check_groups, check_kind, check_state, is_own
 from dist_train.loop.schedule import check_schedule
 
@@ -19,8 +20,7 @@ from dist_train.loop.schedule import check_schedule
 # much faster than a kernel for each operation and tensor: AdamW of 670,000 weights takes a fifth of the time on a CPU.
 FUSED = {"Adam": ("cpu", "cuda"), "AdamW": ("cpu", "cuda"), "SGD": ("cpu", "cuda"), "Adagrad": ("cpu",)}
 FUSED_SHARDED = ("Adam", "AdamW")  # for which torch 2.14 knows how to split it over DTensors, too
-# Methods of torch.optim.Optimizer that torch keeps the compiler out of.
-WRAPPED = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
+OURS: dict[str, type[torch.optim.Optimizer]] = {MUON: Muon}  # in the place of torch's, or of none in torch 2.8
 # Arguments in optim.args with which the user chooses how the update is computed.
 CHOOSES_KERNELS = {"fused", "foreach", "differentiable"}
 
@@ -39,24 +39,24 @@ def factory(config: OptimConfig, model: nn.Module | None = None, unfused: bool =
     given = {"weight_decay": config.weight_decay, "momentum": config.momentum}
     settings = {k: v for k, v in given.items() if v is not None} | config.args
     groups, own = groups_of(config, model), is_own(config)
-    kind = load({}, config.name, "optim.name") if own else getattr(torch.optim, config.name)
+    kind = load({}, config.name, "optim.name") if own else OURS.get(config.name) or getattr(torch.optim, config.name)
     if own:
         check_kind(config.name, kind)
     elif not settings.get("differentiable"):
-        kind = _eager(kind)
+        kind = eager(kind)
 
     def build(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         arranged = groups.arranged(named)
-        parameters = [p for group in arranged for p in group["params"]]
-        fuses = not own and not unfused and not CHOOSES_KERNELS & settings.keys() and _fuses(config.name, parameters)
+        name = "AdamW" if config.name == MUON else config.name
+        parameters = [p for group in arranged if group.get("optimizer") != MUON for p in group["params"]]
+        fuses = not own and not unfused and not CHOOSES_KERNELS & settings.keys() and _fuses(name, parameters)
         fused = {"fused": True} if fuses else {}
+        refuser = "it" if config.name in OURS else "torch.optim"
         try:
             with blamed("optim.name", config.name, f"called with {settings}", ours=not own):
                 optimizer = kind(arranged, lr=config.lr, **settings, **fused)
         except (TypeError, ValueError) as error:
-            raise ConfigError(
-                f"optim: got {config.name} with {settings}, which torch.optim refuses: {error}"
-            ) from error
+            raise ConfigError(f"optim: got {config.name} with {settings}, which {refuser} refuses: {error}") from error
         check_groups(config, optimizer)
         return optimizer
 
@@ -76,20 +76,6 @@ def check(config: OptimConfig, model: nn.Module, total_steps: int) -> None:
     if is_own(config):
         check_state(config.name, build)
     check_schedule(config, total_steps)
-
-
-@cache
-def _eager(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The same optimizer without what torch wraps around its methods to keep its compiler out: the first call of one
-    would import the compiler, and that takes as long as importing torch does."""
-
-    @torch.no_grad()
-    def step(self: torch.optim.Optimizer, closure: Callable | None = None) -> torch.Tensor | float | None:
-        return update(self, closure)
-
-    update = inspect.unwrap(kind.step)
-    own = {name: inspect.unwrap(getattr(kind, name)) for name in WRAPPED}
-    return type(kind.__name__, (kind,), own | {"step": step, "__doc__": kind.__doc__, "__module__": kind.__module__})
 
 
 def _fuses(name: str, parameters: list[torch.nn.Parameter]) -> bool:

@@ -1,7 +1,8 @@
 """What the loop asks of the config: its sizes, the optimizer and its schedule. Pure, and before torch is imported."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from dist_train.config.lookup import accepts, parameters, torch_optimizers
@@ -30,8 +31,10 @@ EXAMPLES |= {"restart_steps": "1000", "restart_factor": "2"}
 UNFIT_OPTIMIZERS = {
     "LBFGS": "it evaluates the loss several times a step",
     "SparseAdam": "it takes sparse gradients only",
-    "Muon": "it takes matrices only, and a model has biases",
 }
+MUON = Path(__file__).with_name("muon.py")  # in the place of torch's, which its version 2.8 does not have
+# What AdamW takes beside Muon, in optim.args.adamw and in a group with optimizer AdamW.
+BESIDE = ("lr", "betas", "eps", "weight_decay")
 
 
 def problems(config: Config, _: Launcher) -> Iterator[str]:
@@ -85,13 +88,16 @@ def _batch(config: Config) -> Iterator[str]:
 
 
 def _optimizer(config: Config) -> Iterator[str]:
-    optim, known = config.optim, torch_optimizers()
+    optim, known = config.optim, torch_optimizers() | {"Muon": MUON}
     names = [n for n in known if n not in UNFIT_OPTIMIZERS]
     if optim.name in UNFIT_OPTIMIZERS:
         yield f"optim.name: got {optim.name}, but {UNFIT_OPTIMIZERS[optim.name]}; expected one of {', '.join(names)}"
         return
     if optim.name not in known and ":" not in optim.name:
         yield unknown("optim.name", optim.name, [*names, "or your own as module:Class"], "optimizer", names)
+        return
+    if optim.name == "Muon":
+        yield from _muon(config)
         return
     if optim.name in known:
         takes, title = parameters(known[optim.name], optim.name) or {}, f"torch.optim.{optim.name}"
@@ -134,23 +140,53 @@ def _arguments(config: Config, takes: dict[str, bool], title: str) -> Iterator[s
 def _groups(config: Config, takes: dict[str, bool], title: str) -> Iterator[str]:
     """The settings of the groups. Whether their patterns match anything, the model tells."""
     valid = ["match", *(k for k in [*takes][1:] if k not in (*FOR_ALL, "**"))]
-    for i, group in enumerate(config.optim.groups):
-        path = f"optim.groups[{i}]"
-        if not isinstance(group.get("match"), str):
-            example = "{match: 'head.*', lr: 0.01}"
-            yield f"{path}: got {group}, expected a pattern of names in match; for example {example}"
-        for key, value in group.items():
-            if key in FOR_ALL and key in takes:
-                yield f"{path}.{key}: got {value!r}, which is for all parameters; write --optim.args.{key}"
-            elif key not in valid and "**" not in takes:
-                yield unknown(path, key, valid, f"argument of {title}")
+    for i in range(len(config.optim.groups)):
+        yield from _group(config, i, valid, takes, title)
+
+
+def _group(config: Config, i: int, valid: Sequence[str], takes: Collection[str], title: str) -> Iterator[str]:
+    group, path = config.optim.groups[i], f"optim.groups[{i}]"
+    if not isinstance(group.get("match"), str):
+        example = "{match: 'head.*', lr: 0.01}"
+        yield f"{path}: got {group}, expected a pattern of names in match; for example {example}"
+    for key, value in group.items():
+        if key in FOR_ALL and key in takes:
+            yield f"{path}.{key}: got {value!r}, which is for all parameters; write --optim.args.{key}"
+        elif key not in valid and "**" not in takes:
+            yield unknown(path, key, valid, f"argument of {title}")
+        elif key in OPTIM_FIELDS and not _is_rate(value):
+            yield f"{path}.{key}: got {value!r}, expected a finite number of 0 or more; for example 0.1"
+    if "lr" in group and not config.optim.lr:
+        yield (
+            f"{path}.lr: got {group['lr']} with optim.lr 0, to which it would be related; write a last group "
+            f"{{match: '*', lr: 0.0}} in its place"
+        )
+
+
+def _muon(config: Config) -> Iterator[str]:
+    """Of Muon, with AdamW for what is no matrix."""
+    takes = {key: required for key, required in (parameters(MUON, "Muon") or {}).items() if key != "optimizer"}
+    yield from _arguments(config, takes, "Muon")
+    adamw, path = config.optim.args.get("adamw"), "optim.args.adamw"
+    if adamw is not None and not isinstance(adamw, dict):
+        yield f"{path}: got {adamw!r}, expected arguments of AdamW; for example --{path}.lr 3e-4"
+    elif adamw:
+        for key, value in adamw.items():
+            if key not in BESIDE:
+                yield unknown(path, key, BESIDE, "argument of AdamW")
             elif key in OPTIM_FIELDS and not _is_rate(value):
-                yield f"{path}.{key}: got {value!r}, expected a finite number of 0 or more; for example 0.1"
-        if "lr" in group and not config.optim.lr:
-            yield (
-                f"{path}.lr: got {group['lr']} with optim.lr 0, to which it would be related; write a last group "
-                f"{{match: '*', lr: 0.0}} in its place"
-            )
+                yield f"{path}.{key}: got {value!r}, expected a finite number of 0 or more; for example 3e-4"
+        if "lr" in adamw and not config.optim.lr:
+            yield f"{path}.lr: got {adamw['lr']} with optim.lr 0, to which it would be related; leave it out"
+    own = [key for key in [*takes][1:] if key not in ("ns_dtype", "adamw", *FOR_ALL)]
+    valid = {"Muon": own, "AdamW": BESIDE, None: ("lr", "weight_decay")}
+    titles = {None: "Muon and AdamW both; with optimizer: Muon, or AdamW, a group takes more"}
+    for i, group in enumerate(config.optim.groups):
+        said = group.get("optimizer")
+        if said not in valid:
+            yield unknown(f"optim.groups[{i}].optimizer", str(said), ["Muon", "AdamW"], "optimizer")
+        else:
+            yield from _group(config, i, ["match", "optimizer", *valid[said]], takes, titles.get(said, said))
 
 
 def _is_rate(value: Any) -> bool:

@@ -72,6 +72,12 @@ def test_what_a_checkpoint_costs(tmp_path: Path):
     ]
 
 
+def test_what_the_orthogonalisation_costs():
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    said = script(*torchrun, str(ROOT / "benchmarks/muon.py"), "--rounds=2", "--sizes=4x1").splitlines()
+    assert "2 ranks of 1 thread" in said[0] and [line.split(" | ")[1] for line in said[3:]] == ["whole", "rows"]
+
+
 def test_what_the_start_costs():
     said = script(str(ROOT / "benchmarks/startup.py"), "--libraries", "alone", "--repeats=1")
     assert "| digits |" in said

@@ -113,6 +113,34 @@ BAD = [
         ("unknown argument of torch.optim.AdamW 'momentum'", "match, lr, betas, eps"),
         file="optim: {groups: [{match: a, momentum: 0.1}]}",
     ),
+    Bad(
+        "optim.groups[0]",
+        (
+            "unknown argument of Muon and AdamW both; with optimizer: Muon",
+            "'ns_steps', expected one of match, optimizer",
+        ),
+        file="optim: {name: Muon, groups: [{match: a, ns_steps: 3}]}",
+    ),
+    Bad(
+        "optim.groups[0]",
+        ("unknown argument of AdamW 'momentum', expected one of match, optimizer, lr, betas, eps, weight_decay",),
+        file="optim: {name: Muon, groups: [{match: a, optimizer: AdamW, momentum: 0.9}]}",
+    ),
+    Bad(
+        "optim.groups[0].optimizer",
+        ("unknown optimizer 'muon', expected one of Muon, AdamW; did you mean Muon?",),
+        file="optim: {name: Muon, groups: [{match: a, optimizer: muon}]}",
+    ),
+    Bad(
+        "optim.args.adamw", ("unknown argument of AdamW 'beta'",), file="optim: {name: Muon, args: {adamw: {beta: 1}}}"
+    ),
+    Bad("optim.args.adamw", ("got 3, expected arguments of AdamW",), file="optim: {name: Muon, args: {adamw: 3}}"),
+    Bad(
+        "optim.args.adamw.lr",
+        ("got -1, expected a finite number of 0 or more",),
+        file="optim: {name: Muon, args: {adamw: {lr: -1}}}",
+    ),
+    Bad("optim.args", ("unknown argument of Muon 'optimizer'",), file="optim: {name: Muon, args: {optimizer: AdamW}}"),
     Bad("optim.groups[0].lr", ("got -1, expected a finite number",), file="optim: {groups: [{match: a, lr: -1}]}"),
     Bad(
         "optim.groups[0].fused",

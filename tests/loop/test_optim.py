@@ -11,7 +11,7 @@ from torch.optim import lr_scheduler
 from dist_train.config.lookup import parameters, torch_optimizers
 from dist_train.config.tree import OptimConfig, TrainConfig
 from dist_train.errors import ConfigError
-from dist_train.loop.optim import FUSED, factory
+from dist_train.loop.optim import FUSED, OURS, factory
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
 from dist_train.loop.schedule import check_schedule, lr_at
 from dist_train.loop.train import evaluation_due
@@ -19,6 +19,7 @@ from dist_train.loop.work import total_steps
 from dist_train.tasks.classification import Classification
 
 TOTAL = 40
+OF_TORCH = sorted(torch_optimizers().keys() - UNFIT_OPTIMIZERS.keys() - OURS.keys())
 # Each schedule beside the scheduler of torch that has its name.
 THEIRS = {
     "constant": ({}, lambda o: lr_scheduler.ConstantLR(o, factor=1.0)),
@@ -121,7 +122,7 @@ def test_a_bad_schedule_of_ones_own_is_refused_before_the_run(name: str, line: s
 
 
 def test_every_optimizer_that_is_offered_works():
-    names = [name for name in torch_optimizers() if name not in UNFIT_OPTIMIZERS]
+    names = OF_TORCH
     assert {"SGD", "Adam", "AdamW", "RMSprop", "Adagrad"} <= set(names)
     for name in names:
         weights = one_weight()
@@ -132,7 +133,7 @@ def test_every_optimizer_that_is_offered_works():
         assert (weights[0] < 1).all(), name
 
 
-@pytest.mark.parametrize("name", sorted(set(torch_optimizers()) - set(UNFIT_OPTIMIZERS)))
+@pytest.mark.parametrize("name", OF_TORCH)
 def test_an_optimizer_gives_torchs_own_bits(name: str):
     """Ours are without what torch wraps around their methods for the compiler."""
 
