@@ -35,7 +35,7 @@ class DDP(Backend):
         """See Backend."""
         self.bare, self.buffers = model, self.buffers_of(model)
         compile_(model, self.config.compile)  # inside DDP, which then sees one graph and overlaps as before
-        self.ordered = ordered(self, model.named_parameters())
+        self.ordered = ordered(self.config, self.findings, model.named_parameters())
         self.model = model if self.ordered else self._wrapped(model)
         self.parameters = list(model.parameters())
         self.optimizer = optimizer_fn(model.named_parameters())

@@ -82,7 +82,8 @@ class FSDP2(Backend):
     def _order(self) -> None:
         """Has the gradients added up in order, if the config asks for it. In one process fully_shard sums nothing."""
         alone, whole = self.world.size == 1, set(self.summed)
-        self.ordered = ordered(self, ((n, p) for n, p in self.model.named_parameters() if alone or p in whole))
+        taken = ((name, p) for name, p in self.model.named_parameters() if alone or p in whole)
+        self.ordered = ordered(self.config, self.findings, taken)
         self.scatters = []
         if self.ordered and not alone:
             from dist_train.backends.ordered_scatter import OrderedScatter

@@ -7,16 +7,14 @@ the tree has the same two operands at any number of ranks.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as torch_dist
 from torch import nn
 
+from dist_train.backends.probe import Findings
 from dist_train.backends.shards import local_of
-
-if TYPE_CHECKING:
-    from dist_train.backends.base import Backend
+from dist_train.config.tree import Config
 
 
 class Tree:
@@ -46,11 +44,11 @@ class Tree:
         return found
 
 
-def ordered(backend: "Backend", named: Iterable[tuple[str, nn.Parameter]]) -> "Ordered | None":
+def ordered(config: Config, findings: Findings, named: Iterable[tuple[str, nn.Parameter]]) -> "Ordered | None":
     """What adds up the gradients of these parameters, by name, if the config asks for it."""
-    if backend.config.backend.reduce != "ordered":
+    if config.backend.reduce != "ordered":
         return None
-    unused = backend.findings.unused
+    unused = findings.unused
     return Ordered([p for name, p in named if p.requires_grad and name not in unused and p.numel()])
 
 

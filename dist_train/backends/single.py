@@ -33,7 +33,7 @@ class Single(Backend):
         self.buffers = self.buffers_of(model)
         compile_(model, self.config.compile)
         self.model, self.parameters = model, list(model.parameters())
-        self.ordered = ordered(self, model.named_parameters())
+        self.ordered = ordered(self.config, self.findings, model.named_parameters())
         self.optimizer = optimizer_fn(model.named_parameters())
         return self.model, self.optimizer
 
