@@ -19,6 +19,10 @@ run() { # NAME COMMAND...: its output, also in a file
 
 run speed python -m dist_train bench "${same[@]}" --train.threads 1 --repeats 30 --starts 2 \
     --json "$out/speed.json" --plot "$out/speed.png"
+run resnet python -m dist_train bench --data.name synthetic \
+    --data.args '{n: 1024, n_test: 8, shape: [3, 32, 32], classes: 10}' --model.name torchvision.models:resnet18 \
+    --model.args.num_classes 10 --optim.name SGD --optim.lr 0.05 --optim.momentum 0.9 --train.device cpu \
+    --train.threads 1 --backends single --batch-sizes 64 --steps 2 --repeats 10 --starts 0 --json "$out/resnet.json"
 run libraries python -m dist_train bench "${same[@]}" --backends fsdp2,accelerate,deepspeed:0,deepspeed:2,deepspeed:3 \
     --batch-sizes 64 --repeats 24 --json "$out/libraries.json" --plot "$out/libraries.png"
 # Many short slices, with a checkpoint policy that is asked at every step.
