@@ -55,6 +55,11 @@ def is_dict(hint: Any) -> bool:
     return dict in (typing.get_origin(hint), *map(typing.get_origin, typing.get_args(hint)))
 
 
+def _is_name_too(hint: Any) -> bool:
+    """Whether a name may stand in the place of keys."""
+    return isinstance(hint, types.UnionType) and str in typing.get_args(hint)
+
+
 def is_optional(hint: Any) -> bool:
     """Whether null may stand there."""
     return type(None) in typing.get_args(hint)
@@ -82,7 +87,7 @@ def describe(hint: Any) -> str:
         example = _example(hint).strip("'")
         return f"a list such as {example} ({describe(args[0])} each)"
     if is_dict(hint):
-        return "a name, or keys with values" if str in args else "keys with values"
+        return "a name, or keys with values" if _is_name_too(hint) else "keys with values"
     return " or ".join(describe(a) for a in args)  # a union
 
 
@@ -107,7 +112,9 @@ def _example(hint: Any) -> str:
         if is_dict(args[0]):
             return "'[{match: \"head.*\", lr: 0.01}]'"
         return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
-    if is_dict(hint) and str not in args:
+    if _is_name_too(hint):
+        return "global"
+    if is_dict(hint):
         return "'{start_step: 10, steps: 5}'" if args[1:] == (int,) else "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])
 

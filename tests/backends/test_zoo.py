@@ -212,6 +212,7 @@ def test_a_model_trains_as_in_one_process_or_is_refused(kind: str, backend: str,
 def test_uneven_and_empty_shares(ranks: int, backend: str, place: Path):
     """The last step of an epoch has two samples."""
     kinds = ("Scalars", "ChannelsLast", "Tied", "Embedding", "Recurrent", "Attention", "SampleNorms")
+    kinds += ("BatchNorm2d", "BatchNormGroups")
     kinds += ("SparseEmbedding",) if backend == "ddp" else ("Empty",)
     if ranks == 3:
         kinds += ("BertLora",) if backend == "ddp" else ("Bert",)
