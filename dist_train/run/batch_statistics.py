@@ -87,6 +87,11 @@ def check(config: Config, findings: Findings, n: int, world_size: int) -> None:
             f"{cfg.global_batch_size} samples{on}, but a norm over the batch ({names}) would need all of them at once, "
             f"expected groups of them; write --{path}.group {cfg.micro_batch_size}, or leave train.micro_batch_size out"
         )
+    if config.backend.reduce == "ordered":
+        raise ConfigError(
+            f"backend.reduce: got ordered, but a norm over the batch ({names}) adds up what ranks have in an order "
+            f"of its own; write --{path}.group {cfg.micro_batch_size or cfg.global_batch_size}"
+        )
     if world_size > 1 and config.compile.mode != "off" and config.compile.fullgraph:
         raise ConfigError(
             f"compile.fullgraph: got true, but the statistics of a norm over the batch ({names}) are exchanged among "

@@ -277,6 +277,8 @@ GROUPS_OF_8 = "--model.batch_statistics.group=8"
         ),
         (["--train.micro_batch_size=16", GROUPS_OF_8], 2, None),
         (["--train.global_batch_size=57", GROUPS_OF_8], 2, "57 samples on 2 ranks with a single one at once"),
+        (["--train.micro_batch_size=16", "--backend.reduce=ordered"], 4, "^backend.reduce: got ordered, but a norm"),
+        (["--train.micro_batch_size=16", "--backend.reduce=ordered", GROUPS_OF_8], 4, None),
         (["--compile.mode=default", "--compile.fullgraph=true"], 1, None),
         (["--compile.mode=default", "--compile.fullgraph=true"], 2, "^compile.fullgraph: got true, but the statistics"),
         (["--compile.mode=default", "--compile.fullgraph=true", GROUPS_OF_8], 2, None),
