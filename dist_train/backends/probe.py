@@ -6,21 +6,25 @@ the weights, that every step takes the same way through the layers. What a model
 
 import copy
 import random
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_train.data.randomness import kept_apart, seed_for
 
 # How a forward reads a tensor's values on the host, where it may decide by them what to compute next.
 READS = {"__bool__", "__float__", "__index__", "__int__", "equal", "item", "nonzero", "numpy", "tolist"}
 PIECE = 1 << 20  # numbers
+TORCH = Path(torch.__file__).parent
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Findings:
         needs_two: forward takes no single sample, as a norm over a batch does not.
         sample_bytes: of a sample's input and outputs; 0 where that is not known.
         metrics: names of what an evaluation measures.
+        draws: what forward draws from a generator, and where; so not what is keyed (models/draws.py).
         mixes_samples: the loss of a sample depends on the others of its batch.
         notes: what people may want to know of it, a line each.
     """
@@ -56,6 +61,7 @@ class Findings:
     mixes_samples: bool = False
     metrics: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    draws: tuple[str, ...] = ()
 
 
 NOTHING = Findings()
@@ -77,9 +83,10 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
     before = {name: _digest(p) for name, p in parameters.items()}
     with _drawing_apart(next(iter(parameters.values()), torch.empty(0)).device), _state_kept(model) as changed:
         drawn = _host_generators()
-        with _Reads() as reads:
+        with _Reads() as reads, _Draws(model) as draws:
             loss = loss_of()
-        varies = reads.seen or drawn != _host_generators()
+        on_host = drawn != _host_generators()
+        varies = reads.seen or on_host
         got = _gradients(loss, parameters) if trains else dict.fromkeys(parameters, torch.strided)
         buffers = tuple(changed())
     return Findings(
@@ -88,6 +95,7 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
         written=tuple(name for name, p in parameters.items() if trains and _digest(p) != before[name]),
         buffers=buffers,
         varies=varies,
+        draws=(*draws.seen, *(["a generator of random or NumPy"] if on_host else [])),
     )
 
 
@@ -116,6 +124,40 @@ class _Reads(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen = self.seen or getattr(func, "__name__", "") in READS
         return func(*args, **(kwargs or {}))
+
+
+class _Draws(TorchDispatchMode):
+    """Notices operators that draw from torch's generators, with the layer and the line that they are called in."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.names = {module: name for name, module in model.named_modules()}
+        self.seen: dict[str, None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return func(*args, **(kwargs or {}))
+        before = _torch_generators()
+        found = func(*args, **(kwargs or {}))
+        if not all(torch.equal(a, b) for a, b in zip(before, _torch_generators(), strict=True)):
+            self.seen[f"{func.overloadpacket.__name__}{self._where()}"] = None
+        return found
+
+    def _where(self) -> str:
+        layer = ""
+        for frame, line in traceback.walk_stack(None):  # from the inside out
+            own, file = frame.f_locals.get("self"), Path(frame.f_code.co_filename)
+            if isinstance(own, nn.Module) and own in self.names:
+                layer = layer or self.names[own]
+                if TORCH not in file.parents:
+                    return f"{f' in {layer}' if layer else ''} ({file.name}:{line})"
+        return ""
+
+
+def _torch_generators() -> list[torch.Tensor]:
+    """Where torch's generators stand."""
+    devices = [torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []
+    return [torch.get_rng_state(), *devices]
 
 
 def _gradients(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.layout]:

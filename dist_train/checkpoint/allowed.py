@@ -2,7 +2,7 @@
 
 # Config paths that change what is computed, and may be changed at a resume by one who says so.
 BY_NAME = (
-    *("train.seed", "task.name", "task.loss", "task.args", "train.grad_clip", "train.precision"),
+    *("train.seed", "train.draws", "task.name", "task.loss", "task.args", "train.grad_clip", "train.precision"),
     *("data.normalize", "data.one_hot", "data.transforms", "data.batch_transforms"),
     *("model.name", "model.activation", "model.dropout", "model.args", "model.frozen", "model.batch_statistics"),
     *("optim.lr", "optim.weight_decay", "optim.momentum", "optim.args"),

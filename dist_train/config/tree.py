@@ -184,7 +184,10 @@ class TrainConfig:
     precision: Literal["float32", "tf32", "bfloat16", "float16", "float64"] = "float32"
     """tf32, bfloat16 and float16 are the matrix products' alone; parameters and sums stay float32 (see the README)."""
     seed: int = 0
-    """Decides the initial weights and the order of the samples."""
+    """Decides the initial weights, the order of the samples, and all that is drawn."""
+    draws: Literal["keyed", "torch"] = "keyed"
+    """What dropout draws. keyed: by the step, the place in the model and the sample, so the same on any number of
+    ranks. torch: from torch's generator, which is another on each rank."""
     device: str = "auto"
     """auto, cpu, cuda, ...: auto takes the accelerator that torch finds, else the CPU."""
     threads: int | None = None

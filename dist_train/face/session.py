@@ -107,16 +107,19 @@ class Step:
         self._batch: Batch | None = None
         self._norms: list[torch.Tensor] = []
         self._begun = False
+        self._at, self._passes = loop.work.meter.result.steps, 0
         self._updated: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         phase, backend = self._loop.control.phases, self._loop.backend
         for i, batch in enumerate(self._batches, 1):
-            with backend.accumulate(last=i == len(self._batches)), running(batch):
+            drawn = self._loop.work.draws.of(batch.ids, self._at, self._passes)
+            with backend.accumulate(last=i == len(self._batches)), running(batch), drawn:
                 phase("forward")
                 self._batch = batch
                 yield batch
             self._batch = None
+        self._passes += 1
         phase("data")
 
     def backward(self, loss_sum: torch.Tensor, part: str | None = None) -> None:

@@ -54,6 +54,8 @@ class Captured:
         self.norm = torch.zeros((), dtype=precision.dtype, device=device)
         self.at = torch.zeros(2, dtype=torch.int64, device=device)
         self.step, self.place = self.at[:1], self.at[1:]  # of the epoch; of its losses
+        self.draws = work.draws
+        self.before = torch.zeros(1, dtype=torch.int64, device=device)  # steps of the run before this epoch
         self.unread = 0  # the place, on the host
         for i, group in enumerate(optimizer.param_groups):
             group["lr"] = self.rate[0, i]
@@ -77,6 +79,7 @@ class Captured:
         _send(samples, self.order.view(-1)[start : start + len(samples)])
         _send(np.outer(lrs, self.scales), self.rates[first:])
         self.step.fill_(first)
+        self.before.fill_(done - first)
 
     def take(self, count: int, lr: float, measure: bool) -> tuple[int, torch.Tensor | None]:
         """Takes the step that comes next; see train.Eager. Its learning rate is on the device already."""
@@ -146,8 +149,10 @@ class Captured:
         samples = self.order.index_select(0, self.step)[0, :count]
         micro_batches = self.plan.pieces(count)
         for i in range(micro_batches):
-            loss = self.loss(samples[share(count, i, micro_batches, self.plan.group)])
-            self.backend.backward(loss / (count * self.each))
+            mine = samples[share(count, i, micro_batches, self.plan.group)]
+            with self.draws.of(mine, self.meter.result.steps, on_device=self.before + self.step):
+                loss = self.loss(mine)
+                self.backend.backward(loss / (count * self.each))
             self.losses[:, i].index_copy_(0, self.place, loss.detach().view(1))
 
 

@@ -42,7 +42,7 @@ class Eager:
     def __init__(self, work: Work, meter: Meter):
         self.backend, self.optimizer, self.task = work.backend, work.optimizer, work.task
         self.model, self.feed, self.plan = work.precision.called(work.model), work.feed, work.plan
-        self.max_norm, self.meter, self.phase = work.config.train.grad_clip, meter, meter.phases
+        self.draws, self.max_norm, self.meter, self.phase = work.draws, work.config.train.grad_clip, meter, meter.phases
 
     def begin(self, epoch: int, first: int) -> None:
         """Goes on from step `first` of an epoch."""
@@ -66,7 +66,8 @@ class Eager:
         micro_batches, batches, units = next(self.steps)
         for i, batch in enumerate(batches, 1):
             phase("forward")
-            with backend.accumulate(last=i == micro_batches), running(batch):
+            drawn = self.draws.of(batch.ids, self.meter.result.steps)
+            with backend.accumulate(last=i == micro_batches), running(batch), drawn:
                 loss = self.task.sums(self.model, batch)["loss"]
                 if not batch.size:  # a stand-in, as this rank has no sample
                     loss = loss * 0.0

@@ -15,6 +15,7 @@ from dist_train.data.order import Plan
 from dist_train.loop.average import Average
 from dist_train.loop.evaluate import Evaluation
 from dist_train.loop.meter import Control, Meter, Progress, Sink
+from dist_train.models.draws import Draws
 from dist_train.ranks.dist import World
 from dist_train.tasks.base import Task
 
@@ -67,6 +68,12 @@ class Work:
     def plan(self) -> Plan:
         """The steps of the run, and this rank's part of each."""
         return Plan.of(len(self.feed.split), self.config, self.world)
+
+    @cached_property
+    def draws(self) -> Draws:
+        """What the model draws."""
+        cfg, world = self.config.train, self.world
+        return Draws(cfg.seed, world.rank, self.model, cfg.draws, world.device)
 
     @cached_property
     def meter(self) -> Meter:

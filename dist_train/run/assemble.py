@@ -31,7 +31,7 @@ from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Evaluation
 from dist_train.loop.work import total_steps
-from dist_train.models import MODELS
+from dist_train.models import MODELS, draws
 from dist_train.models.blocks import blocks
 from dist_train.models.frozen import freeze
 from dist_train.ranks.dist import World
@@ -147,6 +147,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if config.compile.scope == "step" and trained is None:
         _check_captured(task, data, feeds["train"], device)
     model = model.to(device)
+    if trained is None and config.train.draws == "keyed":
+        draws.frame(model, config.model.blocks, parts=not task.evaluates)
     if not task.evaluates:
         unseen = replace(UNSEEN, norms=tuple(trained_norms(model)))
         return Parts(data, task, model, feeds, precision, loaded, unseen)
@@ -156,7 +158,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
         pass
     _check_best(config, data, findings.metrics)
     if findings.written:  # which the first samples have done now, so again from the start
-        model = build_model(config, data, dtype, trained, warm)[0].to(device)
+        looked_at, model = model, build_model(config, data, dtype, trained, warm)[0].to(device)
+        draws.frame_as(model, looked_at)
     return Parts(data, task, model, feeds, precision, loaded, findings)
 
 

@@ -19,7 +19,7 @@ from dist_train.data.order import global_indices, pieces, sizes
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.loop.evaluate import Called, Sums
-from dist_train.models import MODELS
+from dist_train.models import MODELS, draws
 from dist_train.run.batch_statistics import LOOKED_AT, by_samples, check, rows_checked, trained_norms
 from dist_train.tasks import TASKS
 from dist_train.tasks.base import Task, nbytes, panels_of, units_of
@@ -54,6 +54,7 @@ def look(
     own_task = partial(blamed, "task.name", config.task.name, LOOKS, ours=config.task.name in TASKS)
     sample_bytes = []
     trained = trained_norms(model)
+    drawing = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device)
 
     def loss() -> torch.Tensor:
         checked = Checked(called, lambda outputs: task.check(batch, outputs), own_model)
@@ -62,7 +63,10 @@ def look(
         sample_bytes.append((nbytes(batch.tree) + nbytes(called.outputs)) // count)
         return total / count
 
-    found = probe(model, loss, trains)
+    with draws.looking(drawing, batch.ids):
+        found = probe(model, loss, trains)
+    if drawing.keyed:
+        draws.settle(model)
     with own_task():
         notes = tuple(task.notes(batch, called.outputs))
         _check_units(units_of(task, batch), config.task.name)

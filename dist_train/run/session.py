@@ -209,6 +209,11 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
     said = [f"backend {trackers.backend}, {parts.describe()}"]  # before the weights are shared out
+    if parts.findings.draws and config.train.draws == "keyed":
+        said.append(
+            f"model: draws by {', '.join(parts.findings.draws)}, which depends on the number of ranks; only dropout "
+            f"and stochastic depth are keyed (train.draws)"
+        )
     trackers.say("\n".join([*said, *notes(config, parts.findings, world.size)]))
     backend = _backend(config, world, parts)
     # A model with several optimizers has one for each of its parts, made in _backend.

@@ -35,8 +35,8 @@ from dist_train.tools.agreement import Difference, Trajectory, beyond, differenc
 # however small the move.
 MOVES, MOVED = 5, 16
 TENSORS = ("weights", "buffers")
-# Layers with which a sample's output depends on the others of its batch, or on a draw.
-MIXING = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+# Layers with which a sample's output depends on the others of its batch.
+MIXING = (nn.modules.batchnorm._BatchNorm,)
 
 
 class Recorder:
@@ -122,8 +122,8 @@ def depends_on_share(config: Config, world: World, reference: Trajectory, allowe
     empty if it does not differ, or where batches cannot be cut: ranks exchange the statistics of the whole step."""
     cfg, group = config.train, group_of(config.model)
     cut = (cfg.micro_batch_size or cfg.global_batch_size) // 2 // (group or 1) * (group or 1)
-    model = assemble.build(config, world.device).model
-    if not cut or (group is None and trained_norms(model)):
+    parts = assemble.build(config, world.device)
+    if not cut or (group is None and trained_norms(parts.model)):
         return ""
     config = dataclasses.replace(config, train=dataclasses.replace(cfg, micro_batch_size=cut))
     try:
@@ -132,9 +132,10 @@ def depends_on_share(config: Config, world: World, reference: Trajectory, allowe
         found = f"{type(error).__name__}: {error}".splitlines()[0]
     if not found:
         return ""
-    others = [m for m in model.modules() if m not in norms(model).values()]
-    layers = sorted({type(m).__name__ for m in others if isinstance(m, MIXING) and getattr(m, "p", 1)})
-    return f"{found} ({', '.join(layers)})" if layers else found
+    others = [m for m in parts.model.modules() if m not in norms(parts.model).values()]
+    layers = sorted({type(m).__name__ for m in others if isinstance(m, MIXING)})
+    why = [*layers, *(f"draws by {draw}" for draw in parts.findings.draws)]
+    return f"{found} ({', '.join(why)})" if why else found
 
 
 def _rate(config: Config, step_ms: list[float]) -> float:

@@ -1,5 +1,6 @@
 """What a first look at a model tells, and that it leaves no trace."""
 
+import dataclasses
 import random
 from contextlib import nullcontext
 
@@ -88,6 +89,9 @@ class DropsUnits(Base):
         return super().forward(F.dropout(x, 0.5))
 
 
+ON_HOST = ("a generator of random or NumPy",)
+
+
 def found(model: nn.Module) -> Findings:
     return probe(model, lambda: F.cross_entropy(model(X), Y))
 
@@ -96,7 +100,7 @@ def found(model: nn.Module) -> Findings:
     ("kind", "expected"),
     [
         (Base, Findings()),
-        (DropsUnits, Findings()),
+        (DropsUnits, Findings(draws=("bernoulli_",))),
         (Unused, Findings(unused=("other.weight", "other.bias"))),
         (Written, Findings(written=("body.weight",))),
         (WrittenThroughData, Findings(written=("out.weight",))),
@@ -105,13 +109,15 @@ def found(model: nn.Module) -> Findings:
             Findings(buffers=("calls", "norm.running_mean", "norm.running_var", "norm.num_batches_tracked")),
         ),
         (Embeds, Findings(sparse=("table.weight",))),
-        (DropsALayer, Findings(varies=True)),
-        (DropsByPython, Findings(varies=True)),
-        (DropsByNumpy, Findings(varies=True)),
+        (DropsALayer, Findings(varies=True, draws=("rand",))),
+        (DropsByPython, Findings(varies=True, draws=ON_HOST)),
+        (DropsByNumpy, Findings(varies=True, draws=ON_HOST)),
     ],
 )
 def test_what_a_first_look_tells(kind: type[nn.Module], expected: Findings):
-    assert found(kind()) == expected
+    got = found(kind())
+    names = tuple(draw.partition(" (test_probe.py:")[0] for draw in got.draws)
+    assert dataclasses.replace(got, draws=names) == expected
 
 
 def test_a_first_look_leaves_no_trace():

@@ -25,6 +25,7 @@ from dist_train.loop.evaluate import Evaluation
 from dist_train.loop.optim import OURS
 from dist_train.loop.rules import UNFIT_OPTIMIZERS
 from dist_train.loop.schedule import lr_at
+from dist_train.models.draws import Draws
 from dist_train.run import assemble
 
 from parity_cells import ALONE, TOLERANCE, config
@@ -71,6 +72,10 @@ def with_dropout(cell: Config) -> Config:
     return dataclasses.replace(cell, model=dataclasses.replace(cell.model, dropout=0.3))
 
 
+def with_torchs_draws(cell: Config) -> Config:
+    return dataclasses.replace(with_dropout(cell), train=dataclasses.replace(cell.train, draws="torch"))
+
+
 @pytest.mark.parametrize(("backend", "ranks"), [("single", 0), ("ddp", 2), ("fsdp2", 2), ("deepspeed:3", 2)])
 def test_the_same_bits_with_dropout_and_compiled(backend: str, ranks: int, tmp_path: Path):
     cell = dataclasses.replace(with_dropout(config(backend, "AdamW")), compile=CompileConfig(mode="default"))
@@ -115,8 +120,48 @@ def test_a_learning_rate_that_counts_from_the_resume_is_seen(tmp_path: Path, mon
     assert recorded[:10] == expected[:10] and recorded[10:] != expected[10:]
 
 
+def test_the_same_bits_with_torchs_draws(tmp_path: Path):
+    alone, _, resumed = go(2, cut_and_resumed(with_torchs_draws(config("ddp")), tmp_path))[0]
+    assert same_bits(alone, resumed)
+
+
+def drawn_elsewhere(folder: Path) -> float:
+    """How far a run with dropout that goes on from 2 ranks on 3, in the middle of an epoch, ends from one that was left
+    alone; relative, of its loss."""
+    cells = {backend: with_dropout(config(backend)) for backend in ("single", "ddp", "fsdp2")}
+    alone = run_series([(saving(cells["single"], folder / "alone"), None)])[0]
+    go(2, [(saving(cells["fsdp2"], folder / "cut"), CUT)])
+    resumed = go(3, [(saving(cells["ddp"], folder / "cut"), None)])[0][0]
+    losses = [[line["train/loss"] for line in one.metrics if "train/loss" in line] for one in (alone, resumed)]
+    assert len(losses[0]) == len(losses[1]) == 24
+    return max(abs(a - b) / a for a, b in zip(*losses, strict=True))
+
+
+def test_dropout_goes_on_exactly_at_another_world_size(tmp_path: Path):
+    assert drawn_elsewhere(tmp_path) < TOLERANCE["float32"]
+
+
+def since_the_resume(runs: list[tuple[Config, int | None]]) -> list[Outcome]:
+    """In a worker: keys whose step counts from the start of the process."""
+    with pytest.MonkeyPatch.context() as patch:
+        keys = Draws.keys
+
+        def counted(self, samples, step, *more):
+            self.first = getattr(self, "first", step)
+            return keys(self, samples, step - self.first, *more)
+
+        patch.setattr(Draws, "keys", counted)
+        return run_series(runs)
+
+
+def test_a_step_that_counts_from_the_resume_is_seen(tmp_path: Path):
+    alone, _, resumed = since_the_resume(cut_and_resumed(with_dropout(config()), tmp_path))
+    losses = [[line["train/loss"] for line in one.metrics if "train/loss" in line] for one in (alone, resumed)]
+    assert losses[0][:10] == losses[1][:10] and abs(losses[0][10] - losses[1][10]) > 1e-3
+
+
 def test_a_lost_random_state_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    runs = cut_and_resumed(with_dropout(config()), tmp_path)
+    runs = cut_and_resumed(with_torchs_draws(config()), tmp_path)
     alone, _ = run_series(runs[:2])
     monkeypatch.setattr("dist_train.checkpoint.randomness.restore", lambda tensors, device: None)
     assert not same_bits(alone, run_series(runs[2:])[0])

@@ -182,6 +182,22 @@ def test_an_own_loop_agrees_with_the_packages(
     assert mine == pytest.approx(expected, rel=1e-9) and len(mine) == 15
 
 
+def test_dropout_in_an_own_loop_is_that_of_the_packages(tmp_path: Path):
+    given = {"data": user_loops.DATA, "model": {"hidden": [9], "dropout": 0.4}}
+    found = {}
+    for draws in ("keyed", "torch"):
+        folders = tmp_path / f"{draws}-fit", tmp_path / f"{draws}-own"
+        settings = [user_loops.settings(str(folder), {"train": {"draws": draws}}) for folder in folders]
+        dist_train.fit(settings[0], **given)
+        with dist_train.session(settings[1], **given) as run:
+            for step in run.steps():
+                for images, labels in step:
+                    step.backward(nn.functional.cross_entropy(run.model(images), labels, reduction="sum"))
+                step.update()
+        found[draws] = [losses(folder) for folder in folders]
+    assert found["keyed"][0] == found["keyed"][1] != found["torch"][1]
+
+
 def test_a_mean_in_the_place_of_a_sum_is_seen(zygote: Zygote, tmp_path: Path, reference: Path):
     zygote.run(script("own", tmp_path / "run", unscaled=True))[0].check()  # planted
     assert apart(tmp_path / "run", reference) > 1e-8
