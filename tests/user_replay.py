@@ -28,6 +28,14 @@ class Line(nn.Linear):
         return super().forward(x).squeeze(1)
 
 
+class Normed(nn.Sequential):
+    """With dropout, and a norm over the batch."""
+
+    def __init__(self, input_shape, classes):
+        hidden = nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.4)
+        super().__init__(nn.Flatten(), *hidden, nn.Linear(12, classes))
+
+
 def _padded(sentences):
     tokens = nn.utils.rnn.pad_sequence(sentences, batch_first=True, padding_value=PADDING)
     return {"tokens": tokens[:, :-1], "next": tokens[:, 1:]}

@@ -107,6 +107,26 @@ def _same(found: dict, ended: Ended) -> None:
         assert math.hypot(*step["layers"].values()) == pytest.approx(step["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.parametrize(("backend", "ranks"), [("single", 1), ("ddp", 2)])
+def test_with_dropout_and_batch_statistics_it_is_the_same(zygote: Zygote, tmp_path: Path, backend: str, ranks: int):
+    run = [
+        *ARGV,
+        "--model.name",
+        "user_replay:Normed",
+        "--model.hidden",
+        "null",
+        "--optim.ema",
+        "0.9",
+        "--run.dir",
+        str(tmp_path / "run"),
+    ]
+    zygote.run(Run(run))[0].check()
+    argv = ["--step", "5", "--steps", "2", "--backend.name", backend]
+    found, ended = replayed(zygote, tmp_path / "run", tmp_path / "r.json", *argv, ranks=ranks)
+    _same(found, ended)
+    assert ranks > 1 or max(one["relative"] for one in found["compared"]) == 0.0
+
+
 def test_clipping_does_not_change_the_norms_by_layer(zygote: Zygote, tmp_path: Path):
     run = [*ARGV, "--train.grad_clip", "0.01", "--run.dir", str(tmp_path / "run")]
     zygote.run(Run(run))[0].check()
