@@ -356,7 +356,7 @@ def _summary(folder: Path) -> tuple[str, int]:
     return summary["backend"], summary["world_size"]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_torchrun_says_nothing_but_ours(stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     options = ["--backend.name=deepspeed", f"--backend.zero_stage={stage}"]

@@ -82,7 +82,9 @@ CHAINS = {
 }
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize(
+    "chain", ["through", *(pytest.param(c, marks=pytest.mark.full) for c in CHAINS if c != "through")]
+)
 def test_goes_on_under_another_backend(chain: str, tmp_path: Path):
     names, places = CHAINS[chain]
     for backend, ranks, cut in places:

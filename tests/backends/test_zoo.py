@@ -208,7 +208,7 @@ def test_a_model_trains_as_in_one_process_or_is_refused(kind: str, backend: str,
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("ranks", [3, 4])
+@pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.full)])
 def test_uneven_and_empty_shares(ranks: int, backend: str, place: Path):
     """The last step of an epoch has two samples."""
     kinds = ("Scalars", "ChannelsLast", "Tied", "Embedding", "Recurrent", "Attention", "SampleNorms")

@@ -78,17 +78,20 @@ def test_what_the_orthogonalisation_costs():
     assert "2 ranks of 1 thread" in said[0] and [line.split(" | ")[1] for line in said[3:]] == ["whole", "rows"]
 
 
+@pytest.mark.full
 def test_what_the_start_costs():
     said = script(str(ROOT / "benchmarks/startup.py"), "--libraries", "alone", "--repeats=1")
     assert "| digits |" in said
 
 
+@pytest.mark.full
 def test_what_images_in_files_cost():
     needs_real_data("mnist_png.tar.gz")
     said = script(str(ROOT / "benchmarks/files.py"), "--repeats=1", "--batch_size=1000")
     assert "ours" in said and "kept" in said
 
 
+@pytest.mark.full
 def test_what_a_rank_holds(tmp_path: Path):
     """Of a model large enough to be seen beside the libraries: what is shared out is less."""
     words = ("--layers=8", "--width=1024", "--backends=single,deepspeed:3", f"--json={tmp_path / 'memory.json'}")

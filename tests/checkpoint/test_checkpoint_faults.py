@@ -60,7 +60,12 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", KILLS)
+LONG = ("one-process-asynchronous", "rank-1-alone")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in KILLS]
+)
 def test_a_kill_at_any_moment_of_a_save_loses_nothing(name: str, zygote: Zygote, references, tmp_path: Path):
     kind, rank, kill_all = KILLS[name]
     undisturbed = references(kind)

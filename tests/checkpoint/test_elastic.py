@@ -127,7 +127,7 @@ def test_twenty_kills_in_a_row(tmp_path: Path):
     assert all(torch.equal(final[name], value) for name, value in weights(tmp_path / "alone").items())
 
 
-@pytest.mark.parametrize("backend", ["deepspeed", "accelerate"])
+@pytest.mark.parametrize("backend", [pytest.param("deepspeed", marks=pytest.mark.full), "accelerate"])
 def test_a_stop_of_torchrun_itself_saves(backend: str, tmp_path: Path):
     more = ["--backend.name", backend, *(["--backend.zero_stage", "2"] if backend == "deepspeed" else [])]
     argv = ["--standalone", "--nproc_per_node=2", *RUN, "--train.epochs", "1000", "--run.dir", "run", *more]

@@ -76,7 +76,10 @@ def with_torchs_draws(cell: Config) -> Config:
     return dataclasses.replace(with_dropout(cell), train=dataclasses.replace(cell.train, draws="torch"))
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("single", 0), ("ddp", 2), ("fsdp2", 2), ("deepspeed:3", 2)])
+@pytest.mark.parametrize(
+    ("backend", "ranks"),
+    [("single", 0), ("ddp", 2), ("fsdp2", 2), pytest.param("deepspeed:3", 2, marks=pytest.mark.full)],
+)
 def test_the_same_bits_with_dropout_and_compiled(backend: str, ranks: int, tmp_path: Path):
     cell = dataclasses.replace(with_dropout(config(backend, "AdamW")), compile=CompileConfig(mode="default"))
     alone, _, resumed = go(ranks, cut_and_resumed(cell, tmp_path))[0]
@@ -351,7 +354,14 @@ def test_other_arguments_of_the_optimizer(change: str, tmp_path: Path):
         assert outcome.weights[name] == pytest.approx(value.double().numpy(), rel=1e-5, abs=1e-7), name
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [t for t in [*TOPOLOGIES, ("deepspeed:0", 2)] if t[1] == 2])
+def _long(backend: str, ranks: int):
+    return pytest.param(backend, ranks, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks"),
+    [t if t[0] != "deepspeed:3" else _long(*t) for t in [*TOPOLOGIES, ("deepspeed:0", 2)] if t[1] == 2],
+)
 def test_other_arguments_under_every_backend(backend: str, ranks: int, tmp_path: Path):
     for change in ("amsgrad", "no amsgrad", "momentum"):
         alone = with_other_arguments(change, "single", 0, tmp_path / f"{change}-alone")

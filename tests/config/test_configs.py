@@ -191,6 +191,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
+@pytest.mark.full
 def test_accuracy_of_the_tutorial(data_root: str):
     file = "configs/tutorial.yaml"
     assert_claimed(file, [accuracy(file, head_of(file).seeds[0], "--data.root", data_root)])

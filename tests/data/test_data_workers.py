@@ -81,7 +81,10 @@ def tmpdir():
         yield Path(folder)
 
 
-@pytest.mark.parametrize("how", ["error", "killed", "interrupted twice", "all are asked to stop"])
+LONG = [pytest.param(how, marks=pytest.mark.full) for how in ("interrupted twice", "all are asked to stop")]
+
+
+@pytest.mark.parametrize("how", ["error", "killed", *LONG])
 def test_no_process_is_left(tmp_path: Path, tmpdir: Path, how: str):
     first = str(global_indices(4000, 0, 0, 0, 64)[60])  # of the first step, and not of what is looked at before it
     at = {"error": ["2000"], "interrupted twice": [first, "--data.args.what", "hang"]}.get(how, ["-1"])

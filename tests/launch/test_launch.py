@@ -55,7 +55,9 @@ def test_torchrun_gives_what_one_process_gives(runs: Path, nproc: int):
 
 def test_what_a_run_writes(runs: Path):
     start, *metrics = lines_of(runs / "n0")
-    assert {"step", "epoch", "time_s", "event", "at", "backend", "world_size", "host"} == set(start)
+    of_metrics = {"unit", "lower_is_better", "test_splits", "best_metric"}
+    assert {"step", "epoch", "time_s", "event", "at", "backend", "world_size", "host"} | of_metrics == set(start)
+    assert (start["unit"], start["best_metric"], start["test_splits"]) == ("samples", "eval/accuracy", [])
     assert (start["step"], start["event"], start["backend"], start["world_size"]) == (0, "start", "single", 1)
     train = {f"train/{name}" for name in ("loss", "grad_norm", "lr", "samples_per_s")}
     assert {"step", "epoch", "time_s", "ranks/own_ms"} | train == set(metrics[0])

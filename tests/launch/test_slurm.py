@@ -131,6 +131,7 @@ def losses(folder: Path) -> list[float]:
 
 
 @needs_slurm
+@pytest.mark.full
 def test_both_scripts_train_on_two_nodes_alike(slurm: Slurm, tmp_path: Path):
     env = ENV | {"PYTHONPATH": str(ROOT)}
     launch = [sys.executable, "-m", "launch", "--slurm", "--nodes", "2", "--nproc", "2"]

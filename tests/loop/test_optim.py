@@ -231,4 +231,4 @@ def test_when_the_model_is_evaluated(settings: dict, expected: list[int]):
 
 def test_sparse_gradients_are_not_for_the_fused_kernel():
     assert build(OptimConfig(name="SGD", lr=0.1)).param_groups[0]["fused"]
-    assert not build(OptimConfig(name="SGD", lr=0.1), sparse=True).param_groups[0]["fused"]
+    assert not build(OptimConfig(name="SGD", lr=0.1), unfused=True).param_groups[0]["fused"]

@@ -358,10 +358,10 @@ def test_a_mistake_in_the_config_of_ranks_is_one(tmp_path: Path):
 
 
 def test_under_torchrun(tmp_path: Path, reference: Path):
-    text = "\n".join(
-        f"print('outcome:', user_loops.{name}({str(tmp_path / name)!r}).steps)" for name in ("whole", "own")
-    )
-    (tmp_path / "train.py").write_text(f"import user_loops\n{text}\n")
+    # A line in one piece: both ranks write into one pipe.
+    calls = [f"user_loops.{name}({str(tmp_path / name)!r}).steps" for name in ("whole", "own")]
+    text = "\n".join(f"os.write(1, b'outcome: %d\\n' % {call})" for call in calls)
+    (tmp_path / "train.py").write_text(f"import os, user_loops\n{text}\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     command = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc_per_node=2", "train.py"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

@@ -58,7 +58,7 @@ def compare(backend: str, world_size: int, cells: list[tuple]) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_same_as_single(backend: str, world_size: int):
     compare(backend, world_size, CELLS)
 
