@@ -60,7 +60,7 @@ KILLS = {
 }
 
 
-LONG = ("one-process-asynchronous", "rank-1-alone")
+LONG = ("one-process-asynchronous", "rank-0-alone", "rank-1-alone")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,7 @@ def test_a_run_starts_from_a_checkpoint_and_resumes_without_it(run: Path, tmp_pa
         assert (final[name].double().numpy() == value).all()
 
 
+@pytest.mark.full
 def test_a_killed_job_goes_on_with_the_same_command(tmp_path: Path):
     """torchrun with two ranks, one of which is killed; then FSDP2; then a laptop."""
     argv = ["--run.dir", str(tmp_path / "run"), "--train.epochs", "400", "--checkpoint.every_steps", "20"]
