@@ -32,7 +32,8 @@ class Normed(nn.Sequential):
     """With dropout, and a norm over the batch."""
 
     def __init__(self, input_shape, classes):
-        hidden = nn.Linear(16, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.4)
+        # Without a bias, whose gradient before a norm is rounding alone, which Adam would make as large as any other.
+        hidden = nn.Linear(16, 12, bias=False), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.4)
         super().__init__(nn.Flatten(), *hidden, nn.Linear(12, classes))
 
 
