@@ -30,7 +30,7 @@ from dist_train.data import feed
 from dist_train.data.order import Plan
 from dist_train.loop import optim
 from dist_train.loop.captured import Captured
-from dist_train.loop.meter import Control, Meter, Metrics, Result
+from dist_train.loop.meter import Control, Meter, Recorder, Result
 from dist_train.loop.train import train
 from dist_train.loop.work import Work, total_steps
 from dist_train.ranks import dist
@@ -40,18 +40,6 @@ from dist_train.run.assemble import Parts
 
 EVERY_STEPS = 50  # between two lines of metrics: the default
 TUTORIAL, BARE, GRAPH = "tutorial's loop", "bare replay of the graph", "whole step as a graph"
-
-
-class Lines:
-    """Keeps the metrics of the steps."""
-
-    def __init__(self) -> None:
-        self.lines: list[Metrics] = []
-
-    def log(self, metrics: Metrics, line: str | None) -> None:
-        """See meter.Sink."""
-        if "train/loss" in metrics:
-            self.lines.append(metrics)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +61,12 @@ class Prepared:
         prepared = backend.prepare(parts.model, optim.factory(config.optim, parts.model))
         return cls(config, world, parts, backend, *prepared)
 
-    def train(self, after_step: Callable[[Meter], None] = lambda meter: None) -> tuple[Lines, Result]:
+    def train(self, after_step: Callable[[Meter], None] = lambda meter: None) -> tuple[Recorder, Result]:
         """The product's own loop, from the weights as they are."""
-        lines = Lines()
+        lines = Recorder()
         return lines, train(self.work(lines, Control(), after_step))
 
-    def work(self, lines: Lines, control: Control, after_step: Callable[[Meter], None] = lambda meter: None) -> Work:
+    def work(self, lines: Recorder, control: Control, after_step: Callable[[Meter], None] = lambda meter: None) -> Work:
         """What the loop works with."""
         of = self.config, self.world, self.backend, self.model, self.optimizer, self.parts.task, self.parts.feed
         return Work(*of, self.parts.evaluation(self.config, self.world), lines, control, after_step)
@@ -117,7 +105,7 @@ def tutorial(prepared: Prepared, steps: int) -> float:
 def loop(prepared: Prepared, steps: int) -> float:
     """Samples/s of our loop between two lines of metrics. What comes before was captured and compiled."""
     lines, _ = prepared.train()
-    first, last = lines.lines[-1 - steps // EVERY_STEPS], lines.lines[-1]
+    first, last = lines.steps[-1 - steps // EVERY_STEPS], lines.steps[-1]
     samples = (last["step"] - first["step"]) * prepared.config.train.global_batch_size
     return samples / (last["time_s"] - first["time_s"])
 
@@ -126,8 +114,10 @@ def bare(prepared: Prepared, steps: int) -> float:
     """Samples/s of the captured step alone, with nothing around it: what the loop could reach at best."""
     config, world, parts = prepared.config, prepared.world, prepared.parts
     plan = Plan.of(len(parts.feed.split), config, world)
-    meter = Meter(Lines(), total_steps(config.train, plan.steps_per_epoch), plan, EVERY_STEPS, world.device, Control())
-    captured = Captured(prepared.work(Lines(), Control()), meter)
+    meter = Meter(
+        Recorder(), total_steps(config.train, plan.steps_per_epoch), plan, EVERY_STEPS, world.device, Control()
+    )
+    captured = Captured(prepared.work(Recorder(), Control()), meter)
     captured.begin(0, 0)
     for _ in range(2):  # the first as it is, the second captured
         captured.take(plan.batch_size(0), 0.0, measure=False)

@@ -26,7 +26,7 @@ from dist_train.backends.matrices import lay_out
 from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
-from dist_train.backends.shards import Shards
+from dist_train.backends.shards import Shards, real_of
 from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
 from dist_train.ranks.journal import Journal
@@ -175,7 +175,7 @@ class FSDP2(Backend):
             if parameter.grad is None:  # this rank took another way through the layers
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.summed]
-        numbers = [_real(g).reshape(-1) for g in gradients]
+        numbers = [real_of(g).reshape(-1) for g in gradients]
         sums = dist.sum_(torch.cat(numbers)).split([len(n) for n in numbers])
         for gradient, values in zip(gradients, sums, strict=True):
             real = values.view(*gradient.shape, 2) if gradient.is_complex() else values.view(gradient.shape)
@@ -203,8 +203,3 @@ def _make_contiguous(model: nn.Module) -> None:
     for parameter in model.parameters():
         if not parameter.is_contiguous():
             parameter.data = parameter.data.contiguous()
-
-
-def _real(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as pairs of numbers; another as it is."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor

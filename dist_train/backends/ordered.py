@@ -9,12 +9,12 @@ the tree has the same two operands at any number of ranks.
 from collections.abc import Iterable, Sequence
 
 import torch
-import torch.distributed as torch_dist
 from torch import nn
 
 from dist_train.backends.probe import Findings
-from dist_train.backends.shards import local_of
+from dist_train.backends.shards import local_of, real_of
 from dist_train.config.tree import Config
+from dist_train.ranks import dist
 
 
 class Tree:
@@ -70,8 +70,8 @@ class Ordered:
         # Beside them how many slices had each: a gradient that no slice has is none, as in one process.
         there = self.parameters[0].new_tensor([float(g is not None) for g in found], dtype=torch.float32)
         parts = [_flat(p if g is None else local_of(g), g is None) for p, g in zip(self.parameters, found, strict=True)]
-        for leaf in _of_all(torch.cat([*parts, there.to(parts[0].dtype)])):
-            self.tree.add(leaf)
+        for leaf in dist.stack(torch.cat([*parts, there.to(parts[0].dtype)])):
+            self.tree.add(leaf.clone())  # a part of the whole would keep all of it
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -80,29 +80,15 @@ class Ordered:
         if not self.parameters:
             return
         locals_ = [local_of(p) for p in self.parameters]
-        sizes = [_numbers(p).numel() for p in locals_]
+        sizes = [real_of(p).numel() for p in locals_]
         *parts, there = self.tree.total().split([*sizes, len(self.parameters)])
         for parameter, local, part, count in zip(self.parameters, locals_, parts, there.tolist(), strict=True):
             if count:
                 like = parameter.detach().clone()
-                _numbers(local_of(like)).copy_(part.view(_numbers(local).shape))
+                real_of(local_of(like)).copy_(part.view(real_of(local).shape))
                 parameter.grad = like
 
 
 def _flat(tensor: torch.Tensor, zeros: bool) -> torch.Tensor:
-    values = _numbers(tensor.detach()).reshape(-1)
+    values = real_of(tensor.detach()).reshape(-1)
     return torch.zeros_like(values) if zeros else values
-
-
-def _numbers(tensor: torch.Tensor) -> torch.Tensor:
-    """A complex tensor as pairs of numbers; another as it is."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _of_all(mine: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's, in order of rank. Collective."""
-    if not torch_dist.is_initialized():
-        return [mine]
-    every = [torch.empty_like(mine) for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather(every, mine)
-    return every

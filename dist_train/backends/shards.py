@@ -47,6 +47,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if _is_plain(tensor) else tensor.detach().to_local()
 
 
+def real_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A complex tensor as pairs of numbers; another as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def _is_plain(tensor: torch.Tensor) -> bool:
     module = sys.modules.get("torch.distributed.tensor")  # takes long to import; without it there is no DTensor
     return module is None or not isinstance(tensor, module.DTensor)

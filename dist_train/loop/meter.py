@@ -33,6 +33,18 @@ class Sink(Protocol):
         """Metrics of a moment, and a line for people about them, if there is something to say."""
 
 
+class Recorder:
+    """Keeps the lines of metrics of the steps instead of writing them."""
+
+    def __init__(self) -> None:
+        self.steps: list[Metrics] = []
+
+    def log(self, metrics: Metrics, line: str | None) -> None:
+        """See Sink."""
+        if "train/loss" in metrics:
+            self.steps.append(metrics)
+
+
 @dataclass
 class Result:
     """What a run has done so far.

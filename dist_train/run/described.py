@@ -8,6 +8,7 @@ import torch
 from dist_train.data.batch import is_branch, leaves_of, names_of
 from dist_train.data.sets import Samples
 from dist_train.run.assemble import Parts
+from dist_train.tasks.worst import pixels
 
 SHOWN_NUMBERS, SHOWN_TEXT = 8, 80
 
@@ -28,12 +29,7 @@ def picture(parts: Parts, number: int) -> np.ndarray | None:
     shape = tuple(parts.data.input_shape or ())
     if not parts.feed.paired or len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] not in (1, 3)):
         return None
-    pixels = parts.feed.inputs(np.array([number]))[0]
-    if pixels.dtype == torch.uint8:
-        return pixels.numpy()
-    values = pixels.double().nan_to_num()
-    low, high = values.min(), values.max()
-    return ((values - low) / (high - low).clamp(min=1e-12) * 255).round().to(torch.uint8).numpy()
+    return pixels(parts.feed.inputs(np.array([number]))[0])
 
 
 def _shown(leaf: Any, classes: tuple[str, ...]) -> str:

@@ -19,7 +19,7 @@ from dist_train.data.batch import Batch, leaves_of, mapped
 from dist_train.loop import optim
 from dist_train.loop.average import Average
 from dist_train.loop.evaluate import Called, Evaluation
-from dist_train.loop.meter import Control, Meter, Metrics
+from dist_train.loop.meter import Control, Meter, Metrics, Recorder
 from dist_train.loop.train import train
 from dist_train.loop.work import Work
 from dist_train.ranks import dist
@@ -55,18 +55,6 @@ class Step:
 
 class Reached(Exception):
     """The last step is taken."""
-
-
-class Lines:
-    """Keeps the lines of metrics of the steps."""
-
-    def __init__(self) -> None:
-        self.lines: list[Metrics] = []
-
-    def log(self, metrics: Metrics, line: str | None) -> None:
-        """See meter.Sink."""
-        if "train/loss" in metrics:
-            self.lines.append(metrics)
 
 
 class Watched(Task):
@@ -209,7 +197,7 @@ def replay(
     """
     if found:
         resume.load_model(found, parts.model)
-    task, lines, taken = Watched(parts.task), Lines(), list[Step]()
+    task, lines, taken = Watched(parts.task), Recorder(), list[Step]()
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, parts.model, parts.unfused(config)))
     average, progress = Average(config.optim, backend), None
@@ -239,7 +227,7 @@ def replay(
     look_at((found.manifest.step if found else 0) + 1)
     with suppress(Reached):
         train(work)
-    return taken, lines.lines
+    return taken, lines.steps
 
 
 def _measured(backend: Backend) -> list[torch.Tensor | None]:

@@ -19,7 +19,7 @@ from dist_train.config.tree import Config, group_of
 from dist_train.data.agree import agree
 from dist_train.errors import ConfigError, OwnCodeError
 from dist_train.loop import optim
-from dist_train.loop.meter import Control, Metrics, Result
+from dist_train.loop.meter import Control, Recorder, Result
 from dist_train.loop.train import train
 from dist_train.loop.work import Work
 from dist_train.models.statistics import norms
@@ -37,18 +37,6 @@ MOVES, MOVED = 5, 16
 TENSORS = ("weights", "buffers")
 # Layers with which a sample's output depends on the others of its batch.
 MIXING = (nn.modules.batchnorm._BatchNorm,)
-
-
-class Recorder:
-    """Keeps every line of metrics instead of writing it."""
-
-    def __init__(self) -> None:
-        self.steps: list[Metrics] = []
-
-    def log(self, metrics: Metrics, line: str | None) -> None:
-        """See meter.Sink."""
-        if "train/loss" in metrics:
-            self.steps.append(metrics)
 
 
 def trajectory(config: Config, world: World, moved: int | None = None) -> Trajectory:
