@@ -11,7 +11,7 @@ import torch
 
 from checkpoint_runs import cut_off, reference
 from slurm_lab import slurm, slurm_cluster  # noqa: F401  (fixtures)
-from workers import WORKERS
+from workers import PARENT, WORKERS
 from zygote import Zygote
 
 torch.set_num_threads(1)  # as the workers: the number of threads decides the last bits
@@ -23,6 +23,7 @@ def no_leftovers():
     yield
     for pool in WORKERS.values():
         pool.close()
+    PARENT.close()
     # What Python keeps as long as this process lives: they end with it.
     kept = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
     left = [child for child in _children() if not any(name in child for name in kept)]
@@ -56,6 +57,12 @@ def zygote():
     process = Zygote()
     yield process
     process.close()
+
+
+@pytest.fixture(scope="session")
+def with_libraries():
+    """One that has imported Accelerate, DeepSpeed and what users bring; that of the workers."""
+    return PARENT
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from user_runs import ALONE, KINKED, LIBRARIES, SAVED, USERS, Place, alone, killed_and_resumed, off, started
+from user_runs import ALONE, KINKED, SAVED, USERS, Place, alone, killed_and_resumed, off, started
 from zygote import Zygote
 
 BACKENDS = ("ddp", "fsdp2", "deepspeed:2", "deepspeed:3", "accelerate")
@@ -18,11 +18,9 @@ PLACES = [Place(backend, ranks) for backend in BACKENDS for ranks in (1, 2, 3)]
 
 
 @pytest.fixture(scope="module")
-def users():
+def users(with_libraries: Zygote):
     """The process that runs of these users are forked from."""
-    process = Zygote(*LIBRARIES)
-    yield process
-    process.close()
+    return with_libraries
 
 
 @pytest.fixture(scope="module")

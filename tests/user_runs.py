@@ -27,13 +27,6 @@ SMALL = {
     "track": {"every_steps": 1},
     "checkpoint": {"every_steps": SAVED_EVERY},
 }
-# Imported before the fork: what these users' runs need beside others'.
-LIBRARIES = (
-    *("deepspeed", "deepspeed.runtime.zero.muon.original_muon", "accelerate", "peft", "torchvision.models"),
-    *("transformers.models.bert.modeling_bert", "dist_train.backends.accelerate", "dist_train.backends.deepspeed"),
-    *("dist_train.tasks.classification", "dist_train.tasks.multi_label", "dist_train.tasks.regression"),
-    "dist_train.tasks.segmentation",
-)
 
 
 @dataclass(frozen=True)

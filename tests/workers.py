@@ -1,4 +1,4 @@
-"""Real processes for distributed tests, kept alive between them: starting them costs seconds, a test then none.
+"""Real processes for distributed tests, kept alive between them, and forked from one that has imported the libraries.
 
 `run_ranks(fn, world_size, *args)` calls `fn(*args)` in that many processes of one gloo group, and returns what each
 gave. `fn` is a function of a test module, found again by name in the workers.
@@ -9,8 +9,6 @@ import importlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 import traceback
@@ -18,6 +16,11 @@ from collections.abc import Callable
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
+
+from zygote import LIBRARIES, Zygote
+
+# The process that they are forked from.
+PARENT = Zygote(*LIBRARIES)
 
 
 class RankError(AssertionError):
@@ -30,7 +33,7 @@ class Workers:
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[int] = []
         self.links: list[Connection] = []
         self.folder = ""
 
@@ -52,7 +55,7 @@ class Workers:
                 try:
                     ok, answer = link.recv()
                 except EOFError:
-                    self._give_up(f"rank {rank} died with code {self.processes[rank].wait()}", [])
+                    raise RankError(f"rank {rank} died with code {self.close()[rank]}") from None
                 if not ok:
                     self._give_up(f"rank {rank} of {self.world_size} raised\n{answer}", [])
                 answers[rank] = answer
@@ -60,18 +63,15 @@ class Workers:
 
     def _start(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="ranks")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         with Listener(family="AF_UNIX") as listener:
-            arguments = [sys.executable, __file__, listener.address, self.folder, str(self.world_size)]
-            self.processes = [
-                subprocess.Popen([*arguments, str(rank)], env=environment) for rank in range(self.world_size)
-            ]
+            each = [(listener.address, self.folder, self.world_size, rank) for rank in range(self.world_size)]
+            self.processes = PARENT.fork("workers", "_work", *each)
             by_rank = dict(sorted(_greet(listener) for _ in self.processes))  # they come in any order
             self.links = list(by_rank.values())
 
     def _give_up(self, reason: str, silent: list[int]) -> None:
         for rank in silent:
-            self.processes[rank].send_signal(signal.SIGUSR1)  # its stack, written by faulthandler
+            os.kill(self.processes[rank], signal.SIGUSR1)  # its stack, written by faulthandler
         stacks = ""
         if silent:
             time.sleep(0.5)
@@ -81,16 +81,16 @@ class Workers:
         self.close()
         raise RankError(reason + stacks)
 
-    def close(self) -> None:
-        """Kills the processes and waits for their end."""
-        for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
+    def close(self) -> list[int]:
+        """Kills the processes, and returns their exit codes."""
+        for pid in self.processes:
+            os.kill(pid, signal.SIGKILL)  # its id is its own until it is waited for
+        codes = [PARENT.wait(pid) for pid in self.processes]
         for link in self.links:
             link.close()
         shutil.rmtree(self.folder, ignore_errors=True)
         self.processes, self.links = [], []
+        return codes
 
 
 def _greet(listener: Listener) -> tuple[int, Connection]:
@@ -128,6 +128,3 @@ def _work(address: str, folder: str, world_size: int, rank: int) -> None:
         else:
             link.send((True, answer))
 
-
-if __name__ == "__main__":
-    _work(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

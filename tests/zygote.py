@@ -2,6 +2,7 @@
 
 A run is `python -m dist_train ARGV` on some ranks: a forked process has its command line, environment, output and exit
 code. What a test plants in a rank is a function, called there before the run begins; the product has no hook for it.
+The processes of workers.py are forked from one as well.
 """
 
 import contextlib
@@ -27,6 +28,13 @@ TIMEOUT_S = 40.0
 WARM = ("dist_train.run.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
 WARM += ("dist_train.data.synthetic", "dist_train.models.mlp", "torch._dynamo", "torch.distributed.fsdp", "faults")
 WARM += ("torch._inductor", "torch._subclasses.fake_tensor", "torch.utils.flop_counter")
+# What runs with the libraries need beside it.
+LIBRARIES = (
+    *("deepspeed", "deepspeed.runtime.zero.muon.original_muon", "accelerate", "peft", "torchvision.models"),
+    *("transformers.models.bert.modeling_bert", "dist_train.backends.accelerate", "dist_train.backends.deepspeed"),
+    *("dist_train.tasks.classification", "dist_train.tasks.multi_label", "dist_train.tasks.regression"),
+    "dist_train.tasks.segmentation",
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,17 @@ class Zygote:
 
     def run(self, *runs: Run) -> list[Ended]:
         """Starts the runs at the same moment, and waits for all."""
+        return self._ask("_run", runs)
+
+    def fork(self, module: str, function: str, *each: tuple[Any, ...]) -> list[int]:
+        """Calls a function in a new process for each of these arguments. The processes' ids."""
+        return self._ask("_fork", module, function, each)
+
+    def wait(self, pid: int) -> int:
+        """The exit code of a process that `fork` has made, when it has ended; negative: the signal."""
+        return self._ask("_wait_for", pid)
+
+    def _ask(self, *request: Any) -> Any:
         if self.process is None:
             # One thread, for the fork to be safe.
             threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -91,9 +110,9 @@ class Zygote:
                 serve = f"import zygote; zygote._serve({listener.address!r}, {self.more!r})"
                 self.process = subprocess.Popen([sys.executable, "-c", serve], env=environment)
                 self.link = listener.accept()
-        self.link.send(runs)
-        answer = self.link.recv()
-        assert not isinstance(answer, str), answer
+        self.link.send(request)
+        answer, error = self.link.recv()
+        assert error is None, error
         return answer
 
     def close(self) -> None:
@@ -110,14 +129,46 @@ def _serve(address: str, more: tuple[str, ...]) -> None:
     link = Client(address, family="AF_UNIX")
     while True:
         try:
-            runs = link.recv()
+            name, *arguments = link.recv()
         except EOFError:  # the tests' process is gone
             return
         try:
-            answer: Any = _run(runs)
+            answer = globals()[name](*arguments), None
         except Exception:
-            answer = traceback.format_exc()
+            answer = None, traceback.format_exc()
         link.send(answer)
+
+
+_ended: dict[int, int] = {}  # of processes that were not waited for yet: how they ended
+
+
+def _wait() -> tuple[int, int]:
+    """Any process, and how it ended."""
+    pid, status = os.wait()
+    return pid, os.waitstatus_to_exitcode(status)
+
+
+def _wait_for(pid: int) -> int:
+    while pid not in _ended:
+        other, code = _wait()
+        _ended[other] = code
+    return _ended.pop(pid)
+
+
+def _fork(module: str, function: str, each: tuple[tuple[Any, ...], ...]) -> list[int]:
+    assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
+    pids = []
+    for arguments in each:
+        pid = os.fork()
+        if not pid:
+            try:
+                getattr(importlib.import_module(module), function)(*arguments)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(99)
+        pids.append(pid)
+    return pids
 
 
 def _run(runs: tuple[Run, ...]) -> list[Ended]:
@@ -135,12 +186,15 @@ def _run(runs: tuple[Run, ...]) -> list[Ended]:
         left, codes = set(place), {}
         seconds = [0.0] * len(runs)
         while left:
-            pid, status = os.wait()
+            pid, code = _wait()
+            if pid not in place:
+                _ended[pid] = code
+                continue
             left.discard(pid)
             i, rank = place[pid]
-            codes[i, rank] = os.waitstatus_to_exitcode(status)
+            codes[i, rank] = code
             seconds[i] = time.perf_counter() - begin
-            if runs[i].kill_all and os.WIFSIGNALED(status):
+            if runs[i].kill_all and code < 0:
                 for other in left:
                     if place[other][0] == i:
                         with contextlib.suppress(ProcessLookupError):

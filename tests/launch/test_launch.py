@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from zygote import Ended, Run, Zygote
+
 # In float64 nothing is within rounding of a kink.
 EXACT = ["--train.precision", "float64"]
 SHORT = [*EXACT, "--train.epochs", "4", "--optim.name", "SGD", "--optim.lr", "0.02", "--track.every_steps", "10"]
@@ -21,18 +23,25 @@ def start(cwd: Path, *argv: str, nproc: int = 0, timeout_s: float = 120) -> subp
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
 
 
+def forked(zygote: Zygote, cwd: Path, *argv: str, ranks: int = 1, **keys) -> Ended:
+    """The same of a process that has imported torch: where the start itself is not what is tested."""
+    return zygote.run(Run(list(argv), ranks, cwd=str(cwd), timeout_s=120, **keys))[0]
+
+
 def lines_of(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the same run as one process, and under torchrun with 2 and 4 ranks."""
+def runs(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the same run as one process, under torchrun with 2 ranks, and with 4 that are forked."""
     folder = tmp_path_factory.mktemp("runs")
-    for nproc in (0, 2, 4):
+    for nproc in (0, 2):
         done = start(folder, *SHORT, "--run.dir", f"n{nproc}", nproc=nproc)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("rank  host") == 1 and "results in n" in done.stdout
+    out = forked(zygote, folder, *SHORT, "--run.dir", "n4", ranks=4).check().out
+    assert "".join(out).count("rank  host") == 1 and "results in n" in out[0]
     return folder
 
 
@@ -72,27 +81,26 @@ def test_what_a_run_writes(runs: Path):
     assert {"python", "torch", "dist-train"} <= summary["versions"].keys() and summary["device"] == "cpu"
 
 
-def test_a_finished_run_is_not_overwritten(runs: Path):
+def test_a_finished_run_is_not_overwritten(runs: Path, zygote: Zygote):
     before = {path: path.read_bytes() for path in (runs / "n0").iterdir()}
-    done = start(runs, *SHORT, "--run.dir", "n0")
-    assert done.returncode == 2 and done.stderr.startswith("dist_train: run.dir: got n0, which holds a finished run")
+    done = forked(zygote, runs, *SHORT, "--run.dir", "n0")
+    assert done.codes == [2] and done.err[0].startswith("dist_train: run.dir: got n0, which holds a finished run")
     assert before == {path: path.read_bytes() for path in (runs / "n0").iterdir()}
 
 
-def test_training_from_the_resolved_config_repeats_the_run(runs: Path):
-    done = start(runs, "--config", "n0/config.yaml", "--run.dir", "again")
-    assert done.returncode == 0, done.stderr
+def test_training_from_the_resolved_config_repeats_the_run(runs: Path, zygote: Zygote):
+    forked(zygote, runs, "--config", "n0/config.yaml", "--run.dir", "again").check()
     assert yaml.safe_load((runs / "again/config.yaml").read_text())["optim"]["lr"] == 0.02
     for a, b in zip(lines_of(runs / "n0"), lines_of(runs / "again"), strict=True):
         timed = ("at", "time_s", "train/samples_per_s", "ranks/own_ms")
         assert {k: v for k, v in a.items() if k not in timed} == {k: v for k, v in b.items() if k not in timed}
 
 
-def test_eval_gives_the_runs_own_result(runs: Path):
+def test_eval_gives_the_runs_own_result(runs: Path, zygote: Zygote):
     summary = json.loads((runs / "n2/summary.json").read_text())
-    done = start(runs, "eval", "--run.dir", "n2", nproc=2)
-    assert json.loads(done.stdout) == {name: summary[name] for name in ("eval/loss", "eval/accuracy")}
-    alone = json.loads(start(runs, "eval", "--run.dir", "n2").stdout)
+    done = forked(zygote, runs, "eval", "--run.dir", "n2", ranks=2).check()
+    assert json.loads("".join(done.out)) == {name: summary[name] for name in ("eval/loss", "eval/accuracy")}
+    alone = json.loads(forked(zygote, runs, "eval", "--run.dir", "n2").out[0])
     assert alone["eval/accuracy"] == summary["eval/accuracy"]
     assert alone["eval/loss"] == pytest.approx(summary["eval/loss"], rel=1e-9)
 
@@ -105,14 +113,14 @@ def test_eval_gives_the_runs_own_result(runs: Path):
         (lambda run: (run / "config.yaml").unlink(), "with config.yaml in it"),
     ],
 )
-def test_eval_of_a_damaged_run_says_so(runs: Path, tmp_path: Path, damage, said: str):
+def test_eval_of_a_damaged_run_says_so(runs: Path, zygote: Zygote, tmp_path: Path, damage, said: str):
     copy = tmp_path / "run"
     copy.mkdir()
     for path in (runs / "n0").iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
     damage(copy)
-    done = start(runs, "eval", "--run.dir", str(copy))
-    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    done = forked(zygote, runs, "eval", "--run.dir", str(copy))
+    assert done.codes == [2] and said in done.err[0] and "Traceback" not in done.err[0] and not done.out[0]
 
 
 FAILING_MODEL = """
@@ -142,15 +150,15 @@ def test_a_failure_on_one_rank_ends_all_and_is_shown_first(tmp_path: Path):
     assert not (tmp_path / "run/summary.json").exists()
 
 
-def test_a_run_that_did_not_finish_starts_anew(tmp_path: Path):
+def test_a_run_that_did_not_finish_starts_anew(zygote: Zygote, tmp_path: Path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/metrics.jsonl").write_text('{"step": 1}\n')
-    done = start(tmp_path, "--train.epochs", "1", "--run.dir", "run")
-    assert done.returncode == 0 and "did not finish; it starts anew" in done.stdout
+    done = forked(zygote, tmp_path, "--train.epochs", "1", "--run.dir", "run").check()
+    assert "did not finish; it starts anew" in done.out[0]
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [0, 23, 23]
 
 
-def test_a_users_own_model_and_data(tmp_path: Path):
+def test_a_users_own_model_and_data(zygote: Zygote, tmp_path: Path):
     (tmp_path / "mine.py").write_text(
         "import torch\n"
         "from dist_train.data.sets import Data, InMemory\n"
@@ -167,4 +175,5 @@ def test_a_users_own_model_and_data(tmp_path: Path):
     done = start(tmp_path, *own, "--data.args.n", "100", "--optim.lr", "0.1", "--run.dir", "run")
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run/summary.json").read_text())["samples"] == 2000
-    assert start(tmp_path, *own, "--run.dir", "b").stderr.startswith("dist_train: data.args.n: got nothing")
+    refused = forked(zygote, tmp_path, *own, "--run.dir", "b")
+    assert refused.err[0].startswith("dist_train: data.args.n: got nothing")

@@ -27,12 +27,10 @@ FULL = [("deepspeed", 2, stage) for stage in range(4)]
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(zygote: Zygote, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("replay") / "run"
-    zygote = Zygote()
     zygote.run(Run([*ARGV, "--run.dir", str(folder)]))[0].check()
-    zygote.close()
     return folder
 
 
