@@ -153,7 +153,7 @@ class Slurm:
                 return fields
             assert fields["JobState"] not in END_STATES, f"job {job}: {fields}\n{self.log(job)}"
             assert time.monotonic() < deadline, f"job {job} not {states}: {fields}\n{self.log(job)}\n{self._tails()}"
-            time.sleep(0.05)
+            time.sleep(0.2)  # to ask costs a process
 
     def wait_log(self, job: str, *texts: str, timeout_s: float = TIMEOUT_S) -> str:
         """Waits until all the texts stand in the job's log, and returns the log."""
@@ -161,7 +161,7 @@ class Slurm:
         while any(text not in self.log(job) for text in texts):
             state = self.show(job)["JobState"]
             assert time.monotonic() < deadline and state not in END_STATES, f"job {job} {state}:\n{self.log(job)}"
-            time.sleep(0.05)
+            time.sleep(0.2)  # to ask costs a process
         return self.log(job)
 
     def log(self, job: str) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,18 @@ from torch import nn
 
 from dist_train.tools.cells import first_error
 
+from zygote import Ended, Run, Zygote
+
 OPTIONS = [
     *("--data.name=synthetic", "--data.args.n=131", "--data.args.n_test=101", "--data.args.shape=[36]"),
     *("--train.device=cpu", "--optim.lr=1e-3", "--steps=4"),
 ]
 
 
-def parity(*options: str) -> subprocess.CompletedProcess:
-    """The real command, which finds the model of this file."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    command = [sys.executable, "-m", "dist_train", "parity", *OPTIONS, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+@pytest.fixture
+def parity(zygote: Zygote) -> Callable[..., Ended]:
+    """The command, which finds the model of this file. What it starts for a cell is not forked."""
+    return lambda *options: zygote.run(Run(["parity", *OPTIONS, *options], timeout_s=240))[0]
 
 
 def drawn_by_rank(input_shape: tuple[int, ...], classes: int) -> nn.Module:
@@ -84,19 +86,19 @@ def with_batch_statistics(input_shape: tuple[int, ...], classes: int) -> nn.Modu
         ),
     ],
 )
-def test_a_cell_that_starts_and_fails_is_a_failure(model: str, options: list[str], line: str):
+def test_a_cell_that_starts_and_fails_is_a_failure(parity, model: str, options: list[str], line: str):
     done = parity("--backends=ddp", "--world-sizes=2", f"--model.name={__name__}:{model}", *options)
-    assert (done.returncode, done.stderr) == (1, "")
-    (row,) = [row for row in done.stdout.splitlines() if row.startswith("ddp")]
+    assert (done.codes, done.err) == ([1], [""])
+    (row,) = [row for row in done.out[0].splitlines() if row.startswith("ddp")]
     assert line in row and ("(OfItsShare)" in row or model != "with_batch_statistics")
-    assert done.stdout.splitlines()[-1] == "0 of 1 agree, 0 not run"
+    assert done.out[0].splitlines()[-1] == "0 of 1 agree, 0 not run"
 
 
 @pytest.mark.full
-def test_nothing_compared_is_no_success():
+def test_nothing_compared_is_no_success(parity):
     done = parity("--backends=deepspeed:1", "--world-sizes=2", "--train.precision=float16", "--model.hidden=[8]")
-    assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == "0 of 0 agree, 1 not run: nothing was compared"
+    assert done.codes == [1]
+    assert done.out[0].splitlines()[-1] == "0 of 0 agree, 1 not run: nothing was compared"
 
 
 def test_the_first_error_is_found_in_what_a_cell_said():
@@ -110,11 +112,11 @@ def test_the_first_error_is_found_in_what_a_cell_said():
     assert first_error("", 3) == "exit code 3; it said nothing"
 
 
-def test_the_table_and_what_cannot_run(tmp_path: Path):
+def test_the_table_and_what_cannot_run(parity, tmp_path: Path):
     file = tmp_path / "parity.json"
     few = ["--backends=ddp,deepspeed:1", "--world-sizes", "2", "--train.global_batch_size=7", "--model.hidden=[8]"]
     done = parity(*few, "--train.precision=float16", "--json", str(file))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.codes, done.err) == ([0], [""])
     table = json.loads(file.read_text(encoding="utf-8"))
     single, around, two, refused = table["rows"]
     assert (single["backend"], single["result"], around["result"]) == ("single", "reference", "rounding")
@@ -123,24 +125,24 @@ def test_the_table_and_what_cannot_run(tmp_path: Path):
     assert two["samples_per_s"] > 0
     assert (refused["result"], refused["loss"]) == ("not run", None)
     assert "got float16 with backend deepspeed" in refused["why"]
-    lines = done.stdout.splitlines()
+    lines = done.out[0].splitlines()
     assert lines[-1] == "1 of 1 agree, 1 not run"
     assert [line for line in lines if line.startswith("ddp") and line.endswith("pass")]
     assert [line for line in lines if line.startswith("deepspeed:1") and "not run: train.precision" in line]
 
 
-def test_a_model_that_differs_by_rank_fails():
+def test_a_model_that_differs_by_rank_fails(parity):
     # Not ddp: it hands rank 0's weights to all. fully_shard keeps each rank's own part.
     done = parity("--backends=fsdp2", "--world-sizes=2", f"--model.name={__name__}:drawn_by_rank")
-    assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[-1] == "0 of 1 agree, 0 not run"
-    assert "fail: in float64 loss of step 1" in done.stdout
+    assert done.codes == [1], done.err[0]
+    assert done.out[0].splitlines()[-1] == "0 of 1 agree, 0 not run"
+    assert "fail: in float64 loss of step 1" in done.out[0]
 
 
-def test_a_run_that_fails_alone_is_a_line():
+def test_a_run_that_fails_alone_is_a_line(parity):
     done = parity("--optim.name=SGD", "--optim.lr=1e30")
-    assert (done.returncode, done.stderr) == (1, "")
-    single, end = [line for line in done.stdout.splitlines() if line][-2:]
+    assert (done.codes, done.err) == ([1], [""])
+    single, end = [line for line in done.out[0].splitlines() if line][-2:]
     assert single.startswith("single") and "fail: " in single and "is not finite on rank 0" in single
     assert end == "0 of 1 agree, 0 not run"
 
@@ -158,11 +160,11 @@ def test_a_run_that_fails_alone_is_a_line():
         (["--optim.lrr=1"], "optim: got unknown key 'lrr'"),
     ],
 )
-def test_a_bad_option_is_one_line(options: list[str], line: str):
+def test_a_bad_option_is_one_line(parity, options: list[str], line: str):
     done = parity(*options)
-    assert done.returncode == 2
-    assert line in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert done.codes == [2]
+    assert line in done.err[0]
+    assert done.err[0].count("\n") == 1
 
 
 @pytest.mark.full
