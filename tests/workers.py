@@ -127,4 +127,3 @@ def _work(address: str, folder: str, world_size: int, rank: int) -> None:
             link.send((False, traceback.format_exc()))
         else:
             link.send((True, answer))
-

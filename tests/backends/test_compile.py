@@ -20,6 +20,7 @@ from dist_train.tools.trajectory import Recorder, measured
 
 from parity_cells import ALONE, BACKENDS, config, this_world
 from workers import run_ranks
+from zygote import Ended, Run, Zygote
 
 TOLERANCE = 1e-5
 
@@ -142,10 +143,15 @@ OPTIONS = [
 
 
 def start(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    """The real command, which finds the models of this file."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
+    """The real command."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-m", "dist_train", *OPTIONS, *options, f"--run.dir={folder}"]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
+
+
+def forked(zygote: Zygote, folder: Path, *options: str) -> Ended:
+    """The same of a process that has imported torch."""
+    return zygote.run(Run([*OPTIONS, *options, f"--run.dir={folder}"], timeout_s=240))[0]
 
 
 class Prints(nn.Linear):
@@ -196,26 +202,25 @@ def test_the_summary_and_no_noise(tmp_path: Path):
     assert "compile:" not in done.stdout
 
 
-def test_recompilations_are_in_the_last_lines(tmp_path: Path):
-    done = start(tmp_path / "r", f"--model.name={__name__}:Restless", "--train.epochs=3")
-    assert done.returncode == 0, done.stderr
+def test_recompilations_are_in_the_last_lines(zygote: Zygote, tmp_path: Path):
+    done = forked(zygote, tmp_path / "r", f"--model.name={__name__}:Restless", "--train.epochs=3").check()
     count = json.loads((tmp_path / "r" / "summary.json").read_text())["compile"]["recompilations"]
     assert count > 0
-    assert any(f"{count} after the first epoch" in line for line in done.stdout.splitlines()[-3:])
+    assert any(f"{count} after the first epoch" in line for line in done.out[0].splitlines()[-3:])
 
 
 @pytest.mark.parametrize(("model", "options"), [("Prints", ["--compile.fullgraph=true"]), ("Breaks", [])])
-def test_a_compilers_failure_says_how_to_reproduce_it(model: str, options: list[str], tmp_path: Path):
-    done = start(tmp_path / "r", f"--model.name={__name__}:{model}", *options)
-    assert done.returncode == 1
-    assert "TORCHDYNAMO_REPRO_AFTER=aot" in done.stderr.splitlines()[-1]
+def test_a_compilers_failure_says_how_to_reproduce_it(zygote: Zygote, model: str, options: list[str], tmp_path: Path):
+    done = forked(zygote, tmp_path / "r", f"--model.name={__name__}:{model}", *options)
+    assert done.codes == [1]
+    assert "TORCHDYNAMO_REPRO_AFTER=aot" in done.err[0].splitlines()[-1]
 
 
-def test_another_failure_does_not(tmp_path: Path):
-    done = start(tmp_path / "r", f"--model.name={__name__}:Raises")
-    assert done.returncode == 2
-    assert "planted" in done.stderr
-    assert "TORCHDYNAMO" not in done.stderr
+def test_another_failure_does_not(zygote: Zygote, tmp_path: Path):
+    done = forked(zygote, tmp_path / "r", f"--model.name={__name__}:Raises")
+    assert done.codes == [2]
+    assert "planted" in done.err[0]
+    assert "TORCHDYNAMO" not in done.err[0]
 
 
 class Raises(nn.Linear):

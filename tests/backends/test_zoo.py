@@ -194,7 +194,7 @@ RARE = ("accelerate", "deepspeed:2")
 # Kinds of which every day only what sees another side of a backend is tried.
 ELSEWHERE = dict.fromkeys(LIBRARIES, ("deepspeed:0", "deepspeed:1"))
 ELSEWHERE |= dict.fromkeys(
-    ("VisionTransformer", "BertRecomputed", "Llama", "BertFrozen"), ("accelerate", *DEEPSPEED[:3])
+    ("ResNet18", "VisionTransformer", "BertRecomputed", "Llama", "BertFrozen"), ("accelerate", *DEEPSPEED[:3])
 )
 CELLS = [
     pytest.param(backend, kind, marks=pytest.mark.full if backend in ELSEWHERE.get(kind, RARE) else ())

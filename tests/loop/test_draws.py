@@ -267,10 +267,8 @@ def test_keys_of_something_else_are_seen(fault: str):
     assert difference(ran, whole).worst > 0.01
 
 
-@pytest.mark.parametrize(
-    ("name", "scope"),
-    [("Small", "model"), *(pytest.param("Drawing", scope, marks=pytest.mark.full) for scope in ("model", "step"))],
-)
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "scope"), [("Small", "model"), ("Drawing", "model"), ("Drawing", "step")])
 def test_a_compiled_run(name: str, scope: str):
     made = cell(name=name, precision="float64")
     compiled = dataclasses.replace(made, compile=CompileConfig("default", scope, fullgraph=True))
