@@ -16,6 +16,20 @@ from zygote import Zygote
 
 torch.set_num_threads(1)  # as the workers: the number of threads decides the last bits
 
+# They begin first, so that no process of pytest is left alone with a long one at the end.
+LONGEST = (
+    *("backends/test_zoo.py", "launch/test_slurm.py", "checkpoint/test_resume.py", "backends/test_compile.py"),
+    *("tools/test_parity_command.py", "test_docs.py", "test_users.py", "loop/test_draws.py", "loop/test_muon.py"),
+    *("launch/test_launch.py", "checkpoint/test_checkpoint_faults.py", "tools/test_export.py", "tools/test_parity.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """Puts the longest files first."""
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in place)
+    items.sort(key=lambda item: place.get(item.path, len(place)))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def no_leftovers():

@@ -60,17 +60,19 @@ KILLS = {
 }
 
 
-LONG = ("one-process-asynchronous", "rank-0-alone", "rank-1-alone")
+# Every day all moments of one process, and every fourth of two ranks.
+DAILY = [("one-process", 1), ("all-ranks-asynchronous", 4)]
+IN_FULL = [pytest.param(name, 1, marks=pytest.mark.full) for name in KILLS if (name, 1) not in DAILY]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.full) if name in LONG else name for name in KILLS]
-)
-def test_a_kill_at_any_moment_of_a_save_loses_nothing(name: str, zygote: Zygote, references, tmp_path: Path):
+@pytest.mark.parametrize(("name", "every"), [*DAILY, *IN_FULL])
+def test_a_kill_at_any_moment_of_a_save_loses_nothing(
+    name: str, every: int, zygote: Zygote, references, tmp_path: Path
+):
     kind, rank, kill_all = KILLS[name]
     undisturbed = references(kind)
     events = undisturbed.events[rank]
-    todo, moment = boundaries(events), moments(events)
+    todo, moment = boundaries(events)[::every], moments(events)
     while todo:
         some, todo = todo[:AT_ONCE], todo[AT_ONCE:]
         folders = [tmp_path / str(n) for n in some]
