@@ -27,7 +27,8 @@ TIMEOUT_S = 40.0
 # Imported before the fork: what a run would import.
 WARM = ("dist_train.run.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
 WARM += ("dist_train.data.synthetic", "dist_train.models.mlp", "torch._dynamo", "torch.distributed.fsdp", "faults")
-WARM += ("torch._inductor", "torch._subclasses.fake_tensor", "torch.utils.flop_counter")
+WARM += ("torch._inductor", "torch._subclasses.fake_tensor", "torch.utils.flop_counter", "torch.utils.serialization")
+WARM += ("dist_train.__main__", "dist_train.run.start", "dist_train.tasks.classification")
 # What runs with the libraries need beside it.
 LIBRARIES = (
     *("deepspeed", "deepspeed.runtime.zero.muon.original_muon", "accelerate", "peft", "torchvision.models"),

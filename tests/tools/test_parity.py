@@ -57,8 +57,14 @@ def compare(backend: str, world_size: int, cells: list[tuple]) -> None:
         assert found.worst < TOLERANCE[cell[3]], f"{backend} on {world_size} ranks, {cell}: {found}"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
+# Every day two ranks, and one where state would be sharded.
+DAILY = [*((backend, 2) for backend in BACKENDS), ("fsdp2", 1), ("deepspeed:3", 1)]
+REST = [cell for cell in itertools.product(BACKENDS, (1, 4)) if cell not in DAILY]
+
+
+@pytest.mark.parametrize(
+    ("backend", "world_size"), [*DAILY, *(pytest.param(*cell, marks=pytest.mark.full) for cell in REST)]
+)
 def test_same_as_single(backend: str, world_size: int):
     compare(backend, world_size, CELLS)
 
