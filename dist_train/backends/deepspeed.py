@@ -34,6 +34,7 @@ from dist_train.backends.base import (
 )
 from dist_train.backends.gradients import Counted, Whole
 from dist_train.backends.initial import Initial, differences, maker
+from dist_train.backends.local import See
 from dist_train.backends.matrices import Held, SeesMatrices, lay_out, rows_of
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
@@ -101,7 +102,7 @@ class DeepSpeed(Backend):
                 self._keep_one_copy()
         else:
             self.counted = Counted(self.engine, list(asked.values()))
-        self.optimized = trained
+        self.optimized, self.parameters = trained, list(model.parameters())
         lay_out(self.optimizer, self.world, self._held() if self.stage else None)
         return self.engine, self.optimizer
 
@@ -112,15 +113,25 @@ class DeepSpeed(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        # DeepSpeed divides the sum over ranks by their number. Its own way to a sum does not exist at stage 3.
-        loss = loss * self.world.size
         if not self.stage:
-            self.engine.backward(loss, scale_wrt_gas=False)
+            self.differentiate(loss)
             return
         last = self.engine.is_gradient_accumulation_boundary()
         self.gradients.watch(loss, last)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.differentiate(loss)
         self.gradients.check(last)
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        # DeepSpeed divides the sum over ranks by their number. Its own way to a sum does not exist at stage 3.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    @contextmanager
+    def apart(self, see: See) -> Iterator[None]:
+        """See Backend. At stage 0 alone."""
+        with super().apart(see):
+            yield
+        self.engine.set_gradient_accumulation_boundary(True)
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
