@@ -1,4 +1,4 @@
-"""A model whose steps are audited: norms over the batch, dropout, and a buffer that each rank changes by its samples."""
+"""A model whose steps are audited: norms over the batch, dropout, and a buffer that each rank changes."""
 
 import torch
 from torch import nn

@@ -20,18 +20,19 @@ from zygote import Ended, Run, Zygote
 # 6 steps an epoch, of which the last has 2 samples: some of 3 ranks have none.
 ARGV = (
     *("--data.name", "synthetic", "--data.args", "{n: 42, n_test: 9, shape: [1, 6, 6], classes: 5}"),
-    *("--model.hidden", "[9, 7]", "--train.global_batch_size", "8", "--train.epochs", "2"),
+    *("--train.global_batch_size", "8", "--train.epochs", "2"),
     *("--train.device", "cpu", "--train.threads", "1", "--track.every_steps", "1"),
 )
+MLP = ("--model.hidden", "[9, 7]")
 AUDIT = ("--train.audit_every_steps", "2")
 WHERE = r"\(host .+?, cpu \(1 threads\)\)"
 
 
-def started(folder: Path, backend: str, ranks: int, *argv: str, plant=None, every: bool = False) -> Run:
+def started(folder: Path, backend: str, ranks: int, *argv: str, plant=None, every: bool = False, **keys) -> Run:
     """A run whose rank 1 is planted something, or every one."""
     where = range(ranks) if every else [min(1, ranks - 1)]
     planted = dict.fromkeys(where, plant) if plant else None
-    return Run([*ARGV, *argv, "--backend.name", backend, "--run.dir", str(folder)], ranks, planted)
+    return Run([*ARGV, *argv, "--backend.name", backend, "--run.dir", str(folder)], ranks, planted, **keys)
 
 
 def found(ended: Ended) -> str:
@@ -43,7 +44,7 @@ def found(ended: Ended) -> str:
 
 
 ONCE, ALWAYS, WEIGHT = ("flips_gradient", 4), ("flips_gradient", 3, True), ("flips_weight", 4)
-TWO_AGREE = rf"the gradient that rank 1 {WHERE} computed is wrong, as rank 2 and rank 0 agree on another: "
+TWO_AGREE = rf"the gradient that rank 1 {WHERE} computed is wrong, as rank \d and rank \d agree on another: "
 TWO_DIFFER = rf"rank 0 {WHERE} and rank 1 {WHERE}"
 
 
@@ -70,14 +71,14 @@ TWO_DIFFER = rf"rank 0 {WHERE} and rank 1 {WHERE}"
 def test_a_flipped_bit_is_named(
     backend: str, ranks: int, plant: tuple, line: str, zygote: Zygote, tmp_path: Path
 ):  # fmt: skip
-    (ended,) = zygote.run(started(tmp_path / "run", backend, ranks, *AUDIT, plant=plant))
+    (ended,) = zygote.run(started(tmp_path / "run", backend, ranks, *MLP, *AUDIT, plant=plant))
     assert re.match(line, found(ended)), found(ended)
 
 
 @pytest.mark.parametrize("plant", [("compares_with_itself", 4), ("audits_itself", 3)], ids=lambda plant: plant[0])
 def test_an_audit_of_itself_would_name_nobody(plant: tuple, zygote: Zygote, tmp_path: Path):
     """So the test above can fail: each rank has the planted audit, rank 1 the flipped bit as well."""
-    run = started(tmp_path / "run", "ddp", 3, *AUDIT, plant=(plant[0],), every=True)
+    run = started(tmp_path / "run", "ddp", 3, *MLP, *AUDIT, plant=(plant[0],), every=True)
     run.plant[1] = plant
     (ended,) = zygote.run(run)
     with pytest.raises(AssertionError):
@@ -92,7 +93,7 @@ def events(folder: Path) -> list[dict]:
 
 def test_a_warning_goes_on(zygote: Zygote, tmp_path: Path):
     warns = ("--train.audit_action", "warn")
-    (ended,) = zygote.run(started(tmp_path / "run", "ddp", 3, *AUDIT, *warns, plant=("flips_gradient", 7, True)))
+    (ended,) = zygote.run(started(tmp_path / "run", "ddp", 3, *MLP, *AUDIT, *warns, plant=("flips_gradient", 7, True)))
     said = [line for line in ended.check().out[0].splitlines() if "audit" in line]
     assert [re.search(r"warning: audit of step (\d+): the gradient that rank 1 ", line)[1] for line in said[:-1]] == [
         "8", "10", "12",
@@ -106,7 +107,7 @@ def test_a_warning_goes_on(zygote: Zygote, tmp_path: Path):
 def test_the_run_goes_on_from_before_the_fault(zygote: Zygote, tmp_path: Path):
     """Checkpoints from after the last audit that found nothing are set aside; the one from before it is kept, though
     two newer ones have come."""
-    every = ("--train.audit_every_steps", "5", "--checkpoint.every_steps", "1", "--checkpoint.keep_last", "2")
+    every = (*MLP, "--train.audit_every_steps", "5", "--checkpoint.every_steps", "1", "--checkpoint.keep_last", "2")
     clean, (ended,) = tmp_path / "clean", zygote.run(
         started(tmp_path / "run", "ddp", 3, *every, plant=("flips_gradient", 10))
     )  # fmt: skip
@@ -119,16 +120,16 @@ def test_the_run_goes_on_from_before_the_fault(zygote: Zygote, tmp_path: Path):
 
 
 CASES = {
-    "micro-batches": ("--train.micro_batch_size", "1", "--train.grad_clip", "0.1", "--optim.ema", "0.9"),
-    "dropout": ("--model.dropout", "0.3"),
-    "ordered": ("--backend.reduce", "ordered", "--train.micro_batch_size", "2"),
-    "statistics": ("--model.name", "audited:Normed"),
-    "of groups": ("--model.name", "audited:Normed", "--model.batch_statistics.group", "2"),
-    "odd weights": ("--model.name", "user_ordered:Uneven", "--model.dropout", "null"),
+    "micro-batches": (*MLP, "--train.micro_batch_size", "1", "--train.grad_clip", "0.1", "--optim.ema", "0.9"),
+    "dropout": (*MLP, "--model.dropout", "0.3"),
+    "ordered": (*MLP, "--backend.reduce", "ordered", "--train.micro_batch_size", "2"),
+    "statistics": ("--model.name", "user_audit:Normed"),
+    "of groups": ("--model.name", "user_audit:Normed", "--model.batch_statistics.group", "2"),
+    "odd weights": ("--model.name", "user_ordered:Uneven"),
     "own units": ("--data.name", "user_tasks:sentences", "--data.args", "{}", "--task.name", "user_tasks:NextWord")
-    + ("--model.name", "user_tasks:Words", "--model.hidden", "null"),
-    "noise": ("--data.batch_transforms", "[{name: MixUp, alpha: 0.3}]"),
-    "bfloat16": ("--train.precision", "bfloat16"),
+    + ("--model.name", "user_tasks:Words"),
+    "mixed samples": (*MLP, "--data.batch_transforms", "[{name: MixUp, alpha: 0.3}]"),
+    "bfloat16": (*MLP, "--train.precision", "bfloat16"),
 }
 
 
@@ -144,3 +145,112 @@ def test_an_audit_finds_nothing_and_leaves_no_trace(
     plain.check()
     assert re.search(r"audited \d+ steps: something was found in none", audited.check().out[0])
     assert same(weights(tmp_path / "0"), weights(tmp_path / "1"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("backend", "ranks"), [("single", 1), ("ddp", 2), ("accelerate", 2), ("fsdp2", 2)])
+def test_10_000_audits_are_no_false_alarm(backend: str, ranks: int, zygote: Zygote, tmp_path: Path):
+    """Of 10,000 steps, with batch statistics and dropout."""
+    long = ("--train.audit_every_steps", "1", "--train.epochs", "10000", "--train.max_steps", "10000")
+    quiet = ("--train.eval_every_epochs", "null", "--track.every_steps", "1000")
+    model = CASES["statistics"]
+    (ended,) = zygote.run(started(tmp_path / "run", backend, ranks, *model, *long, *quiet, timeout_s=1800.0))
+    assert "audited 10000 steps: something was found in none" in ended.check().out[0]
+
+
+def test_ranks_on_unlike_machines_are_refused(zygote: Zygote, tmp_path: Path):
+    (ended,) = zygote.run(started(tmp_path / "run", "ddp", 2, *MLP, *AUDIT, plant=("other_processor",)))
+    assert set(ended.codes) == {2}
+    assert "but rank 0 has " in ended.err[0] and "and rank 1 has Another CPU (DEFAULT), 1 thread" in ended.err[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "ranks", "line"),
+    [
+        (["--train.audit_every_steps", "0"], 1, "train.audit_every_steps: got 0, expected at least 1"),
+        (["--compile.scope", "step"], 1, "train.audit_every_steps: got 2 with compile.scope step"),
+        (["--task.name", "none"], 1, "train.audit_every_steps: got 2 with task.name none"),
+        (
+            ["--backend.name", "deepspeed", "--backend.zero_stage", "2"],
+            2,
+            "train.audit_every_steps: got 2 with backend deepspeed at zero_stage 2, whose engine",
+        ),
+    ],
+)
+def test_refused(argv: list[str], ranks: int, line: str):
+    launcher = Launcher("torchrun" if ranks > 1 else "none", 0, ranks, 0, ranks)
+    with pytest.raises(ConfigError) as caught:
+        check(load([*ARGV, *AUDIT, *argv]), launcher, writes=False)
+    assert caught.value.lines[0].startswith(line), caught.value.lines
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (("--model.name", "draw_cells:Noisy"), "got 2, but the model draws by "),
+        ((*MLP, "--model.dropout", "0.1", "--train.draws", "torch"), "got 2, but the model draws by "),
+        ((*MLP, "--task.name", "user_tasks:Contrastive"), "got 2 with a task whose loss compares the samples of all"),
+    ],
+    ids=["noise", "torch's draws", "contrastive"],
+)
+def test_what_no_other_rank_can_repeat_is_refused(argv: tuple[str, ...], why: str, zygote: Zygote, tmp_path: Path):
+    (ended,) = zygote.run(started(tmp_path / "run", "single", 1, *AUDIT, *argv))
+    assert ended.codes == [2] and f"train.audit_every_steps: {why}" in ended.err[0], ended
+
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.uint8, torch.bool, torch.complex64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_digest_sees_every_bit(dtype: torch.dtype):
+    """Of sizes that are no whole words, wherever the tensor begins, and however it lies in memory."""
+    for shape in ((), (1,), (3,), (4, 5), (2, 3, 3)):
+        size = torch.Size(shape).numel()
+        for start in (0, 1, 2):
+            memory = (torch.arange(size + start) % 2).to(dtype)
+            tensor = memory[start:].view(shape)
+            before = int(digest(tensor))
+            assert before == int(digest(tensor.clone()))
+            raw, seen = tensor.clone(), set()
+            flat = (torch.view_as_real(raw) if dtype.is_complex else raw).view(-1).view(torch.uint8)
+            for i in range(len(flat)):
+                for bit in range(1 if dtype == torch.bool else 8):
+                    flat[i] ^= 1 << bit
+                    seen.add(int(digest(raw)) - before)
+                    flat[i] ^= 1 << bit
+            assert 0 not in seen and int(digest(raw)) == before
+    lying = torch.randn(4, 3, 5, 5).to(memory_format=torch.channels_last)
+    assert int(digest(lying)) == int(digest(lying.contiguous()))
+    nan = torch.tensor([float("nan")])
+    assert int(digest(nan)) == int(digest(nan.clone())) and int(digest(torch.empty(0))) == 0
+
+
+def test_a_sheet_goes_by_name():
+    a, b, cpu = torch.randn(5), torch.randn(5), torch.device("cpu")
+    one, other, swapped = Sheet({"a": a, "b": b}), Sheet({"b": b, "a": a}), Sheet({"a": b, "b": a})
+    totals = [int(sheet.total(cpu)) for sheet in (one, other, swapped)]
+    of_a, of_b = int(digest(a)), int(digest(b))
+    assert totals[0] == totals[1] != totals[2] and one.rows() == other.rows() == {"a": of_a, "b": of_b}
+    one.add("a", b)
+    assert (one.rows()["a"] - of_a - of_b) % 2**64 == 0
+
+
+def test_who_is_wrong():
+    places, right, bad, worse = [f"host {i}" for i in range(5)], {"w": 1, "b": 2}, {"w": 3, "b": 2}, {"w": 4, "b": 2}
+
+    def named(rows: list[dict], ranks: tuple[int, int, int] = (1, 2, 3)) -> tuple[int, ...]:
+        (finding,) = of_shares(places, {ranks: rows})
+        assert finding.line.endswith(": 1 of 2 tensors, w")
+        return finding.ranks
+
+    assert named([bad, right, right]) == (1,) and named([right, bad, right]) == (2,)
+    assert named([bad, right, worse]) == (1, 2, 3)
+    assert named([bad, right, right], (1, 0, 1)) == (1,)  # of two ranks
+    assert named([bad, right, bad], (1, 0, 1)) == (0, 1)
+    assert named([bad, right, right], (0, 0, 0)) == (0,)
+    # One that is always wrong is named once, though it found its neighbour's share to be wrong as well.
+    both = {(1, 2, 0): [bad, right, right], (0, 1, 2): [right, worse, right]}
+    assert [finding.ranks for finding in of_shares(places, both)] == [(1,)]
+    copies = [right, bad, right, right, worse]
+    assert [finding.ranks for finding in of_copies(places, [0, 1, 0, 0, 2], copies)] == [(1,), (4,)]
+    assert [finding.ranks for finding in of_copies(places[:2], [0, 1], copies[:2])] == [(0, 1)]
