@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import functools
 import glob
 import json
 import logging
@@ -951,6 +952,7 @@ def flips_weight(step: int) -> None:
     """A bit of a weight changes before a step, counted from 1."""
     goes_over, init, models, done = Phases.__call__, MLP.__init__, [], []
 
+    @functools.wraps(init)
     def made(self: MLP, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
         models.append(self)

@@ -148,8 +148,8 @@ class Audit:
 
         def see(name: str, parameter: torch.Tensor) -> None:
             sheet.see(name, parameter)
-            if now == last:
-                parameter.grad = None  # so that all of them take no memory at once
+            if now == last or backend.ordered:  # of which each micro-batch's is added by itself
+                parameter.grad = None  # at once, so that all together take no memory
 
         device, buffers = work.world.device, backend.buffers.copies()
         backend.buffers.put(step.buffers)
