@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import draws
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -26,8 +27,6 @@ from dist_train.ranks import dist, launcher
 from dist_train.ranks.dist import World
 from dist_train.run import assemble
 from dist_train.tasks.base import Task
-
-import draws
 
 MODELS = {
     "ResNet, batch 16": ("--data.name", "audit:pictures", "--model.name", "audit:ResNet", "--global", "16"),

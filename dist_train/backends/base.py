@@ -46,6 +46,7 @@ class Backend(ABC):
     buffers: Buffers
     ordered: Ordered | None = None  # adds up the gradients, where backend.reduce is ordered
     taken = True  # the last step changed the weights: it was not left out
+    updates_all = True  # each rank updates all weights, and not its part of them
 
     def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
         self.config, self.world, self.findings = config, world, findings

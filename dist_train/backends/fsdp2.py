@@ -44,6 +44,8 @@ class FSDP2(Backend):
     complex weights, and those without elements.
     """
 
+    updates_all = False
+
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         self.bare, self.buffers = model, self.buffers_of(model)

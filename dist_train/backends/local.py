@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
 
-See = Callable[[str, torch.Tensor], None]  # of a parameter, by name; its `grad` is what has come
+See = Callable[[str, torch.Tensor, torch.Tensor], None]  # of a parameter: its name, itself and its gradient
 
 
 def told(name: str, see: See) -> Callable[[torch.Tensor], None]:
@@ -14,7 +15,7 @@ def told(name: str, see: See) -> Callable[[torch.Tensor], None]:
 
     def come(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            see(name, parameter)
+            see(name, parameter, parameter.grad)
 
     return come
 
@@ -26,6 +27,18 @@ def seen(named: Iterable[tuple[str, nn.Parameter]], see: See) -> Iterator[None]:
     torch calls such hooks within the addition, and those of DistributedDataParallel, which exchange, after it.
     """
     handles = [p.register_post_accumulate_grad_hook(told(name, see)) for name, p in named if p.requires_grad]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def coming(named: Iterable[tuple[str, nn.Parameter]], see: See) -> Iterator[None]:
+    """The same with each gradient by itself, before it is added to what is there: for a library whose own hooks take it
+    away at once."""
+    handles = [p.register_hook(partial(see, name, p)) for name, p in named]
     try:
         yield
     finally:

@@ -99,7 +99,6 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
     yield from _combination(config, backend)
     yield from _whole_step(config, backend)
     yield from _ordered(config, backend)
-    yield from _audited(config, backend)
     yield from _accelerate(config, env)
 
 
@@ -220,17 +219,6 @@ def _whole_step(config: Config, backend: str) -> Iterator[str]:
         )
     for key in sorted(CAPTURED_DECIDES & optim.args.keys()):
         yield f"optim.args.{key}: got {optim.args[key]!r}, but compile.scope step decides it; leave it out"
-
-
-def _audited(config: Config, backend: str) -> Iterator[str]:
-    """What cannot be computed again beside a step."""
-    every, stage = config.train.audit_every_steps, config.backend.zero_stage
-    if every is not None and backend == "deepspeed" and stage:
-        yield (
-            f"train.audit_every_steps: got {every} with backend deepspeed at zero_stage {stage}, whose engine takes "
-            f"each gradient away into its buckets as it comes, expected a backend that leaves it to us; write "
-            f"--backend.name fsdp2, which shares out the same, or leave it out"
-        )
 
 
 def _ordered(config: Config, backend: str) -> Iterator[str]:

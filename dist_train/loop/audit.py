@@ -17,7 +17,6 @@ from dist_train.backends.probe import Findings
 from dist_train.config.tree import Config
 from dist_train.data.batch import Batch, mapped
 from dist_train.errors import ConfigError
-from dist_train.loop.average import PREFIX
 from dist_train.loop.digests import Sheet
 from dist_train.loop.units import Units, loss_sum
 from dist_train.loop.verdicts import Finding, of_copies, of_shares
@@ -110,14 +109,10 @@ class Audit:
 
     def _copies(self) -> dict[str, torch.Tensor]:
         """What is the same on all ranks, by name: the averages of weights among it, of which nothing else tells."""
-        copies = self.work.backend.copies()
-        averages = {
-            path: part
-            for path, shards in self.work.average.state().items()
-            for _, part in shards.boxes
-            if path.removeprefix(PREFIX) in copies
-        }
-        return copies | averages
+        copies, averages = self.work.backend.copies(), self.work.average.state()
+        if self.work.backend.updates_all:
+            copies |= {path: part for path, shards in averages.items() for _, part in shards.boxes}
+        return copies
 
     def _compare(self, step: Taken, copies: Sheet, own: Sheet) -> list[Finding]:
         """Compares the ranks' copies and shares. Collective."""
@@ -146,8 +141,8 @@ class Audit:
         last, now = plan.micro_batches(within), 0
         draws = self._draws(rank)
 
-        def see(name: str, parameter: torch.Tensor) -> None:
-            sheet.see(name, parameter)
+        def see(name: str, parameter: torch.Tensor, gradient: torch.Tensor) -> None:
+            sheet.add(name, gradient)
             if now == last or backend.ordered:  # of which each micro-batch's is added by itself
                 parameter.grad = None  # at once, so that all together take no memory
 

@@ -50,10 +50,9 @@ class Sheet:
         new, before = digest(tensor), self.found.get(name)
         self.found[name] = new if before is None else before + new
 
-    def see(self, name: str, parameter: torch.Tensor) -> None:
+    def see(self, name: str, _: torch.Tensor, gradient: torch.Tensor) -> None:
         """Takes in the gradient of a parameter."""
-        assert parameter.grad is not None
-        self.add(name, parameter.grad)
+        self.add(name, gradient)
 
     def total(self, device: torch.device) -> torch.Tensor:
         """One number of all, int64, a scalar on a device. It does not depend on their order."""
