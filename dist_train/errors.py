@@ -5,6 +5,10 @@ class OtherRankError(RuntimeError):
     """Another rank failed, and this one ends because of it."""
 
 
+class CorruptionError(RuntimeError):
+    """A rank has computed wrongly, or its memory has changed: found by an audit, alike on all ranks."""
+
+
 class LaunchError(RuntimeError):
     """What keeps ranks from meeting, in a line of its own: no mistake in the config, and no code to look at."""
 

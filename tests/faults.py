@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import fcntl
+import functools
 import glob
 import json
 import logging
@@ -38,7 +39,7 @@ from dist_train.data.batch import Batch
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
 from dist_train.doctor import link, machine, meeting
-from dist_train.loop import meter
+from dist_train.loop import audit, meter
 from dist_train.loop.evaluate import Sums
 from dist_train.models.mlp import MLP
 from dist_train.ranks import dist, ending, orphan, rendezvous, watchdog
@@ -899,3 +900,94 @@ def fact_to_another(name: str, argument: str) -> None:
 def other_backend(name: str, path: str) -> None:
     """Under the name of a backend another class is taken."""
     BACKENDS[name] = path
+
+
+# -- devices that compute wrongly --------------------------------------------------------------------------------------
+
+
+def _flip(tensor: torch.Tensor) -> None:
+    """One bit of the first number, in the middle of its fraction."""
+    tensor.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
+
+
+class _Wrong(torch.autograd.Function):
+    """A weight whose gradient has a wrong bit where `due` says so."""
+
+    due: Callable[[], bool]
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor) -> torch.Tensor:
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        if _Wrong.due():
+            _flip(gradient)
+        return gradient
+
+
+def flips_gradient(step: int, always: bool = False) -> None:
+    """A bit of a weight's gradient is wrong: once, in a step counted from 1, or in every backward from that step on."""
+    goes_over, at, done = Phases.__call__, [0], []
+
+    def goes(self: Phases, name: str) -> None:
+        goes_over(self, name)
+        at[0] = self.step + 1
+
+    def due() -> bool:
+        if at[0] < step or (done and not always):
+            return False
+        done.append(True)
+        return True
+
+    def forward(self: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        weight = _Wrong.apply(self.weight) if self.training else self.weight
+        return torch.nn.functional.linear(x, weight, self.bias)
+
+    Phases.__call__, _Wrong.due, torch.nn.Linear.forward = goes, due, forward
+
+
+def flips_weight(step: int) -> None:
+    """A bit of a weight changes before a step, counted from 1."""
+    goes_over, init, models, done = Phases.__call__, MLP.__init__, [], []
+
+    @functools.wraps(init)
+    def made(self: MLP, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        models.append(self)
+
+    def goes(self: Phases, name: str) -> None:
+        goes_over(self, name)
+        if name == "data" and self.step == step - 1 and not done:
+            done.append(True)
+            _flip(next(models[-1].parameters()))
+
+    MLP.__init__, Phases.__call__ = made, goes
+
+
+def compares_with_itself(step: int | None = None) -> None:
+    """An audit that compares each digest with itself; and see `flips_gradient`."""
+    stack = dist.stack
+
+    def wrong(tensor: torch.Tensor) -> torch.Tensor:
+        every = stack(tensor)
+        if tensor.dtype == torch.int64:
+            every[:, 2] = every[:, 1].roll(1)
+        return every
+
+    dist.stack = wrong
+    if step is not None:
+        flips_gradient(step)
+
+
+def audits_itself(step: int | None = None) -> None:
+    """An audit in which each rank computes its own share again; and see `flips_gradient`, always."""
+    audit.NEXT = audit.ARBITER = 0
+    if step is not None:
+        flips_gradient(step, always=True)
+
+
+def other_processor() -> None:
+    """This rank is on a machine of another kind."""
+    audit.hardware = lambda device: "Another CPU (DEFAULT), 1 thread, torch 0.1"

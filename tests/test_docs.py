@@ -197,7 +197,7 @@ def test_the_reference_of_the_config_is_the_codes():
     page = generate.page()
     assert page == generate.FILE.read_text(), "run python docs/generate.py"
     assert "| `checkpoint.allow` | a list such as [train.seed] (text each) | `[]` |" in page
-    assert "| `compile.mode` | one of off, " in page and page.count("\n| `train.") == 19
+    assert "| `compile.mode` | one of off, " in page and page.count("\n| `train.") == 21
 
 
 def test_the_reference_of_the_python_names_is_the_codes():

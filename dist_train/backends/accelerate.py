@@ -78,7 +78,7 @@ class Accelerate(Backend):
         """See Backend."""
         return nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def differentiate(self, loss: torch.Tensor) -> None:
         """See Backend."""
         # DDP divides the sum over ranks by their number. The scale is ours, as its own looks at one rank's gradients.
         factor = self.scale.factor if self.scale else self.world.size

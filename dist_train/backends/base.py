@@ -2,8 +2,8 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from dist_train.backends.buffers import Buffers
 from dist_train.backends.initial import Initial, differences
+from dist_train.backends.local import See, aside, seen
 from dist_train.backends.ordered import Ordered
 from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
@@ -39,11 +40,13 @@ class Backend(ABC):
         findings: what a first forward and backward of the model showed.
     """
 
+    bare: nn.Module  # the model as it was given
     optimizer: torch.optim.Optimizer
     parameters: list[nn.Parameter]
     buffers: Buffers
     ordered: Ordered | None = None  # adds up the gradients, where backend.reduce is ordered
     taken = True  # the last step changed the weights: it was not left out
+    updates_all = True  # each rank updates all weights, and not its part of them
 
     def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
         self.config, self.world, self.findings = config, world, findings
@@ -70,10 +73,34 @@ class Backend(ABC):
     def accumulate(self, last: bool) -> AbstractContextManager:
         """The context of a micro-batch, forward and backward: gradients are exchanged only in the last of a step."""
 
-    @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss`, this rank's part of the step's loss. The gradient of a step is the sum over
         ranks and micro-batches, so a library that takes the mean over ranks is undone here."""
+        self.differentiate(loss)
+        if self.ordered:
+            self.ordered.take()
+
+    @abstractmethod
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """The backward of `loss`, with whatever exchange the library does within it."""
+
+    def local(self, see: See) -> AbstractContextManager[None]:
+        """Around micro-batches: hands over each parameter by the model's own name when this rank alone has computed its
+        gradient in one of them, before any exchange."""
+        return seen(self.bare.named_parameters(), see)
+
+    @contextmanager
+    def apart(self, see: See) -> Iterator[None]:
+        """Around forwards and `differentiate` of other samples, after the last backward of a step and before `step`:
+        nothing is exchanged, the gradients are handed over as by `local`, and go; those of the step stay."""
+        with ExitStack() as stack:
+            for each in (aside(self.parameters), self.accumulate(last=False), self.local(see)):
+                stack.enter_context(each)
+            yield
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """Of weights and buffers, what every rank has a copy of, by the model's own names: between steps, the same."""
+        return dict([*self.bare.named_parameters(), *self.bare.named_buffers()])
 
     @abstractmethod
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:

@@ -34,6 +34,7 @@ class Buffers:
         places = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in changing}
         self.places = list(places.values())
         self.by_rank = [place for name, place in places.items() if name not in statistics.buffers] if ranks > 1 else []
+        self.changing = [*self.places, *((norm, "group_sums") for norm in statistics.by_group)]
         self.statistics, self.skips = statistics, skips
         self.kept = self._copies() if skips else []
 
@@ -50,6 +51,16 @@ class Buffers:
                 self._take_from_last()
             if self.skips:
                 self.kept = self._copies()
+
+    def copies(self) -> list[torch.Tensor]:
+        """Of all that forward changes, as they are now."""
+        return [value.detach().clone() for value in _now(self.changing)]
+
+    @torch.no_grad()
+    def put(self, copies: Iterable[torch.Tensor]) -> None:
+        """Makes the buffers what they were when `copies` was called."""
+        for buffer, value in zip(_now(self.changing), copies, strict=True):
+            buffer.copy_(value)
 
     def _copies(self) -> list[torch.Tensor]:
         return [value.detach().clone() for value in _now(self.places)]

@@ -56,11 +56,10 @@ class DDP(Backend):
         """See Backend."""
         return nullcontext() if last or self.ordered else self.model.no_sync()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def differentiate(self, loss: torch.Tensor) -> None:
         """See Backend."""
         if self.ordered:
             loss.backward()
-            self.ordered.take()
             return
         # DDP divides the sum over ranks by their number
         loss.backward(loss.new_full((), self.scale.factor if self.scale else self.world.size))

@@ -34,6 +34,7 @@ from dist_train.backends.base import (
 )
 from dist_train.backends.gradients import Counted, Whole
 from dist_train.backends.initial import Initial, differences, maker
+from dist_train.backends.local import See, aside, coming
 from dist_train.backends.matrices import Held, SeesMatrices, lay_out, rows_of
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
@@ -63,6 +64,7 @@ class DeepSpeed(Backend):
         super().__init__(config, world, findings)
         self.library = _import(world)
         self.stage = config.backend.zero_stage or 0
+        self.updates_all = self.stage == 0
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
@@ -101,7 +103,7 @@ class DeepSpeed(Backend):
                 self._keep_one_copy()
         else:
             self.counted = Counted(self.engine, list(asked.values()))
-        self.optimized = trained
+        self.optimized, self.parameters = trained, list(model.parameters())
         lay_out(self.optimizer, self.world, self._held() if self.stage else None)
         return self.engine, self.optimizer
 
@@ -112,15 +114,46 @@ class DeepSpeed(Backend):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Backend."""
-        # DeepSpeed divides the sum over ranks by their number. Its own way to a sum does not exist at stage 3.
-        loss = loss * self.world.size
         if not self.stage:
-            self.engine.backward(loss, scale_wrt_gas=False)
+            self.differentiate(loss)
             return
         last = self.engine.is_gradient_accumulation_boundary()
         self.gradients.watch(loss, last)
-        self.engine.backward(loss, scale_wrt_gas=False)
+        self.differentiate(loss)
         self.gradients.check(last)
+
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """See Backend."""
+        # DeepSpeed divides the sum over ranks by their number. Its own way to a sum does not exist at stage 3.
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def local(self, see: See) -> AbstractContextManager[None]:
+        """See Backend."""
+        return coming(self.optimized.items(), see) if self.stage else super().local(see)
+
+    @contextmanager
+    def apart(self, see: See) -> Iterator[None]:
+        """See Backend. Collective at stage 3, as layers are gathered: every rank has as many micro-batches."""
+        if not self.stage:
+            with super().apart(see):
+                yield
+            self.engine.set_gradient_accumulation_boundary(True)
+            return
+        zero, takes = self.engine.optimizer, "reduce_ready_partitions_and_remove_grads"
+        takes = takes if self.stage == 3 else "process_gradients"
+        setattr(zero, takes, _drop)
+        self.engine.inside_no_sync_ctxt = True
+        try:
+            with aside(self.parameters), self.local(see):
+                yield
+        finally:
+            delattr(zero, takes)
+            self.engine.inside_no_sync_ctxt = False
+            self.gradients.seen.clear()
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """See Backend."""
+        return super().copies() if self.stage < 3 else dict(self.bare.named_buffers())
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
@@ -426,6 +459,11 @@ def _merged(ours: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     """`ours` with the keys of `extra`, object by object. What both have is a default of ours."""
     nested = {k: _merged(v, extra[k]) for k, v in ours.items() if isinstance(v, dict) and k in extra}
     return ours | extra | nested
+
+
+def _drop(parameter: nn.Parameter, *_: Any) -> None:
+    """In place of the hook of ZeRO's that takes a gradient away, to reduce it."""
+    parameter.grad = None
 
 
 def _broadcast(model: nn.Module) -> None:

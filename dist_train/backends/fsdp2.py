@@ -1,7 +1,7 @@
 """torch's fully_shard (FSDP2): each rank holds a part of every weight; a layer is gathered while it computes."""
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -22,6 +22,8 @@ from dist_train.backends.base import (
     update,
     updated_of,
 )
+from dist_train.backends.local import See, aside
+from dist_train.backends.local_gathered import seen_gathered
 from dist_train.backends.matrices import lay_out
 from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
@@ -42,9 +44,11 @@ class FSDP2(Backend):
     complex weights, and those without elements.
     """
 
+    updates_all = False
+
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.buffers = self.buffers_of(model)
+        self.bare, self.buffers = model, self.buffers_of(model)
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         offload = OffloadPolicy()
         if self.config.backend.offload:
@@ -97,17 +101,37 @@ class FSDP2(Backend):
         """See Backend."""
         for scatter in self.scatters:
             scatter.last = last
-        last = last or self.ordered is not None  # each micro-batch is a leaf
-        if last != self.syncs:  # it goes through all modules
-            self.model.set_requires_gradient_sync(last)
-            self.syncs = last
+        self._sync(last or self.ordered is not None)  # each micro-batch is a leaf
         return nullcontext()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def _sync(self, syncs: bool) -> None:
+        """Whether gradients are exchanged in the next backward."""
+        if syncs != self.syncs:  # it goes through all modules
+            self.model.set_requires_gradient_sync(syncs)
+            self.syncs = syncs
+
+    def differentiate(self, loss: torch.Tensor) -> None:
         """See Backend."""
         loss.backward(loss.new_full((), self.scale.factor) if self.scale else None)
-        if self.ordered:
-            self.ordered.take()
+
+    def local(self, see: See) -> AbstractContextManager[None]:
+        """See Backend."""
+        return seen_gathered(self.model, see)
+
+    @contextmanager
+    def apart(self, see: See) -> Iterator[None]:
+        """See Backend. Collective, as layers are gathered: every rank has as many micro-batches."""
+        self._sync(False)  # also where each micro-batch is a leaf
+        with aside(self.whole), seen_gathered(self.model, see) as gathered:
+            yield
+            for parameter in gathered.values():
+                parameter.grad = None  # else the next exchange would take it along
+
+    def copies(self) -> dict[str, torch.Tensor]:
+        """See Backend. Of what is sharded no rank has a copy of another's."""
+        whole = set(self.whole)
+        weights = [(name, p) for name, p in self.model.named_parameters() if p in whole]
+        return dict([*weights, *self.model.named_buffers()])
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""

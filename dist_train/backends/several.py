@@ -73,6 +73,10 @@ class Several(Backend):
                 for parameter in part.parameters:
                     parameter.grad = None
 
+    def differentiate(self, loss: torch.Tensor) -> None:
+        """Not without the part that it is for."""
+        raise AssertionError("use backward_of")
+
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """Not without the part that it is for."""
         raise AssertionError("use step_of")

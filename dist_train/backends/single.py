@@ -30,7 +30,7 @@ class Single(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.buffers = self.buffers_of(model)
+        self.bare, self.buffers = model, self.buffers_of(model)
         compile_(model, self.config.compile)
         self.model, self.parameters = model, list(model.parameters())
         self.ordered = ordered(self.config, self.findings, model.named_parameters())
@@ -41,11 +41,9 @@ class Single(Backend):
         """See Backend."""
         return nullcontext()
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def differentiate(self, loss: torch.Tensor) -> None:
         """See Backend."""
         loss.backward(loss.new_full((), self.scale.factor) if self.scale else None)
-        if self.ordered:
-            self.ordered.take()
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""

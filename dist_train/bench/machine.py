@@ -2,8 +2,9 @@
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
+
+from dist_train.ranks.processor import processor
 
 
 def cores() -> int:
@@ -15,7 +16,7 @@ def facts() -> dict[str, Any]:
     """Cores, the CPU's name, memory, and the load: how many processes wanted to run, on average of the last minute."""
     return {
         "cores": cores(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "system": platform.platform(),
         "memory_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
         "load": os.getloadavg()[0],
@@ -30,11 +31,3 @@ def busy(of: dict[str, Any]) -> bool:
 def describe(of: dict[str, Any]) -> str:
     """A line for people."""
     return f"{of['cores']} cores of {of['cpu']}, load {of['load']:.1f}"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

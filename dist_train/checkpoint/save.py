@@ -4,6 +4,7 @@ checkpoints/.writing-START-step-00000100  every rank writes its file and syncs i
 checkpoints/.writing-.../manifest.json    rank 0, when all have: sizes and hashes
 checkpoints/step-00000100                 one rename by rank 0, synced: from here on it exists
 checkpoints/.removing-step-00000050       then an older one goes, also by a rename first
+checkpoints/suspect-step-00000100         an audit has found that a device computes wrongly; see set_aside
 """
 
 import contextlib
@@ -36,7 +37,7 @@ from dist_train.versions import versions
 
 # Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.
 TOGETHER_S = 10.0
-WRITING, REMOVING = ".writing-", ".removing-"
+WRITING, REMOVING, SUSPECT = ".writing-", ".removing-", "suspect-"
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Checkpoints:
         self.pending: Future[None] | None = None
         cfg = config.checkpoint
         self.beside: Callable[[], dict[str, Shards]] = dict  # what this rank saves beside the backend's state
+        self.trusted: Callable[[], int | None] = lambda: None  # the newest step that was audited, where steps are
         self.host = HostCopy()
         self.thread = ThreadPoolExecutor(1, "checkpoint") if cfg.asynchronous else None
         # Of its own: a write in the background must not meet the training's collectives. On the CPU under any backend.
@@ -163,6 +165,25 @@ class Checkpoints:
         self.saved_at, self.saved_step = time.monotonic(), meter.result.steps
         meter.requests.saving = meter.requests.save_agreed = False
         meter.event({"checkpoint/stall_s": self.stalls_s[-1]})
+
+    def set_aside(self, after: int) -> tuple[Path | None, list[str]]:
+        """Gives the checkpoints of steps after this one names from which no run resumes.
+
+        Returns:
+            The newest checkpoint that is left, and the new names of the others.
+        """
+        self._wait()
+        return dist.on_main(lambda: self._set_aside(after))
+
+    def _set_aside(self, after: int) -> tuple[Path | None, list[str]]:
+        found, names = manifest.listed(self.folder.parent)[0], []
+        for folder in [folder for folder, what in found if what.step > after]:
+            target = next(t for t in _names(folder.with_name(f"{SUSPECT}{folder.name}")) if not t.exists())
+            folder.rename(target)
+            names.append(target.name)
+        if names:
+            sync_folder(self.folder)
+        return next((folder for folder, what in found if what.step <= after), None), sorted(names)
 
     def close(self) -> None:
         """Waits for what is being written."""
@@ -269,6 +290,9 @@ class Checkpoints:
         cfg = self.config.checkpoint
         whole = [(folder, m) for folder, m in newest_first if folder not in self.damaged]
         keep = {folder for folder, _ in whole[: cfg.keep_last]}
+        trusted = self.trusted()
+        if trusted is not None:
+            keep |= set([folder for folder, m in whole if m.step <= trusted][:1])
         for _ in range(cfg.keep_best):
             found = self.best.of(whole)
             if found is not None:

@@ -195,6 +195,12 @@ class TrainConfig:
     nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop ends the run; skip leaves the step out, and waits for the device at
     every step to know."""
+    audit_every_steps: int | None = None
+    """At every so many steps, another rank computes each rank's gradient again, and the two and the ranks' weights are
+    compared bit by bit, to find a device that computes wrongly; see audit.md (null: never)."""
+    audit_action: Literal["stop", "warn"] = "stop"
+    """Where an audit finds something: stop sets checkpoints aside that were saved since the last audit without a
+    finding, and ends the run; warn says it and goes on."""
     max_time_s: float | None = None
     """Save and end after so many seconds of this start, with exit code 75, to be started again."""
     step_timeout_s: float | None = 600.0

@@ -1,11 +1,13 @@
 """From sample numbers to batches on the device. Two ways under one order: data in memory, and data in files."""
 
+import copy
 import pickle
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -105,6 +107,22 @@ class Feed:
             ConfigError: when the iterator comes to a bad sample.
         """
         return self._batches(plan.indices(epoch, first, self.before), epoch, self.transforms)
+
+    def share(self, plan: Plan, epoch: int, step: int) -> Iterator[Batch]:
+        """The micro-batches of one step of a rank, as they are trained on, read in this process.
+
+        Args:
+            plan: of that rank.
+            epoch: counts from 0.
+            step: of the epoch.
+
+        Raises:
+            ConfigError: when the iterator comes to a bad sample.
+        """
+        here = copy.copy(self)
+        here.workers = 0  # to start some would take longer than to read
+        batches = islice(plan.indices(epoch, step, self.before), plan.micro_batches(step))
+        return here._batches(batches, epoch, self.transforms)
 
     def _batches(
         self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None

@@ -45,6 +45,7 @@ def problems(config: Config, _: Launcher) -> Iterator[str]:
     yield from _schedule(config)
     yield from _average(config)
     yield from _early_stopping(config)
+    yield from _audit(config)
 
 
 def _ranges(config: Config) -> Iterator[str]:
@@ -59,6 +60,7 @@ def _ranges(config: Config) -> Iterator[str]:
             "train.eval_every_epochs": (t.eval_every_epochs, 1),
             "train.eval_every_steps": (t.eval_every_steps, 1),
             "train.threads": (t.threads, 1),
+            "train.audit_every_steps": (t.audit_every_steps, 1),
             "train.seed": (t.seed, 0),
             "optim.warmup_steps": (o.warmup_steps, 0),
             "optim.step_size": (o.step_size, 1),
@@ -240,6 +242,16 @@ def _average(config: Config) -> Iterator[str]:
         yield f"optim.ema_start: got {o.ema_start} without optim.ema; for example --optim.ema 0.999"
     if total is not None and o.ema_start >= max(total, 1):
         yield f"optim.ema_start: got {o.ema_start}, expected less than train.max_steps, which is {total}"
+
+
+def _audit(config: Config) -> Iterator[str]:
+    path, every = "train.audit_every_steps", config.train.audit_every_steps
+    if every is None:
+        return
+    if config.compile.scope == "step":
+        yield f"{path}: got {every} with compile.scope step, which is captured as a whole; write --compile.scope model"
+    if config.task.name == "none":
+        yield f"{path}: got {every} with task.name none, whose loss a loop of your own has; leave it out"
 
 
 def _early_stopping(config: Config) -> Iterator[str]:

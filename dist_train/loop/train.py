@@ -8,7 +8,7 @@ from dist_train.loop.captured import Captured
 from dist_train.loop.meter import Meter, Result
 from dist_train.loop.optim import set_lr
 from dist_train.loop.schedule import lr_at
-from dist_train.loop.units import Units, counted
+from dist_train.loop.units import Units, counted, loss_sum
 from dist_train.loop.work import Work
 from dist_train.models.running import running
 from dist_train.ranks import dist
@@ -42,7 +42,8 @@ class Eager:
     def __init__(self, work: Work, meter: Meter):
         self.backend, self.optimizer, self.task = work.backend, work.optimizer, work.task
         self.model, self.feed, self.plan = work.precision.called(work.model), work.feed, work.plan
-        self.draws, self.max_norm, self.meter, self.phase = work.draws, work.config.train.grad_clip, meter, meter.phases
+        self.draws, self.audit, self.meter, self.phase = work.draws, work.audit, meter, meter.phases
+        self.max_norm = work.config.train.grad_clip
 
     def begin(self, epoch: int, first: int) -> None:
         """Goes on from step `first` of an epoch."""
@@ -64,13 +65,11 @@ class Eager:
         set_lr(self.optimizer, lr)
         phase("data")
         micro_batches, batches, units = next(self.steps)
-        for i, batch in enumerate(batches, 1):
+        for i, batch in enumerate(self.audit.watched(batches, units), 1):
             phase("forward")
             drawn = self.draws.of(batch.ids, self.meter.result.steps)
             with backend.accumulate(last=i == micro_batches), running(batch), drawn:
-                loss = self.task.sums(self.model, batch)["loss"]
-                if not batch.size:  # a stand-in, as this rank has no sample
-                    loss = loss * 0.0
+                loss = loss_sum(self.task, self.model, batch)
                 phase("backward")
                 backend.backward(loss / units)
             self.meter.add(loss)

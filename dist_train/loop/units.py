@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
+from torch import nn
 
 from dist_train.data.batch import Batch
 from dist_train.ranks import dist
@@ -41,6 +42,12 @@ def counted(
         units = total()
         adding = None if ahead is None else _added(task, ahead, device)
         yield len(step), step, units.clamp(min=1)  # a step in which nothing counts has the loss 0
+
+
+def loss_sum(task: Task, model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss of a micro-batch, summed over its units; of a stand-in, as this rank has no sample, nothing."""
+    loss = task.sums(model, batch)["loss"]
+    return loss if batch.size else loss * 0.0
 
 
 def widest(device: torch.device) -> torch.dtype:

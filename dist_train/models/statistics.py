@@ -15,6 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dist_train.models.exchanges import exchanged
 from dist_train.models.running import counts
 from dist_train.ranks import dist
 
@@ -214,7 +215,7 @@ def _merged(mine: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
-    every = dist.stack(mine)  # [ranks, 1 + 2 * features]
+    every = exchanged(dist.stack, mine)  # [ranks, 1 + 2 * features]
     numbers, moments = every[:, :1], every[:, 1:]
     means, variances = moments.chunk(2, 1)
     count = numbers.sum()
@@ -264,7 +265,7 @@ def _of_values(
     sums = torch.cat([of_weight, of_bias]).double()
     if not ctx.counted:
         sums.zero_()
-    along, across = (dist.sum_(sums) / count).to(mean.dtype).chunk(2)
+    along, across = (exchanged(dist.sum_, sums) / count).to(mean.dtype).chunk(2)
     scale = invstd if weight is None else invstd * weight.to(mean.dtype)
     shape = [-1] + [1] * (x.dim() - 2)
     if not ctx.counted:  # no statistics are of these values

@@ -7,7 +7,7 @@ import time
 import traceback
 
 from dist_train.config.own_code import frames
-from dist_train.errors import ConfigError, LaunchError, OtherRankError
+from dist_train.errors import ConfigError, CorruptionError, LaunchError, OtherRankError
 from dist_train.ranks.launcher import Launcher
 from dist_train.ranks.speech import prefix
 
@@ -51,6 +51,12 @@ def fail(error: BaseException, launcher: Launcher) -> int:
         return INTERRUPTED
     if isinstance(error, LaunchError):
         print(f"dist_train: {error}", file=sys.stderr)
+        return FAILED
+    if isinstance(error, CorruptionError):  # on all ranks
+        if launcher.rank:
+            time.sleep(ECHO_WAIT_S)
+        else:
+            print(f"dist_train: {error}", file=sys.stderr)
         return FAILED
     echo = isinstance(error, OtherRankError) or any(sign in str(error).lower() for sign in LOST_PEER)
     if launcher.world_size > 1 and echo:

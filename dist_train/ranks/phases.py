@@ -8,7 +8,7 @@ from dist_train.ranks.clock import Clock
 if TYPE_CHECKING:
     from dist_train.ranks.journal import Journal
 
-NAMES = ("start", "data", "forward", "backward", "optimizer", "reduce", "evaluate", "checkpoint")
+NAMES = ("start", "data", "forward", "backward", "audit", "optimizer", "reduce", "evaluate", "checkpoint")
 
 
 class Phases:

@@ -27,6 +27,7 @@ from dist_train.ranks.phases import Phases
 from dist_train.ranks.stop import Requests
 from dist_train.run import assemble, folder, profiling
 from dist_train.run.assemble import Parts
+from dist_train.run.auditing import Alarmed
 from dist_train.run.batch_statistics import notes
 from dist_train.run.hooks import Hook, Hooks
 from dist_train.run.outcome import Outcome
@@ -127,7 +128,10 @@ class Training:
         if self.hooks is not None:
             after_step = self._with_hooks
         of = config, run.world, run.folder, run.control, say, flops, run.course.at, after_step
-        self.work = run.prepared = replace(work, after_step=profiling.profiled(*of))
+        alarm = Alarmed(run, self.checkpoints)
+        self.work = run.prepared = replace(work, after_step=profiling.profiled(*of), alarm=alarm)
+        if config.train.audit_every_steps:
+            self.checkpoints.trusted = lambda: self.work.audit.clean
 
     def begin(self) -> None:
         """Before the first step. Raises Ended."""
@@ -182,6 +186,8 @@ class Training:
         if self.hooks is not None:
             self.hooks.end()
         early = run.stopped if result.steps < run.course.steps else None
+        if work.audit.steps:
+            run.trackers.say(f"audited {work.audit.steps} steps: something was found in {work.audit.bad or 'none'}")
         run.trackers.finish(result, self.checkpoints.stalls_s, early)
         return self._outcome(result, "finished", early)
 

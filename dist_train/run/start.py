@@ -12,6 +12,7 @@ from dist_train.checkpoint.rules import resumes
 from dist_train.checkpoint.save import Facts
 from dist_train.config.tree import Config, run_folder
 from dist_train.errors import ConfigError
+from dist_train.loop import audit
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.ranks.launcher import Launcher
@@ -53,6 +54,7 @@ def joined(config: Config, launcher: Launcher, own_loop: bool = False) -> Iterat
         backend = chosen(config.backend.name, launcher.name)
         fit.check_model(backend, parts.findings, parts.model, config.backend.zero_stage)
         fit.check_sparse(config, backend, device, parts.findings)
+        audit.check(config, parts.findings, own_loop)
         check_shares(config, parts.findings, len(parts.data.train), launcher.world_size)
         hooks = own_hooks.build(config, parts)
         facts = resume.facts_of(parts.model, parts.data)
