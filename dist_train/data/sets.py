@@ -114,7 +114,31 @@ class Samples:
 
 
 FromFiles = Samples  # what a data set of one's own may call it
-Split = Columns | Samples
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A split whose batches are gathered by a function, such as windows of tokens in mapped files.
+
+    Args:
+        n: samples, at most 2**62.
+        gather: makes the tree of tensors [batch, ...] on the CPU of samples by number, int64 [batch]. Called in the
+            process that trains, ahead of the step; so it must be fast, and the same for the same numbers.
+        identity: text that changes when the samples do. A checkpoint holds it.
+        describe: text about a sample, by its number, for people who look for it.
+    """
+
+    n: int
+    gather: Callable[[np.ndarray], Any]
+    identity: str
+    describe: Callable[[int], str] | None = None
+
+    def __len__(self) -> int:
+        return self.n
+
+
+Split = Columns | Samples | Gathered
+SPLITS = (Columns, Samples, Gathered)
 
 
 @dataclass(frozen=True)
@@ -194,9 +218,9 @@ class Data:
                 )
         _sequence("classes", self.classes, "their names in order, such as ('cat', 'dog') or tuple('0123456789')")
         self._check_stats()
-        if self.test is not None and not isinstance(self.test, (Columns, Samples, Mapping)):
+        if self.test is not None and not isinstance(self.test, (*SPLITS, Mapping)):
             raise _no_split("test", self.test)
-        if not isinstance(self.train, (Columns, Samples)):
+        if not isinstance(self.train, SPLITS):
             raise _no_split("train", self.train)
         for name in self.test if isinstance(self.test, Mapping) else ():
             if not isinstance(name, str) or name in ("", "train") or "/" in name:
@@ -204,7 +228,7 @@ class Data:
                     f"data.name: got {name!r} as the name of a test split, expected text other than train, without a /"
                 )
         for name, split in self.splits.items():
-            if not isinstance(split, (Columns, Samples)):
+            if not isinstance(split, SPLITS):
                 raise _no_split(name, split)
             if len(split) == 0:
                 raise ConfigError(f"data.name: got no samples in the {name} split, expected at least one")
@@ -263,7 +287,7 @@ def _known_of_targets(split: Split) -> dict[str, Any]:
 def _no_split(name: str, got: Any) -> ConfigError:
     return ConfigError(
         f"data.name: got {type(got).__name__} as the {name} split, expected dist_train.data.sets.Columns(tree), "
-        f"InMemory(images, labels) or Samples(dataset)"
+        f"InMemory(images, labels), Samples(dataset) or Gathered(n, gather, identity)"
     )
 
 

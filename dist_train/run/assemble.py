@@ -26,7 +26,7 @@ from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
 from dist_train.data.rules import parts_of as transform_of
-from dist_train.data.sets import Data, Samples
+from dist_train.data.sets import Columns, Data
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Evaluation
@@ -179,7 +179,7 @@ def _check_best(config: Config, data: Data, metrics: tuple[str, ...]) -> None:
 def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) -> None:
     """Raises ConfigError where a step asks the host for something."""
     if not feed.resident:
-        kind = "read from files" if isinstance(data.train, Samples) else f"too large for {device} beside a model"
+        kind = f"too large for {device} beside a model" if isinstance(data.train, Columns) else "read from files"
         raise ConfigError(
             f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
             f"write --compile.scope model"

@@ -1,0 +1,47 @@
+"""Encoded text: token numbers in mapped files, and where its documents begin."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A corpus as one row of token numbers. It lies in mapped files: it takes memory as it is read.
+
+    Args:
+        shards: token numbers, uint16 or uint32 [tokens] each, one after another.
+        starts: where each document begins in the whole row, int64 [documents], rising from 0. A document ends where the
+            next one begins. One document where the source has none.
+        identity: text that changes when the tokens do.
+    """
+
+    shards: Sequence[np.ndarray]
+    starts: np.ndarray
+    identity: str
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(shard) for shard in self.shards], dtype=np.int64)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, int64 [documents]."""
+        return np.diff(self.starts, append=len(self))
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """The token numbers at some places of the whole row, int64 of the same shape."""
+        if len(self.shards) == 1:
+            return self.shards[0][places].astype(np.int64)
+        found = np.empty(places.shape, np.int64)
+        shard_of = np.searchsorted(self._ends, places, side="right")
+        for number in np.unique(shard_of):
+            here = shard_of == number
+            first = self._ends[number] - len(self.shards[number])
+            found[here] = self.shards[number][places[here] - first]
+        return found
