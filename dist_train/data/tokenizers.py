@@ -1,9 +1,12 @@
 """From text to token numbers and back."""
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
+
+from dist_train.errors import ConfigError
 
 
 class Tokenizer(ABC):
@@ -61,3 +64,41 @@ class Bytes(Tokenizer):
     def identity(self) -> str:
         """See Tokenizer."""
         return "bytes"
+
+
+class Characters(Tokenizer):
+    """One token for each character of a vocabulary, in its order; none that ends a document.
+
+    Args:
+        vocabulary: the characters, sorted.
+    """
+
+    name = "characters"
+
+    def __init__(self, vocabulary: str):
+        self.vocabulary, self.vocab_size = vocabulary, len(vocabulary)
+        self._codes = np.frombuffer(vocabulary.encode("utf-32-le"), np.uint32)
+
+    def encode(self, text: str) -> np.ndarray:
+        """See Tokenizer."""
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        found = np.minimum(np.searchsorted(self._codes, codes), self.vocab_size - 1)
+        strange = np.flatnonzero(self._codes[found] != codes)
+        if len(strange):
+            raise ConfigError(
+                f"data.args.tokenizer: got the character {text[strange[0]]!r}, which is not in the files to train on, "
+                f"expected one of their {self.vocab_size} characters; take it out, or write --data.args.tokenizer bytes"
+            )
+        return found.astype(np.int64)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """See Tokenizer."""
+        return "".join(self.vocabulary[token] for token in tokens)
+
+    def token_bytes(self) -> np.ndarray:
+        """See Tokenizer."""
+        return np.array([len(character.encode()) for character in self.vocabulary])
+
+    def identity(self) -> str:
+        """See Tokenizer."""
+        return "characters " + hashlib.sha256(self.vocabulary.encode()).hexdigest()

@@ -34,6 +34,19 @@ class Tokens:
         """Tokens of each document, int64 [documents]."""
         return np.diff(self.starts, append=len(self))
 
+    def part(self, first: int, last: int) -> "Tokens":
+        """Those from a place of the row to before another one. A document that is cut begins there anew."""
+        begins = self._ends - [len(shard) for shard in self.shards]
+        shards = [
+            shard[max(0, first - begin) : last - begin]
+            for shard, begin, end in zip(self.shards, begins, self._ends, strict=True)
+            if begin < last and end > first
+        ]
+        inside = self.starts[slice(*np.searchsorted(self.starts, (first, last)))] - first
+        if not len(inside) or inside[0] > 0:
+            inside = np.concatenate([[0], inside])
+        return Tokens(shards, inside, f"{self.identity}[{first}:{last}]")
+
     def at(self, places: np.ndarray) -> np.ndarray:
         """The token numbers at some places of the whole row, int64 of the same shape."""
         if len(self.shards) == 1:
