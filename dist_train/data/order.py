@@ -143,20 +143,35 @@ def _samples(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
 
 
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The samples at `positions` of an epoch's order, int64, without building the order.
+    """The samples at `positions` of an epoch's order, int64, without building the order."""
+    return permuted(positions, n, np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)[:, None])
+
+
+def keys_of(row: int, numbers: np.ndarray) -> np.ndarray:
+    """Keys of `permuted`, uint64 [ROUNDS, positions], of an order for each of some numbers [positions] in a row."""
+    state = mix(mix(np.uint64([row + 1])) + numbers.astype(np.uint64))
+    return mix(state + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15))
+
+
+def permuted(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """Where a keyed bijection on [0, n) takes `positions`, int64.
 
     A Feistel network is a keyed bijection on [0, 2**(2 * half)), the least such range that holds n. A value that
     falls outside [0, n) is put in again until it falls inside (cycle walking; fewer than 4 rounds on average),
     which keeps it a bijection on [0, n). Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
+
+    Args:
+        positions: int64 [positions].
+        n: at most 2**62.
+        keys: uint64 [ROUNDS, positions], those of each; [ROUNDS, 1], the same for all.
     """
     half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
     mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
     values = positions.astype(np.uint64)
     outside = np.ones(len(values), bool)
     while outside.any():
         left, right = values[outside] >> half, values[outside] & mask
-        for key in keys:
+        for key in keys if keys.shape[1] == 1 else keys[:, outside]:
             left, right = right, left ^ (mix(right + key) & mask)
         values[outside] = (left << half) | right
         outside = values >= np.uint64(n)

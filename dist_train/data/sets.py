@@ -126,12 +126,14 @@ class Gathered:
             process that trains, ahead of the step; so it must be fast, and the same for the same numbers.
         identity: text that changes when the samples do. A checkpoint holds it.
         describe: text about a sample, by its number, for people who look for it.
+        about: what its samples are made of, said once at the start of training.
     """
 
     n: int
     gather: Callable[[np.ndarray], Any]
     identity: str
     describe: Callable[[int], str] | None = None
+    about: str = ""
 
     def __len__(self) -> int:
         return self.n
