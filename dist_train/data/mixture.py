@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from dist_train.data.batch import flatten
-from dist_train.data.order import keys_of, permuted
+from dist_train.data.order import half_of, keys_of, permuted
 from dist_train.data.sets import Gathered
 from dist_train.errors import ConfigError
 
@@ -34,6 +34,7 @@ def mixture(splits: Sequence[Gathered], weights: Sequence[float]) -> Gathered:
     quotas = _quotas(weights, len(splits))
     pattern, rank = _pattern(quotas)
     sizes = np.array([split.n for split in splits], np.int64)
+    halves = half_of(sizes)
     n = max(_length(source, split.n, pattern, int(quotas[source])) for source, split in enumerate(splits))
 
     def places(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -41,11 +42,7 @@ def mixture(splits: Sequence[Gathered], weights: Sequence[float]) -> Gathered:
         turns, slots = np.divmod(numbers, SLOTS)
         source = pattern[slots]
         passes, place = np.divmod(turns * quotas[source] + rank[slots], sizes[source])
-        found = np.empty_like(numbers)
-        for one in np.unique(source).tolist():
-            here = source == one
-            found[here] = permuted(place[here], splits[one].n, keys_of(one, passes[here]))
-        return source, found
+        return source, permuted(place, sizes[source], halves[source], keys_of(source, passes))
 
     def gather(numbers: np.ndarray) -> object:
         source, found = places(numbers)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-REST = -1
+from dist_train.data.tokens import expanded
+
+REST = -1  # which run of a document a piece is, of the piece behind its runs
 
 
 @dataclass(frozen=True)
@@ -103,12 +105,6 @@ class Packing:
             documents[~rest] = self.long[of_long]
             runs[~rest] = run - self.first_run[of_long]
         return documents, runs, counts
-
-
-def expanded(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Ranges one after another: `counts[i]` numbers from `first[i]` on, int64 [counts.sum()]."""
-    ends = np.cumsum(counts)
-    return np.repeat(first - ends + counts, counts) + np.arange(ends[-1])
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,40 @@ class Tokens:
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """The token numbers at some places of the whole row, int64 of the same shape."""
+        return self.runs(places.reshape(-1), np.ones(places.size, np.int64)).reshape(places.shape)
+
+    def runs(self, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """The token numbers of some runs of the whole row, one run after another.
+
+        Args:
+            first: place of the first token of each, int64 [runs].
+            lengths: tokens of each, int64 [runs].
+
+        Returns:
+            int64 [lengths.sum()].
+        """
         if len(self.shards) == 1:
-            return self.shards[0][places].astype(np.int64)
-        found = np.empty(places.shape, np.int64)
-        shard_of = np.searchsorted(self._ends, places, side="right")
-        for number in np.unique(shard_of):
-            here = shard_of == number
-            first = self._ends[number] - len(self.shards[number])
-            found[here] = self.shards[number][places[here] - first]
+            return self.shards[0][expanded(first, lengths)].astype(np.int64)
+        shard_of = np.searchsorted(self._ends, first, side="right")
+        here = self._ends[shard_of] - first
+        if (lengths > here).any():  # a run goes on in the next shard: it is cut in two
+            cut = np.stack([np.minimum(lengths, here), np.maximum(lengths - here, 0)], 1)
+            return self.runs(np.stack([first, first + here], 1)[cut > 0], cut[cut > 0])
+        order = np.argsort(shard_of, kind="stable")  # what is in one shard is looked up at once
+        shard_of, first, sizes = shard_of[order], first[order], lengths[order]
+        slots = expanded((np.cumsum(lengths) - lengths)[order], sizes)
+        places = expanded(first, sizes)
+        cuts = np.flatnonzero(np.diff(shard_of, prepend=-1))  # the first run of each shard
+        ends = [*(np.cumsum(sizes)[cuts[1:] - 1]).tolist(), len(places)]
+        found, start = np.empty(len(places), np.int64), 0
+        for number, end in zip(shard_of[cuts].tolist(), ends, strict=True):
+            begins = self._ends[number] - len(self.shards[number])
+            found[slots[start:end]] = self.shards[number][places[start:end] - begins]
+            start = end
         return found
+
+
+def expanded(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Ranges one after another: `counts[i]` numbers from `first[i]` on, int64 [counts.sum()]."""
+    ends = np.cumsum(counts)
+    return np.repeat(first - ends + counts, counts) + np.arange(ends[-1] if len(ends) else 0)

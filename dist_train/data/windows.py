@@ -1,8 +1,7 @@
-"""Samples of a language model: windows of tokens, as batches of inputs, targets and, where documents are packed, positions.
+"""Samples of a language model: windows of tokens, as trees of inputs, targets and, where documents are packed, positions.
 
-Of a document of L tokens L - 1 are targets, each of which counts once an epoch. How its targets come into windows is the
-kind: `contiguous` passes over documents' ends, `padded` and `packed` keep each window, or each piece of one, inside a
-document.
+Of a document of L tokens L - 1 are targets, each of which counts once an epoch. How they come into windows is the kind:
+`contiguous` windows go on over the ends of documents; `padded` ones are of one document each, `packed` ones of several.
 """
 
 import hashlib
@@ -11,15 +10,19 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from dist_train.data.packing import REST, Packing, expanded
+from dist_train.data.packing import REST, Packing
 from dist_train.data.sets import Gathered
 from dist_train.data.tokenizers import Tokenizer
-from dist_train.data.tokens import Tokens
+from dist_train.data.tokens import Tokens, expanded
 from dist_train.errors import ConfigError
 
 IGNORED = -100  # a target that counts for nothing; torch's cross_entropy and transformers ignore the same
 PADDING = 0  # the input where no token is: any valid one
 SHOWN, SHOWN_PIECES = 60, 3  # characters of a piece that a description has, and pieces
+
+# Of the pieces of some windows, one after another: the document of each, the place of its first token in the whole row,
+# and its targets, int64 [pieces] each; and how many pieces each window has, int64 [windows].
+Pieces = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def contiguous(tokens: Tokens, block: int, tail: bool = False, tokenizer: Tokenizer | None = None) -> Gathered:
@@ -45,27 +48,20 @@ def contiguous(tokens: Tokens, block: int, tail: bool = False, tokenizer: Tokeni
     if n < 1:
         least = 2 if tail else block + 1
         raise ConfigError(
-            f"data.args.block: got {block} for a split of {len(tokens):,} tokens, expected {least:,} tokens at least; "
-            f"set a smaller data.args.block, or give more text"
+            f"data.args.block: got {block:,} for a split of {len(tokens):,} tokens, expected {least:,} tokens at "
+            f"least; set a smaller data.args.block, or give more text"
         )
-    counted = targets if tail else n * block
-    span = np.arange(block + 1)
 
-    def gather(numbers: np.ndarray) -> dict[str, torch.Tensor]:
-        places = numbers.astype(np.int64)[:, None] * block + span  # [batch, block + 1]
-        outside = places > counted if n * block > counted else None
-        if outside is None or not outside.any():
-            found = tokens.at(places)
-            return _tree(found[:, :-1], found[:, 1:])
-        found = tokens.at(np.minimum(places, counted))
-        return _tree(np.where(outside[:, :-1], PADDING, found[:, :-1]), np.where(outside[:, 1:], IGNORED, found[:, 1:]))
+    def pieces(numbers: np.ndarray) -> Pieces:
+        first = numbers * block
+        return numbers, first, np.minimum(targets - first, block), np.ones_like(numbers)
 
     def describe(number: int) -> str:
-        first = number * block
-        document = int(np.searchsorted(tokens.starts, first, side="right")) - 1
-        return _described(tokens, tokenizer, [(document, first, min(first + block, counted) + 1)])
+        _, first, lengths, _ = pieces(np.array([number]))
+        document = np.searchsorted(tokens.starts, first, side="right") - 1
+        return _described(tokens, tokenizer, document, first, lengths)
 
-    return _split("contiguous", tokens, block, n, counted, gather, describe)
+    return _split("contiguous", tokens, block, n, min(targets, n * block), pieces, describe)
 
 
 def padded(tokens: Tokens, block: int, tokenizer: Tokenizer | None = None) -> Gathered:
@@ -85,32 +81,20 @@ def padded(tokens: Tokens, block: int, tokenizer: Tokenizer | None = None) -> Ga
     Raises:
         ConfigError: there is no window.
     """
-    targets = tokens.lengths - 1  # [documents]
-    np.maximum(targets, 0, out=targets)
-    counted = int(targets.sum())
-    ends = np.cumsum(-(-targets // block))  # of each document's windows
-    del targets
-    _has_targets(counted)
-    span = np.arange(block)
+    targets = np.maximum(tokens.lengths - 1, 0)
+    counted = _some(int(targets.sum()))
+    windows = -(-targets // block)
+    first_window = np.cumsum(windows) - windows  # of each document
+    n = int(windows.sum())
+    del targets, windows
 
-    def extents(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        documents = np.searchsorted(ends, numbers, side="right")
-        first, end = _extents(tokens, documents)
-        before = np.where(documents > 0, ends[documents - 1], 0)
-        first = first + (numbers - before) * block
-        return documents, first, np.minimum(end - first - 1, block)
+    def pieces(numbers: np.ndarray) -> Pieces:
+        documents = np.searchsorted(first_window, numbers, side="right") - 1
+        first, ends = _extents(tokens, documents)
+        first = first + (numbers - first_window[documents]) * block
+        return documents, first, np.minimum(ends - first - 1, block), np.ones_like(numbers)
 
-    def gather(numbers: np.ndarray) -> dict[str, torch.Tensor]:
-        _, first, lengths = extents(numbers)
-        outside = span >= lengths[:, None]  # [batch, block]
-        places = np.where(outside, 0, first[:, None] + span)
-        return _tree(np.where(outside, PADDING, tokens.at(places)), np.where(outside, IGNORED, tokens.at(places + 1)))
-
-    def describe(number: int) -> str:
-        (document,), (first,), (length,) = extents(np.array([number]))
-        return _described(tokens, tokenizer, [(document, first, first + length + 1)])
-
-    return _split("padded", tokens, block, int(ends[-1]), counted, gather, describe)
+    return _split("padded", tokens, block, n, counted, pieces, _describe(tokens, tokenizer, pieces))
 
 
 def packed(tokens: Tokens, block: int, tokenizer: Tokenizer | None = None) -> Gathered:
@@ -129,37 +113,55 @@ def packed(tokens: Tokens, block: int, tokenizer: Tokenizer | None = None) -> Ga
         ConfigError: there is no window.
     """
     plan = Packing.of(tokens.lengths, block)
-    _has_targets(plan.targets)
-    span = np.arange(block)
+    counted = _some(plan.targets)
 
-    def pieces(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def pieces(numbers: np.ndarray) -> Pieces:
         documents, runs, counts = plan.pieces(numbers)
-        first, end = _extents(tokens, documents)
-        first = first + np.where(runs == REST, (end - first - 1) // block, runs) * block
-        return documents, first, np.minimum(end - first - 1, block), counts
+        first, ends = _extents(tokens, documents)
+        first = first + np.where(runs == REST, (ends - first - 1) // block, runs) * block
+        return documents, first, np.minimum(ends - first - 1, block), counts
+
+    describe = _describe(tokens, tokenizer, pieces)
+    return _split("packed", tokens, block, plan.windows, counted, pieces, describe, positions=True)
+
+
+def _split(
+    kind: str,
+    tokens: Tokens,
+    block: int,
+    n: int,
+    counted: int,
+    pieces: Callable[[np.ndarray], Pieces],
+    describe: Callable[[int], str],
+    positions: bool = False,
+) -> Gathered:
+    """The split of `n` windows, of whose targets so many count."""
+    span = np.arange(block)
 
     def gather(numbers: np.ndarray) -> dict[str, torch.Tensor]:
         _, first, lengths, counts = pieces(numbers)
-        shape = len(numbers), block
-        before = np.cumsum(lengths) - lengths  # targets in the pieces before, of all windows
-        of_row = np.cumsum(counts) - counts  # the first piece of each window
-        filled = np.add.reduceat(lengths, of_row)
-        skipped = np.cumsum(block - filled) - (block - filled)  # padding in the windows before
-        position = expanded(np.zeros_like(lengths), lengths)
-        slots = np.repeat(before + np.repeat(skipped, counts), lengths) + position  # in the flat batch
-        places = np.repeat(first, lengths) + position
-        inputs, targets = np.full(shape, PADDING), np.full(shape, IGNORED)
-        positions = span - filled[:, None]  # right for the padding, and what is written over for the rest
-        inputs.reshape(-1)[slots] = tokens.at(places)
-        targets.reshape(-1)[slots] = tokens.at(places + 1)
-        positions.reshape(-1)[slots] = position
-        return _tree(inputs, targets) | {"position_ids": torch.from_numpy(positions)}
+        found = tokens.runs(first, lengths + 1)
+        if len(found) == len(numbers) * (block + 1) and len(first) == len(numbers):  # each window is one run
+            rows = found.reshape(-1, block + 1)
+            tree = {"input_ids": rows[:, :-1], "targets": rows[:, 1:]}
+            if positions:
+                tree["position_ids"] = np.tile(span, (len(rows), 1))
+        else:
+            last = np.cumsum(lengths + 1) - 1
+            filled = np.add.reduceat(lengths, np.cumsum(counts) - counts)[:, None]
+            inside = span < filled  # [batch, block]: pieces lie one after another, padding behind them
+            tree = {"input_ids": np.full(inside.shape, PADDING), "targets": np.full(inside.shape, IGNORED)}
+            tree["input_ids"][inside] = np.delete(found, last)
+            tree["targets"][inside] = np.delete(found, last - lengths)
+            if positions:
+                tree["position_ids"] = span - filled  # right for padding
+                tree["position_ids"][inside] = expanded(np.zeros_like(lengths), lengths)
+        return {name: torch.from_numpy(np.ascontiguousarray(leaf)) for name, leaf in tree.items()}
 
-    def describe(number: int) -> str:
-        documents, first, lengths, _ = pieces(np.array([number]))
-        return _described(tokens, tokenizer, list(zip(documents, first, first + lengths + 1, strict=True)))
-
-    return _split("packed", tokens, block, plan.windows, plan.targets, gather, describe)
+    identity = hashlib.sha256(repr((kind, block, n, tokens.identity)).encode()).hexdigest()
+    waste = 1 - counted / (n * block)
+    about = f"{n:,} windows of {block:,} tokens, {counted:,} targets an epoch, {waste:.2%} padding"
+    return Gathered(n, gather, identity, describe, about)
 
 
 def _extents(tokens: Tokens, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -169,45 +171,37 @@ def _extents(tokens: Tokens, documents: np.ndarray) -> tuple[np.ndarray, np.ndar
     return tokens.starts[documents], ends
 
 
-def _tree(inputs: np.ndarray, targets: np.ndarray) -> dict[str, torch.Tensor]:
-    return {
-        "input_ids": torch.from_numpy(np.ascontiguousarray(inputs)),
-        "targets": torch.from_numpy(np.ascontiguousarray(targets)),
-    }
-
-
-def _split(
-    kind: str,
-    tokens: Tokens,
-    block: int,
-    n: int,
-    counted: int,
-    gather: Callable[[np.ndarray], dict[str, torch.Tensor]],
-    describe: Callable[[int], str],
-) -> Gathered:
-    identity = hashlib.sha256(repr((kind, block, n, tokens.identity)).encode()).hexdigest()
-    waste = 1 - counted / (n * block)
-    about = f"{n:,} windows of {block:,}: {counted:,} targets an epoch, {waste:.2%} padding"
-    return Gathered(n, gather, identity, describe, about)
-
-
-def _has_targets(count: int) -> None:
-    if not count:
+def _some(targets: int) -> int:
+    """The same number. Raises ConfigError where it is none."""
+    if not targets:
         raise ConfigError(
-            "data.args.files: got no document of two tokens or more, expected one at least; a document's first token is "
-            "no target"
+            "data.args.files: got no document of two tokens or more, expected one at least; the first token of a "
+            "document is no target"
         )
+    return targets
 
 
-def _described(tokens: Tokens, tokenizer: Tokenizer | None, pieces: list[tuple[int, int, int]]) -> str:
-    """The pieces of a window, each (number of the document, first token, past its last), with the start of its text."""
+def _describe(
+    tokens: Tokens, tokenizer: Tokenizer | None, pieces: Callable[[np.ndarray], Pieces]
+) -> Callable[[int], str]:
+    def describe(number: int) -> str:
+        documents, first, lengths, _ = pieces(np.array([number]))
+        return _described(tokens, tokenizer, documents, first, lengths)
+
+    return describe
+
+
+def _described(
+    tokens: Tokens, tokenizer: Tokenizer | None, documents: np.ndarray, first: np.ndarray, lengths: np.ndarray
+) -> str:
+    """The pieces of a window, with the start of the text of each."""
     told = []
-    for document, first, end in pieces[:SHOWN_PIECES]:
-        begins = int(tokens.starts[document])
-        line = f"document {document}, tokens {first - begins} to {end - begins}"
+    for document, start, length in zip(documents[:SHOWN_PIECES], first, lengths, strict=False):
+        place = start - tokens.starts[document]
+        line = f"document {document}, tokens {place} to {place + length}"
         if tokenizer is not None:
-            text = tokenizer.decode(tokens.at(np.arange(first, min(end, first + SHOWN))).tolist())
-            line += f": {text[:SHOWN]!r}" + ("..." if len(text) > SHOWN or end - first > SHOWN else "")
+            text = tokenizer.decode(tokens.at(np.arange(start, start + min(length + 1, SHOWN))).tolist())
+            line += f": {text[:SHOWN]!r}" + ("..." if len(text) > SHOWN or length >= SHOWN else "")
         told.append(line)
-    more = len(pieces) - SHOWN_PIECES
+    more = len(documents) - SHOWN_PIECES
     return "; ".join(told) + (f"; {more} more" if more > 0 else "")
