@@ -57,26 +57,19 @@ def text(
     home, by = Path(root), None
     if tokens is not None:
         by = encoded_text.tokenizer_of(home, tokenizer, end_token) if tokenizer is not None else None
-        size = vocab_size or (by.vocab_size if by is not None else 0)
-        train = token_shards.read(home, tokens, "data.args.tokens", size)
-        test = None if test_tokens is None else token_shards.read(home, test_tokens, "data.args.test_tokens", size)
+        size, below = _sizes(by, vocab_size)
+        train = token_shards.read(home, tokens, "data.args.tokens", below)
+        test = None if test_tokens is None else token_shards.read(home, test_tokens, "data.args.test_tokens", below)
     else:
         train, by = encoded_text.read(home, files, field, tokenizer, end_token)
         test = None if test_files is None else encoded_text.read_test(home, test_files, field, by)
         size = by.vocab_size
     if test is None:
         train, test = held_out(train, test_fraction)
-    if len(train) <= block:
-        raise ConfigError(
-            f"data.args.block: got {block} for {len(train):,} tokens to train on, expected fewer; for example "
-            f"--data.args.block {max(1, len(train) // 10)}"
-        )
-    if test is not None and len(test) < 2:
-        raise ConfigError(f"data.args: got {len(test)} tokens to test on, expected 2 at least; take more, or none")
     known = {"vocab_size": size, "block": block} | ({} if by is None else {"tokenizer": by})
     return Data(
-        contiguous(train, block, tail=False),
-        contiguous(test, block, tail=True) if test is not None else None,
+        contiguous(train, block, tokenizer=by),
+        contiguous(test, block, tail=True, tokenizer=by) if test is not None else None,
         facts=known,
         keep=None if by is None else partial(_keep, by),
     )
@@ -92,6 +85,19 @@ def held_out(tokens: Tokens, fraction: float) -> tuple[Tokens, Tokens | None]:
         near = tokens.starts[max(1, after - 1) : after + 1]  # of many millions only these are read
         cut = int(near[np.abs(near - cut).argmin()])
     return tokens.part(0, cut), tokens.part(cut, len(tokens))
+
+
+def _sizes(by: Tokenizer | None, vocab_size: int | None) -> tuple[int, int]:
+    """Of the vocabulary, as models have it, and of the numbers that may stand in files. Raises ConfigError."""
+    if by is None:
+        assert vocab_size is not None  # by the rules
+        return vocab_size, vocab_size
+    if vocab_size is not None and vocab_size < by.vocab_size:
+        raise ConfigError(
+            f"data.args.vocab_size: got {vocab_size:,} with a tokenizer of {by.vocab_size:,} tokens, expected as many "
+            f"or more; leave it out"
+        )
+    return vocab_size or by.vocab_size, by.vocab_size
 
 
 def _keep(tokenizer: Tokenizer, folder: Path) -> None:
