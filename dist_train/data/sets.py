@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -158,6 +159,7 @@ class Data:
             without it are input_shape, classes (a count), outputs (how many numbers a model gives for a sample: one for
             each class; without classes as many as the float targets of pairs in memory have), and target_shape of pairs
             in memory.
+        keep: writes into the run's folder what must be there after the data is gone, such as a tokenizer.
 
     Raises:
         ConfigError: the parts do not fit together. A data set may be the user's own function.
@@ -170,6 +172,7 @@ class Data:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    keep: Callable[[Path], None] | None = None
 
     @property
     def tests(self) -> dict[str, Split]:

@@ -1,6 +1,6 @@
 """Encoded text: token numbers in mapped files, and where its documents begin."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,11 +16,13 @@ class Tokens:
         starts: where each document begins in the whole row, int64 [documents], rising from 0. A document ends where the
             next one begins. One document where the source has none.
         identity: text that changes when the tokens do.
+        check: is given token numbers and their places as they are read, and raises ConfigError for wrong ones.
     """
 
     shards: Sequence[np.ndarray]
     starts: np.ndarray
     identity: str
+    check: Callable[[np.ndarray, np.ndarray], None] | None = None
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -33,6 +35,22 @@ class Tokens:
     def lengths(self) -> np.ndarray:
         """Tokens of each document, int64 [documents]."""
         return np.diff(self.starts, append=len(self))
+
+    def part(self, first: int, last: int) -> "Tokens":
+        """Those from a place of the row to before another one. A document that is cut begins there anew."""
+        begins = self._ends - [len(shard) for shard in self.shards]
+        shards = [
+            shard[max(0, first - begin) : last - begin]
+            for shard, begin, end in zip(self.shards, begins, self._ends, strict=True)
+            if begin < last and end > first
+        ]
+        inside = self.starts[slice(*np.searchsorted(self.starts, (first, last)))]
+        inside = inside - first if first else inside  # of many millions no copy
+        if not len(inside) or inside[0] > 0:
+            inside = np.concatenate([[0], inside])
+        check = self.check
+        moved = None if check is None else lambda found, places: check(found, places + first)
+        return Tokens(shards, inside, f"{self.identity}[{first}:{last}]", moved)
 
     def at(self, places: np.ndarray) -> np.ndarray:
         """The token numbers at some places of the whole row, int64 of the same shape."""
@@ -48,13 +66,19 @@ class Tokens:
         Returns:
             int64 [lengths.sum()].
         """
+        found = self._looked_up(first, lengths)
+        if self.check is not None:
+            self.check(found, expanded(first, lengths))
+        return found
+
+    def _looked_up(self, first: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         if len(self.shards) == 1:
             return self.shards[0][expanded(first, lengths)].astype(np.int64)
         shard_of = np.searchsorted(self._ends, first, side="right")
         here = self._ends[shard_of] - first
         if (lengths > here).any():  # a run goes on in the next shard: it is cut in two
             cut = np.stack([np.minimum(lengths, here), np.maximum(lengths - here, 0)], 1)
-            return self.runs(np.stack([first, first + here], 1)[cut > 0], cut[cut > 0])
+            return self._looked_up(np.stack([first, first + here], 1)[cut > 0], cut[cut > 0])
         order = np.argsort(shard_of, kind="stable")  # what is in one shard is looked up at once
         shard_of, first, sizes = shard_of[order], first[order], lengths[order]
         slots = expanded((np.cumsum(lengths) - lengths)[order], sizes)

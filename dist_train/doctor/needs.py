@@ -67,6 +67,7 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     kind = feed.of(np.zeros(1, np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):
         model = assemble.maker(config, data)()
+        task.begin(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p)

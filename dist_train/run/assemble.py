@@ -152,6 +152,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if not task.evaluates:
         unseen = replace(UNSEEN, norms=tuple(trained_norms(model)))
         return Parts(data, task, model, feeds, precision, loaded, unseen)
+    with blamed("task.name", config.task.name, "shown the model", ours=config.task.name in TASKS):
+        task.begin(model)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
         findings = look(config, model, task, feeds["train"], data, precision, trains=trained is None)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now

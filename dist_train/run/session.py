@@ -82,6 +82,9 @@ def opened(
     requests = Requests(cfg.max_time_s, phases.clock, quits)
     control = Control(requests, phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
+        if parts.data.keep is not None:
+            keep = parts.data.keep
+            dist.on_main(lambda: keep(path))
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
         at, before = (found.manifest.step, found.folder.parent.parent) if found else (0, None)
