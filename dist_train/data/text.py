@@ -76,8 +76,9 @@ def text(
         size = by.vocab_size
     if test is None:
         train, test = held_out(train, test_fraction)
+    trained = _windows(train, block, packing, by, tail=False)
     tested = None if test is None else _windows(test, block, packing, by, tail=True)
-    return _data(_windows(train, block, packing, by, tail=False), tested, size, block, by)
+    return _data(trained, tested, size, block, by)
 
 
 def _mixture(
