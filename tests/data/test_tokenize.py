@@ -23,8 +23,8 @@ DOCUMENTS = [f"Document {i}, über {'language and ' * (i % 40)}models.\nIts seco
 READ = """
 import os, signal, sys
 from pathlib import Path
-from dist_train.data import corpus, encoded_text
-corpus.UNIT_BYTES, corpus.PIECE_BYTES, corpus.SEARCHED_BYTES, encoding.ALONE_BYTES = 20_000, 3_000, 500, int(sys.argv[4])
+from dist_train.data import corpus, encoded_text, encoding
+corpus.UNIT_BYTES, corpus.PIECE_BYTES, encoding.ALONE_BYTES = 20_000, 3_000, int(sys.argv[4])
 {planted}
 tokens, by = encoded_text.read(Path(sys.argv[1]), sys.argv[2], "text", sys.argv[3], None)
 print(len(tokens), len(tokens.starts), tokens.identity)
@@ -122,7 +122,7 @@ def test_each_format_gives_the_same_documents(files: str, made: Path, tmp_path: 
 def test_a_long_document_is_cut_where_words_end(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As the tokenizer encodes it whole, over pieces and units."""
     monkeypatch.setattr(encoded_text, "ENCODED", str(tmp_path))
-    for name, value in {"UNIT_BYTES": 20_000, "PIECE_BYTES": 3_000, "SEARCHED_BYTES": 500}.items():
+    for name, value in {"UNIT_BYTES": 20_000, "PIECE_BYTES": 3_000, "SEARCHED_BYTES": 1_000}.items():
         monkeypatch.setattr(corpus, name, value)
     tokens, by = encoded_text.read(made, "one.txt", "text", "tok.json", None)
     assert len(tokens.shards) > 5 and tokens.starts.tolist() == [0]
@@ -168,13 +168,11 @@ def test_two_processes_at_once_encode_once(made: Path, tmp_path: Path):
     assert sorted(err.count("unit") for _, err in both) == [0, units]
 
 
-def test_what_has_changed_is_encoded_again_and_nothing_else(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 100)
+def test_what_has_changed_is_encoded_again_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 110)
     for name, text in {"a.txt": "first\n" * 15, "b.txt": "second\n" * 15, "c.txt": "third\n" * 15}.items():
         (tmp_path / name).write_text(text)
-    units: list[str] = []
+    units, by = [], Bytes()
     encode = Bytes.encode
     monkeypatch.setattr(Bytes, "encode", lambda self, text: units.append(text.split()[0]) or encode(self, text))
 
@@ -190,8 +188,8 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(
     (tmp_path / "b.txt").write_text("other.\n" * 15)  # of the same size
     second = encoded()
     assert units == ["other."] and second.identity != first.identity
-    assert bytes(second.at(np.arange(len(second))) % 256).count(b"other.") == 15
-    assert bytes(first.at(np.arange(len(first))) % 256).count(b"second") == 15, "who reads the old one goes on with it"
+    assert by.decode(second.at(np.arange(len(second)))).count("other.") == 15
+    assert by.decode(first.at(np.arange(len(first)))).count("second") == 15, "who reads the old one goes on with it"
     (tmp_path / "a.txt").unlink()
     assert len(encoded().starts) == 2 and not units
     (home,) = (tmp_path / "encoded").iterdir()
