@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from dist_train.backends import deepspeed
 from dist_train.config.tree import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig
 from dist_train.models import chunked_loss
 from dist_train.tasks.language_modelling import LanguageModelling
@@ -10,8 +11,7 @@ from dist_train.tools.agreement import Trajectory
 import parity_cells
 
 STEPS = 8
-# Wide enough that ZeRO 3 parts the embedding, the output and the MLP.
-ARGS = {"layers": 2, "width": 400, "heads": 4, "kv_heads": 2, "head_size": 10, "mlp_width": 256}
+ARGS = {"layers": 2, "width": 48, "heads": 4, "kv_heads": 2, "mlp_width": 64}
 
 
 def config(
@@ -32,12 +32,13 @@ def config(
 
 
 def run_cells(cells: list[Config]) -> list[Trajectory]:
-    """In a worker: each config's run, with logits of a few rows at a time."""
-    before, chunked_loss.AT_ONCE = chunked_loss.AT_ONCE, 257 * 7
+    """In a worker: each config's run, with logits of a few rows at a time; ZeRO 3 parts the embedding and the output."""
+    before = chunked_loss.AT_ONCE, deepspeed.SMALL
+    chunked_loss.AT_ONCE, deepspeed.SMALL = 257 * 7, 1000
     try:
         return parity_cells.run_cells(cells)
     finally:
-        chunked_loss.AT_ONCE = before
+        chunked_loss.AT_ONCE, deepspeed.SMALL = before
 
 
 class CountedByRank(LanguageModelling):

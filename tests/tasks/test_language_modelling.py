@@ -1,4 +1,4 @@
-"""The task of language modelling: the same at every world size, exact in evaluation, for models of ours and of others."""
+"""The task of language modelling: the same at every world size, exact in evaluation, for models of anybody."""
 
 import dataclasses
 import math
