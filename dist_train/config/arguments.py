@@ -9,7 +9,7 @@ from dist_train.config.lookup import accepts
 from dist_train.config.tree import Config
 
 # What data sets of ours tell of themselves, for arguments of these names.
-FACTS = ("input_shape", "classes", "outputs", "target_shape")
+FACTS = ("input_shape", "classes", "outputs", "target_shape", "vocab_size", "block", "tokenizer")
 
 
 def facts_of(config: Config) -> tuple[str, ...] | None:

@@ -9,6 +9,7 @@ from dist_train.errors import ConfigError
 IN_DATA_ARGS = {
     "csv_images": ("annotations", "test_annotations", "image_dir"),
     "image_folder": ("folder", "train", "test"),
+    "text": ("files", "test_files", "tokenizer", "tokens", "test_tokens"),
 }
 _MARKED = re.compile(r"\$(?:([$~])|([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 

@@ -26,7 +26,7 @@ class DataConfig:
     """The data set and how it is read."""
 
     name: str = "digits"
-    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, diabetes, multi_label,
+    """digits, mnist, fashion_mnist, kmnist, cifar10, synthetic, csv_images, image_folder, text, diabetes, multi_label,
     shapes, or a function or a map-style class by path, as module:name: torchvision.datasets:STL10,
     datasets:load_dataset, or your own."""
     root: str = field(default="data", metadata=PATH)

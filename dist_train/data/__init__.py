@@ -17,6 +17,7 @@ DATASETS = {
     "shapes": "dist_train.data.shapes:shapes",
     "csv_images": "dist_train.data.csv_images:csv_images",
     "image_folder": "dist_train.data.image_folder:image_folder",
+    "text": "dist_train.data.text:text",
 }
 FROM_FILES = ("csv_images", "image_folder")
 BATCH_TRANSFORMS = {

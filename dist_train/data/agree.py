@@ -14,7 +14,7 @@ import torch
 
 from dist_train.data.batch import leaves_of
 from dist_train.data.feed import Feed
-from dist_train.data.sets import Columns, Data, bytes_of
+from dist_train.data.sets import Columns, Data, Samples, bytes_of
 from dist_train.errors import ConfigError
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
@@ -129,7 +129,7 @@ def _has(mine: Told, first: Told) -> str | None:
         return f"mean and std {mine.stats}, rank 0 {first.stats}"
     for name, split, other in pairs:
         if split.whole != other.whole:
-            what = "labels" if split.kind == "Columns" else "files or labels (another Samples.identity)"
+            what = "labels" if split.kind == "Columns" else f"files or labels (another {split.kind}.identity)"
             return f"other {name} {what} than rank 0, or the same in another order"
         for number in sorted(split.some.keys() & other.some.keys()):
             sample = split.some[number]
@@ -154,9 +154,9 @@ def sketch(feed: Feed, count: int) -> Sketch:
         labels = [leaf for leaf in leaves if leaf.dim() == 1]  # of the others, the rows must do
         return Sketch("Columns", len(split), b"".join(map(_digest, labels)), rows)
     # One whose samples cannot be had again is warned of, and differs on every rank.
-    numbers = _spread(len(split), count) if feed.reader.repeats else []
+    numbers = [] if isinstance(split, Samples) and not feed.reader.repeats else _spread(len(split), count)
     identity = hashlib.sha256(split.identity.encode()).digest()
-    return Sketch("Samples", len(split), identity, {i: _sample(feed, i) for i in numbers})
+    return Sketch(type(split).__name__, len(split), identity, {i: _sample(feed, i) for i in numbers})
 
 
 def _spoken(name: str) -> str:
@@ -165,7 +165,7 @@ def _spoken(name: str) -> str:
 
 def _sample(feed: Feed, number: int) -> Sample:
     try:
-        leaves = leaves_of(feed.reader.read(np.array([number])))
+        leaves = leaves_of(feed.read(np.array([number])))
     except ConfigError as error:
         return Sample(None, error=str(error))
     exact: list[Any] = []

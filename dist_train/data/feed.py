@@ -19,7 +19,7 @@ from dist_train.data.batch_transforms import BatchTransforms
 from dist_train.data.generators import sendable
 from dist_train.data.order import Plan
 from dist_train.data.reader import Reader
-from dist_train.data.sets import Columns, Data, Split
+from dist_train.data.sets import Columns, Data, Gathered, Samples, Split
 from dist_train.data.workers import begin, context, ended, not_handed_over, not_started
 from dist_train.errors import ConfigError
 
@@ -27,6 +27,7 @@ from dist_train.errors import ConfigError
 DEVICE_SHARE = 0.25
 # Samples that are gathered at once from memory, if the batches are smaller.
 GATHERED = 512
+GATHERED_BYTES = 8 << 20  # and no more than this, of samples that are gathered by a function
 WHITE = 255.0
 STAND_IN = 2  # samples: a norm over a batch takes no single one
 
@@ -70,10 +71,16 @@ class Feed:
         self.numbers = torch.arange(self.classes, device=device)
         self.transforms = transforms
         self.before = 0 if transforms is None else transforms.before
+        self.home, self.at_once = torch.device("cpu"), GATHERED
         if isinstance(split, Columns):
-            home = device if _fits(split, device) else torch.device("cpu")
-            self.columns = [leaf.to(home) for leaf in split.leaves]
-            self.home, tree = home, split.tree
+            self.home = device if _fits(split, device) else self.home
+            self.columns = [leaf.to(self.home) for leaf in split.leaves]
+            tree = split.tree
+            self.rebuild = flatten(tree)[1]
+        elif isinstance(split, Gathered):
+            tree = split.gather(np.zeros(1, np.int64))
+            sample_bytes = sum(leaf.nbytes for leaf in leaves_of(tree))
+            self.at_once = max(1, min(GATHERED, GATHERED_BYTES // max(1, sample_bytes)))
             self.rebuild = flatten(tree)[1]
         else:
             self.reader, tree = Reader.of(split, data, seed, loss)
@@ -127,9 +134,9 @@ class Feed:
     def _batches(
         self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None
     ) -> Iterator[Batch]:  # fmt: skip
-        if isinstance(self.split, Columns):
-            return self._from_memory(batches, epoch, transforms)
-        return self._from_files(batches, epoch, transforms)
+        if isinstance(self.split, Samples):
+            return self._from_files(batches, epoch, transforms)
+        return self._from_memory(batches, epoch, transforms)
 
     @property
     def resident(self) -> bool:
@@ -149,11 +156,11 @@ class Feed:
             ConfigError: one of them is bad.
         """
         read = samples[np.arange(-self.before, len(samples)) % len(samples)] if self.before else samples
-        if isinstance(self.split, Columns):
-            leaves, rebuild = self._gathered(torch.from_numpy(read).to(self.home)), self.rebuild
-        else:
+        if isinstance(self.split, Samples):
             leaves, rebuild = flatten(self.reader.read(read))
             leaves = self._finish(leaves)
+        else:
+            leaves, rebuild = self._gathered(torch.from_numpy(read).to(self.home)), self.rebuild
         if self.transforms is not None:
             leaves = list(self.transforms(*leaves, read, 0))
         return Batch(rebuild(leaves), torch.from_numpy(samples), len(samples))
@@ -167,7 +174,7 @@ class Feed:
         if isinstance(self.split, Columns):
             index = torch.from_numpy(samples)
             return mapped(self.split.tree, lambda leaf: leaf[index])
-        return self.reader.read(samples)
+        return self.split.gather(samples) if isinstance(self.split, Gathered) else self.reader.read(samples)
 
     def inputs(self, samples: np.ndarray) -> torch.Tensor:
         """What a model takes of these samples, as the data set has it, on the CPU: the first of each pair.
@@ -182,7 +189,7 @@ class Feed:
         self, batches: Iterable[np.ndarray], epoch: int, transforms: BatchTransforms | None
     ) -> Iterator[Batch]:
         before, stand_in = self._more(transforms)
-        for several in _at_once(batches):
+        for several in _at_once(batches, self.at_once):
             sizes = [len(batch) for batch in several]
             if 0 in sizes:
                 several = [batch if len(batch) else stand_in for batch in several]
@@ -254,6 +261,10 @@ class Feed:
             ) from error
 
     def _gathered(self, index: torch.Tensor) -> list[torch.Tensor]:
+        if isinstance(self.split, Gathered):
+            leaves = flatten(self.split.gather(index.numpy()))[0]
+            # A copy from pinned memory does not wait for the device.
+            return self._finish([leaf.pin_memory() for leaf in leaves] if self.device.type == "cuda" else leaves)
         # index_select copies whole rows; indexing with [] goes through them number by number.
         return self._finish([column.index_select(0, index) for column in self.columns])
 
@@ -297,15 +308,15 @@ class Feed:
         return shift.to(self.device, self.dtype), scale.reciprocal().to(self.device, self.dtype)
 
 
-def _at_once(batches: Iterable[np.ndarray]) -> Iterator[list[np.ndarray]]:
-    """Batches in groups that are gathered together: a gather has a price of its own, which small batches would pay at
-    every step."""
+def _at_once(batches: Iterable[np.ndarray], limit: int) -> Iterator[list[np.ndarray]]:
+    """Batches in groups of about so many samples that are gathered together: a gather has a price of its own, which
+    small batches would pay at every step."""
     several: list[np.ndarray] = []
     samples = 0
     for batch in batches:
         several.append(batch)
         samples += len(batch)
-        if samples >= GATHERED or len(several) >= GATHERED:
+        if samples >= limit or len(several) >= limit:
             yield several
             several, samples = [], 0
     if several:

@@ -143,23 +143,45 @@ def _samples(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray
 
 
 def shuffled(positions: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
-    """The samples at `positions` of an epoch's order, int64, without building the order.
+    """The samples at `positions` of an epoch's order, int64, without building the order."""
+    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    return permuted(positions, np.array([n]), half_of(np.array([n])), keys[:, None])
+
+
+def half_of(n: np.ndarray) -> np.ndarray:
+    """Half the bits that numbers below `n` need, rounded up, at least 1: uint64 of the same shape [...]."""
+    return np.array([max(1, -(-(int(one) - 1).bit_length() // 2)) for one in n], np.uint64)
+
+
+def keys_of(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Keys of `permuted`, uint64 [ROUNDS, count], for order `numbers` of row `rows`, int64 [count] each, from 0 on."""
+    state = mix(mix(rows.astype(np.uint64) + np.uint64(1)) + numbers.astype(np.uint64))
+    return mix(state + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15))
+
+
+def permuted(positions: np.ndarray, n: np.ndarray, half: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where keyed bijections on [0, n) take `positions`, int64 [count].
 
     A Feistel network is a keyed bijection on [0, 2**(2 * half)), the least such range that holds n. A value that
     falls outside [0, n) is put in again until it falls inside (cycle walking; fewer than 4 rounds on average),
     which keeps it a bijection on [0, n). Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002.
+
+    Args:
+        positions: int64 [count].
+        n: int64 [count], or [1] where all have the same; at most 2**62.
+        half: what `half_of` gives for it.
+        keys: uint64 [ROUNDS, count] or [ROUNDS, 1].
     """
-    half = np.uint64(max(1, -(-(n - 1).bit_length() // 2)))
-    mask = np.uint64((1 << int(half)) - 1)
-    keys = np.random.SeedSequence([seed, epoch]).generate_state(ROUNDS, np.uint64)
+    n, mask = n.astype(np.uint64), (np.uint64(1) << half) - np.uint64(1)
     values = positions.astype(np.uint64)
-    outside = np.ones(len(values), bool)
-    while outside.any():
-        left, right = values[outside] >> half, values[outside] & mask
-        for key in keys:
-            left, right = right, left ^ (mix(right + key) & mask)
-        values[outside] = (left << half) | right
-        outside = values >= np.uint64(n)
+    left = np.arange(len(values))  # those that are outside as yet
+    while len(left):
+        below, bits, low, own = (of if of.shape[-1] == 1 else of[..., left] for of in (n, half, mask, keys))
+        one, other = values[left] >> bits, values[left] & low
+        for key in own:
+            one, other = other, one ^ (mix(other + key) & low)
+        values[left] = (one << bits) | other
+        left = left[values[left] >= below]
     return values.astype(np.int64)
 
 

@@ -13,7 +13,7 @@ from dist_train.config.tree import DataConfig
 from dist_train.data import DATASETS, FROM_FILES
 from dist_train.data.randomness import kept_apart
 from dist_train.data.reader import raised
-from dist_train.data.sets import Columns, Data, Samples, Split
+from dist_train.data.sets import Columns, Data, Gathered, Samples, Split
 from dist_train.errors import ConfigError, OwnCodeError
 
 LIBRARIES = ("torchvision", "datasets")  # whose errors are not of the user's own code
@@ -93,7 +93,7 @@ def _shape_of(split: Split) -> tuple[int, ...] | None:
     """Of the input of a pair, by the first one; None of anything else. Raises ConfigError."""
     if isinstance(split, Columns):
         return tuple(split.tree[0].shape[1:]) or None if _is_pair(split.tree) else None
-    if split.collate is not None:
+    if isinstance(split, Gathered) or split.collate is not None:
         return None
     with kept_apart():
         try:
@@ -125,6 +125,11 @@ def _transformed(split: Split, transforms: Any) -> Split:
         return split
     from dist_train.data.items import Items, Rows
 
+    if isinstance(split, Gathered):
+        raise ConfigError(
+            "data.transforms: got transforms of a data set that is gathered batch by batch, expected none; leave them "
+            "out, or do their work in the data set"
+        )
     if isinstance(split, Columns):
         return Samples(Items(Rows(split), transforms=transforms), split.identity)
     if isinstance(split.dataset, Items):  # one by path

@@ -22,6 +22,8 @@ def problems(config: Config, _: Launcher) -> Iterator[str]:
     ours = (*GIVEN, *TRANSFORMS) if data.name in FROM_FILES else GIVEN
     yield from arguments.problems(DATASETS, data.name, "data", data.args, given, ours, facts=GIVEN)
     yield from _of_rows(data)
+    if data.name == "text":
+        yield from _text(data.args)
     yield from _facts(data.facts)
     for key in (*TRANSFORMS, "batch_transforms"):
         yield from _entries(f"data.{key}", getattr(data, key))
@@ -50,6 +52,77 @@ def _of_rows(data: DataConfig) -> Iterator[str]:
             yield f"data.{key}: got {value}, but {data.name} has its own test split and pairs; leave it out{own}"
     if data.workers > 0 and data.name not in FROM_FILES and not data.transforms and not data.test_transforms:
         yield f"data.workers: got {data.workers}, expected 0: {data.name} is held in memory and needs no workers"
+
+
+TEXT_ARGS = ("files", "test_files", "tokens", "test_tokens", "field", "tokenizer", "end_token")
+PACKINGS = ("contiguous", "packed", "padded")
+
+
+def _text(args: dict[str, Any]) -> Iterator[str]:
+    """What the arguments of text ask of each other."""
+    given = {key for key, value in args.items() if value is not None}
+    for key in TEXT_ARGS:
+        if key in given and (not isinstance(args[key], str) or not args[key]):
+            yield f"data.args.{key}: got {args[key]!r}, expected text; for example --data.args.{key} NAME"
+    for key in ("block", "vocab_size"):
+        if key in given and (type(args[key]) is not int or args[key] < 1):
+            yield f"data.args.{key}: got {args[key]!r}, expected a whole number from 1; for example 256"
+    if args.get("packing", PACKINGS[0]) not in PACKINGS:
+        yield f"data.args.packing: got {args['packing']!r}, expected {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}"
+    if "sources" in given:
+        yield from _sources(args, given)
+    fraction = args.get("test_fraction", 0.1)
+    if type(fraction) not in (int, float) or not 0 <= fraction < 1:
+        yield f"data.args.test_fraction: got {fraction!r}, expected a share from 0 to below 1, such as 0.1"
+    if "tokens" in given:
+        for key in ("files", "test_files"):
+            if key in given:
+                yield f"data.args.{key}: got {args[key]!r} with data.args.tokens, expected one of them; leave one out"
+        if "vocab_size" not in given and "tokenizer" not in given:
+            yield (
+                "data.args.vocab_size: got nothing with data.args.tokens, expected the size of the vocabulary; for "
+                "example --data.args.vocab_size 50257, or the tokenizer that wrote them"
+            )
+        if args.get("tokenizer") == "characters":
+            yield "data.args.tokenizer: got characters with data.args.tokens, expected bytes, or a tokenizer.json"
+    else:
+        for key in ("test_tokens", "vocab_size"):
+            if key in given:
+                yield f"data.args.{key}: got {args[key]!r} without data.args.tokens, expected both; leave it out"
+    if "test_files" in given and "files" not in given and "tokens" not in given:
+        yield f"data.args.test_files: got {args['test_files']!r} without data.args.files, expected both; give the files"
+    if "end_token" in given and args.get("tokenizer") in (None, "bytes", "characters"):
+        yield (
+            f"data.args.end_token: got {args['end_token']!r} for {args.get('tokenizer') or 'bytes'}, expected it only "
+            f"with a tokenizer.json; leave it out"
+        )
+
+
+def _sources(args: dict[str, Any], given: set[str]) -> Iterator[str]:
+    """What a mixture of sources asks."""
+    example = "for example --data.args.sources '[{files: a/*.txt, weight: 0.7}, {files: b/*.txt, weight: 0.3}]'"
+    sources = args["sources"]
+    if not isinstance(sources, list) or not sources or not all(isinstance(one, dict) for one in sources):
+        yield f"data.args.sources: got {sources!r}, expected a list of files and their weights; {example}"
+        return
+    for i, one in enumerate(sources):
+        if set(one) - {"field"} != {"files", "weight"}:
+            got = sorted(map(str, one))
+            yield f"data.args.sources[{i}]: got keys {got}, expected files, weight and maybe field; {example}"
+            continue
+        for key in sorted(set(one) - {"weight"}):
+            if not isinstance(one[key], str) or not one[key]:
+                yield f"data.args.sources[{i}].{key}: got {one[key]!r}, expected text; {example}"
+        weight = one["weight"]
+        if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+            yield f"data.args.sources[{i}].weight: got {weight!r}, expected a finite number above 0; {example}"
+    for key in sorted(given & {"files", "test_files", "tokens", "test_tokens"}):
+        yield f"data.args.{key}: got {args[key]!r} with data.args.sources, expected one of them; leave one out"
+    if args.get("tokenizer") == "characters":
+        yield (
+            "data.args.tokenizer: got characters with data.args.sources, expected one tokenizer for all of them: "
+            "bytes, or a tokenizer.json"
+        )
 
 
 def _facts(facts: dict[str, Any]) -> Iterator[str]:

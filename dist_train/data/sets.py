@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -114,7 +115,33 @@ class Samples:
 
 
 FromFiles = Samples  # what a data set of one's own may call it
-Split = Columns | Samples
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A split whose batches are gathered by a function, such as windows of tokens in mapped files.
+
+    Args:
+        n: samples, at most 2**62.
+        gather: makes the tree of tensors [batch, ...] on the CPU of samples by number, int64 [batch]. Called in the
+            process that trains, ahead of the step; so it must be fast, and the same for the same numbers.
+        identity: text that changes when the samples do. A checkpoint holds it.
+        describe: text about a sample, by its number, for people who look for it.
+        about: what its samples are made of, said once at the start of training.
+    """
+
+    n: int
+    gather: Callable[[np.ndarray], Any]
+    identity: str
+    describe: Callable[[int], str] | None = None
+    about: str = ""
+
+    def __len__(self) -> int:
+        return self.n
+
+
+Split = Columns | Samples | Gathered
+SPLITS = (Columns, Samples, Gathered)
 
 
 @dataclass(frozen=True)
@@ -132,6 +159,7 @@ class Data:
             without it are input_shape, classes (a count), outputs (how many numbers a model gives for a sample: one for
             each class; without classes as many as the float targets of pairs in memory have), and target_shape of pairs
             in memory.
+        keep: writes into the run's folder what must be there after the data is gone, such as a tokenizer.
 
     Raises:
         ConfigError: the parts do not fit together. A data set may be the user's own function.
@@ -144,6 +172,7 @@ class Data:
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    keep: Callable[[Path], None] | None = None
 
     @property
     def tests(self) -> dict[str, Split]:
@@ -194,9 +223,9 @@ class Data:
                 )
         _sequence("classes", self.classes, "their names in order, such as ('cat', 'dog') or tuple('0123456789')")
         self._check_stats()
-        if self.test is not None and not isinstance(self.test, (Columns, Samples, Mapping)):
+        if self.test is not None and not isinstance(self.test, (*SPLITS, Mapping)):
             raise _no_split("test", self.test)
-        if not isinstance(self.train, (Columns, Samples)):
+        if not isinstance(self.train, SPLITS):
             raise _no_split("train", self.train)
         for name in self.test if isinstance(self.test, Mapping) else ():
             if not isinstance(name, str) or name in ("", "train") or "/" in name:
@@ -204,7 +233,7 @@ class Data:
                     f"data.name: got {name!r} as the name of a test split, expected text other than train, without a /"
                 )
         for name, split in self.splits.items():
-            if not isinstance(split, (Columns, Samples)):
+            if not isinstance(split, SPLITS):
                 raise _no_split(name, split)
             if len(split) == 0:
                 raise ConfigError(f"data.name: got no samples in the {name} split, expected at least one")
@@ -263,7 +292,7 @@ def _known_of_targets(split: Split) -> dict[str, Any]:
 def _no_split(name: str, got: Any) -> ConfigError:
     return ConfigError(
         f"data.name: got {type(got).__name__} as the {name} split, expected dist_train.data.sets.Columns(tree), "
-        f"InMemory(images, labels) or Samples(dataset)"
+        f"InMemory(images, labels), Samples(dataset) or Gathered(n, gather, identity)"
     )
 
 

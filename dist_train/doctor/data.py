@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_train.config.tree import Config
 from dist_train.data import vision
-from dist_train.data.sets import Columns, Data, Split
+from dist_train.data.sets import Data, Samples, Split
 from dist_train.doctor.report import Line, size
 from dist_train.errors import ConfigError
 
@@ -89,7 +89,7 @@ def _same(archive: Path, unpacked: Path) -> bool:
 
 def _samples(split: str, samples: Split) -> Iterator[Line]:
     """The first and the last of a split from files can be read."""
-    if isinstance(samples, Columns):
+    if not isinstance(samples, Samples):
         return
     try:
         for index in (0, len(samples) - 1):

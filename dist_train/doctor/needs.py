@@ -20,7 +20,7 @@ from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import Batch, like, mapped
 from dist_train.data.feed import GATHERED, Feed
 from dist_train.data.order import evaluated_at_once, largest_piece
-from dist_train.data.sets import Columns, Data
+from dist_train.data.sets import Columns, Data, Samples
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Called
 from dist_train.models.blocks import blocks
@@ -67,6 +67,7 @@ def needs(config: Config, data: Data, launcher: Launcher, device: torch.device) 
     kind = feed.of(np.zeros(1, np.int64))
     with FakeTensorMode(allow_non_fake_inputs=True), _default_dtype(precision.dtype):
         model = assemble.maker(config, data)()
+        task.begin(model)
         parameters = [p for p in model.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p)
@@ -106,7 +107,7 @@ def _feed(config: Config, data: Data, precision: Precision) -> Feed:
 
 def _batch(feed: Feed, kind: Batch, count: int) -> Batch:
     """So many samples; from memory, the first of those that are gathered together."""
-    together = like(kind, count * -(-GATHERED // count) if isinstance(feed.split, Columns) else count)
+    together = like(kind, count * -(-GATHERED // count) if not isinstance(feed.split, Samples) else count)
     tree = mapped(together.tree, lambda leaf: leaf.narrow(0, 0, count) if isinstance(leaf, torch.Tensor) else leaf)
     return Batch(tree, together.ids[:count], count)
 

@@ -9,4 +9,5 @@ other arguments are `model.args`.
 MODELS = {
     "mlp": "dist_train.models.mlp:MLP",
     "unet": "dist_train.models.unet:UNet",
+    "decoder": "dist_train.models.decoder:Decoder",
 }

@@ -26,7 +26,7 @@ from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
 from dist_train.data.rules import parts_of as transform_of
-from dist_train.data.sets import Data, Samples
+from dist_train.data.sets import Columns, Data, Gathered
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Evaluation
@@ -103,6 +103,11 @@ class Parts:
         of_these = f", {trained:,} of them trained" if trained < weights else ""
         return f"{len(self.data.train):,} samples to train on{tests}, {weights:,} weights{of_these}"
 
+    def about(self) -> list[str]:
+        """What the splits are made of, a line each, of those that say it."""
+        splits = self.data.splits.items()
+        return [f"{name}: {split.about}" for name, split in splits if isinstance(split, Gathered) and split.about]
+
     def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
         """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is
         no image."""
@@ -152,6 +157,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if not task.evaluates:
         unseen = replace(UNSEEN, norms=tuple(trained_norms(model)))
         return Parts(data, task, model, feeds, precision, loaded, unseen)
+    with blamed("task.name", config.task.name, "shown the model", ours=config.task.name in TASKS):
+        task.begin(model)
     with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
         findings = look(config, model, task, feeds["train"], data, precision, trains=trained is None)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now
@@ -179,7 +186,7 @@ def _check_best(config: Config, data: Data, metrics: tuple[str, ...]) -> None:
 def _check_captured(task: Task, data: Data, feed: Feed, device: torch.device) -> None:
     """Raises ConfigError where a step asks the host for something."""
     if not feed.resident:
-        kind = "read from files" if isinstance(data.train, Samples) else f"too large for {device} beside a model"
+        kind = f"too large for {device} beside a model" if isinstance(data.train, Columns) else "read from files"
         raise ConfigError(
             f"compile.scope: got step, but the training samples are {kind}, expected them in the device's memory; "
             f"write --compile.scope model"

@@ -83,6 +83,9 @@ def opened(
     requests = Requests(cfg.max_time_s, phases.clock, quits)
     control = Control(requests, phases, cfg.nonfinite == "stop", cfg.precision == "float16")
     with folder.opened(config, world) as path:
+        if parts.data.keep is not None:
+            keep = parts.data.keep
+            dist.on_main(lambda: keep(path))
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
         at, before = (found.manifest.step, found.folder.parent.parent) if found else (0, None)
@@ -214,7 +217,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     if found:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
-    said = [f"backend {trackers.backend}, {parts.describe()}"]  # before the weights are shared out
+    said = [f"backend {trackers.backend}, {parts.describe()}", *parts.about()]  # before the weights are shared out
     if parts.findings.draws and config.train.draws == "keyed":
         said.append(
             f"model: draws by {', '.join(parts.findings.draws)}, which depends on the number of ranks; only dropout "

@@ -14,6 +14,7 @@ TASKS = {
     "regression": "dist_train.tasks.regression:Regression",
     "multi_label": "dist_train.tasks.multi_label:MultiLabel",
     "segmentation": "dist_train.tasks.segmentation:Segmentation",
+    "language_modelling": "dist_train.tasks.language_modelling:LanguageModelling",
     "model_loss": "dist_train.tasks.model_loss:ModelLoss",
 }
 

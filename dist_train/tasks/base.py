@@ -59,6 +59,10 @@ class Task(ABC):
     loss_of_vectors: str | None = None
     """Of a task of classes, its loss: it decides what targets that are vectors may be."""
 
+    def begin(self, model: nn.Module) -> None:  # noqa: B027  (most tasks call every model in one way)
+        """Sees the model, before it is called, compiled or wrapped, and so before what it takes is hidden. Raises
+        ConfigError where it is none for this task."""
+
     def units(self, batch: Batch) -> torch.Tensor | int:
         """What the loss is a mean over, counted in a batch: samples, unless this is overridden, such as by the tokens
         that are no padding. A scalar on the device of the batch."""

@@ -1,0 +1,76 @@
+"""The cross-entropy of a linear layer's outputs, a chunk of rows at a time: the logits of a large vocabulary are the
+largest tensor of a language model by far, and are never whole in memory."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+IGNORED = -100
+AT_ONCE = 1 << 24  # logits: 64 MiB in float32
+
+
+def chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The loss of each target, in float32 (float64 of float64); 0 of those that are -100. Under autocast the logits are
+    computed in its format, as a linear layer computes them.
+
+    Args:
+        hidden: [..., width].
+        weight: of the linear layer, [vocab, width].
+        targets: int64 [...].
+    """
+    rows, numbers = hidden.flatten(0, -2), targets.flatten()
+    if rows.shape[0] * weight.shape[0] <= AT_ONCE:
+        logits = F.linear(rows, weight)
+        losses = F.cross_entropy(_wide(logits), numbers, ignore_index=IGNORED, reduction="none")
+    else:
+        kind = hidden.device.type
+        short = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        losses = _Chunked.apply(rows, weight, numbers, short)
+    return losses.view(targets.shape).clone()  # as fully_shard warns of a model that returns a view
+
+
+class _Chunked(torch.autograd.Function):
+    """The backward computes the logits of a chunk again. A weight that a backend takes apart between forward and
+    backward is whole again when the backward asks for it, as it is saved itself, and not what was made of it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, short: torch.dtype
+    ) -> torch.Tensor:  # fmt: skip
+        """Losses [rows] of rows [rows, width]."""
+        size = max(1, AT_ONCE // weight.shape[0])
+        inner, losses, logs = weight.to(short), [], []
+        with torch.autocast(rows.device.type, enabled=False):
+            for part, right in zip(rows.split(size), targets.split(size), strict=True):
+                logits = _wide(part.to(short) @ inner.T)
+                log = logits.logsumexp(1)
+                chosen = logits.gather(1, right.clamp(min=0)[:, None])[:, 0]
+                losses.append((log - chosen).where(right != IGNORED, 0))
+                logs.append(log)
+        ctx.save_for_backward(rows, weight, targets, torch.cat(logs))
+        ctx.short, ctx.size = short, size
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Of rows and weight, from that of the losses."""
+        rows, weight, targets, logs = ctx.saved_tensors
+        inner, of_rows = weight.to(ctx.short), []
+        of_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        with torch.autocast(rows.device.type, enabled=False):
+            each = (tensor.split(ctx.size) for tensor in (rows, targets, logs, gradient.where(targets != IGNORED, 0)))
+            for part, right, log, factor in zip(*each, strict=True):
+                part = part.to(ctx.short)
+                logits = _wide(part @ inner.T)
+                logits = (logits - log[:, None]).exp_().mul_(factor[:, None])
+                logits.scatter_add_(1, right.clamp(min=0)[:, None], -factor[:, None])
+                wrong = logits.to(ctx.short)  # the gradient of the logits
+                of_rows.append((wrong @ inner).to(rows.dtype))
+                if of_weight is not None:
+                    of_weight += wrong.T @ part
+        return torch.cat(of_rows), of_weight, None, None
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
