@@ -34,3 +34,4 @@ run checkpoint torchrun --standalone --nproc_per_node=2 benchmarks/checkpoint.py
 run files python benchmarks/files.py --repeats 15
 run memory python benchmarks/memory.py
 run muon torchrun --standalone --nproc_per_node=2 benchmarks/muon.py
+run ordered python benchmarks/ordered.py

@@ -92,6 +92,14 @@ def test_what_images_in_files_cost():
 
 
 @pytest.mark.full
+def test_what_sums_in_a_fixed_order_cost(tmp_path: Path):
+    words = ("--rounds=1", "--layers=2", "--width=64", "--slices=2", f"--json={tmp_path / 'ordered.json'}")
+    script(str(ROOT / "benchmarks/ordered.py"), *words)
+    rows = json.loads((tmp_path / "ordered.json").read_text())
+    assert list(rows) == ["single:1", "ddp:2", "fsdp2:2"] and rows["ddp:2"]["times"]["slices"] > 1
+
+
+@pytest.mark.full
 def test_what_a_rank_holds(tmp_path: Path):
     """Of a model large enough to be seen beside the libraries: what is shared out is less."""
     words = ("--layers=8", "--width=1024", "--backends=single,deepspeed:3", f"--json={tmp_path / 'memory.json'}")
