@@ -8,7 +8,7 @@ CPU times of all ranks in a round; the median over the rounds, and the quartiles
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import draws
 import torch
@@ -22,6 +22,7 @@ from dist_train.data.sets import Columns, Data
 from dist_train.loop import optim
 from dist_train.loop.meter import Control, Recorder
 from dist_train.loop.train import Eager
+from dist_train.loop.verdicts import Finding
 from dist_train.loop.work import Work
 from dist_train.ranks import dist, launcher
 from dist_train.ranks.dist import World
@@ -75,8 +76,8 @@ def stepper(argv: list[str], world: World) -> Callable[[int], None]:
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, parts.model, parts.unfused(config)))
 
-    def alarm(found: object, step: int, clean: int) -> None:
-        raise AssertionError(f"step {step}: {found}")
+    def alarm(step: int, found: Sequence[Finding]) -> None:
+        assert not found, f"step {step}: {found}"
 
     of = config, world, backend, model, optimizer, parts.task, parts.feed, parts.evaluation(config, world), Recorder()
     work = Work(*of, Control(), after_step=lambda meter: None, alarm=alarm)

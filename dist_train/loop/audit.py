@@ -8,7 +8,6 @@ exchange theirs. Where they differ, the rank after that computes the share a thi
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -20,23 +19,14 @@ from dist_train.errors import ConfigError
 from dist_train.loop.digests import Sheet
 from dist_train.loop.units import Units, loss_sum
 from dist_train.loop.verdicts import Finding, of_copies, of_shares
+from dist_train.loop.work import Work
 from dist_train.models.draws import Draws
 from dist_train.models.exchanges import Tape, taped
 from dist_train.models.running import running
 from dist_train.ranks import dist
 from dist_train.ranks.processor import hardware
 
-if TYPE_CHECKING:
-    from dist_train.loop.work import Work
-
 NEXT, ARBITER = 1, 2  # how many ranks after the share's own
-
-
-class Alarm(Protocol):
-    """Who is told of what an audit has found."""
-
-    def __call__(self, found: Sequence[Finding], step: int, clean: int) -> None:
-        """The audit of a step has found something; that of step `clean` was the last that had not. Collective."""
 
 
 @dataclass(frozen=True)
@@ -60,23 +50,15 @@ class Audit:
     """The audits of a run. Collective, from the first.
 
     Args:
-        work: what the loop works with.
-        alarm: is told; None where nothing is audited.
-
-    Attributes:
-        clean: the newest step whose audit found nothing; before the first, the one that the run starts after.
-        steps: how many were audited.
-        bad: in how many of them something was found.
+        work: what the loop works with. Without its `alarm` nothing is audited, whatever the config says.
 
     Raises:
         ConfigError: the ranks' hardware or threads differ, so that their last bits do.
     """
 
-    def __init__(self, work: "Work", alarm: Alarm | None):
-        self.work, self.alarm = work, alarm
-        self.every = work.config.train.audit_every_steps if alarm else None
-        self.clean = work.meter.result.steps
-        self.steps = self.bad = 0
+    def __init__(self, work: Work):
+        self.work, self.alarm = work, work.alarm
+        self.every = work.config.train.audit_every_steps if work.alarm else None
         if self.every:
             self.model, self.size = work.precision.called(work.model), work.world.size
             self.draws: dict[int, Draws] = {}
@@ -98,14 +80,8 @@ class Audit:
         self.work.meter.phases("audit")
         _add_sent(own, tape)
         step = Taken(done, units, before, tape.received)
-        found = self._compare(step, copies, own)
-        self.steps += 1
-        if not found:
-            self.clean = done + 1
-            return
-        self.bad += 1
         assert self.alarm is not None
-        self.alarm(found, done + 1, self.clean)
+        self.alarm(done + 1, self._compare(step, copies, own))
 
     def _copies(self) -> dict[str, torch.Tensor]:
         """What is the same on all ranks, by name: the averages of weights among it, of which nothing else tells."""

@@ -4,6 +4,7 @@ import torch
 
 from dist_train.config.tree import TrainConfig
 from dist_train.data.order import falls_on
+from dist_train.loop.audit import Audit
 from dist_train.loop.captured import Captured
 from dist_train.loop.meter import Meter, Result
 from dist_train.loop.optim import set_lr
@@ -42,7 +43,7 @@ class Eager:
     def __init__(self, work: Work, meter: Meter):
         self.backend, self.optimizer, self.task = work.backend, work.optimizer, work.task
         self.model, self.feed, self.plan = work.precision.called(work.model), work.feed, work.plan
-        self.draws, self.audit, self.meter, self.phase = work.draws, work.audit, meter, meter.phases
+        self.draws, self.audit, self.meter, self.phase = work.draws, Audit(work), meter, meter.phases
         self.max_norm = work.config.train.grad_clip
 
     def begin(self, epoch: int, first: int) -> None:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from dist_train.backends.fit import some
 
@@ -21,6 +22,13 @@ class Finding:
 
     ranks: tuple[int, ...]
     line: str
+
+
+class Alarm(Protocol):
+    """Who is told of audits."""
+
+    def __call__(self, step: int, found: Sequence[Finding]) -> None:
+        """What the audit of a step has found, or nothing. Collective."""
 
 
 def of_copies(places: Places, totals: Sequence[int], rows: Sequence[Rows]) -> list[Finding]:

@@ -12,10 +12,10 @@ from dist_train.backends.precision import Precision
 from dist_train.config.tree import Config, TrainConfig
 from dist_train.data.feed import Feed
 from dist_train.data.order import Plan
-from dist_train.loop.audit import Alarm, Audit
 from dist_train.loop.average import Average
 from dist_train.loop.evaluate import Evaluation
 from dist_train.loop.meter import Control, Meter, Progress, Sink
+from dist_train.loop.verdicts import Alarm
 from dist_train.models.draws import Draws
 from dist_train.ranks.dist import World
 from dist_train.tasks.base import Task
@@ -39,7 +39,7 @@ class Work:
         after_step: called after every step, with its metrics; saves checkpoints.
         progress: of a checkpoint whose state was loaded; None at the start.
         averaged: the average of the weights, where it was made before; see `average`.
-        alarm: called with what an audit has found; None where steps are not audited, whatever the config says.
+        alarm: is told of audits; None where steps are not audited, whatever the config says.
     """
 
     config: Config
@@ -77,11 +77,6 @@ class Work:
         """What the model draws."""
         cfg, world = self.config.train, self.world
         return Draws(cfg.seed, world.rank, self.model, cfg.draws, world.device)
-
-    @cached_property
-    def audit(self) -> Audit:
-        """Of some steps, as the config asks for it. Collective where it is first asked for."""
-        return Audit(self, self.alarm)
 
     @cached_property
     def meter(self) -> Meter:

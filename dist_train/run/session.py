@@ -131,10 +131,10 @@ class Training:
         if self.hooks is not None:
             after_step = self._with_hooks
         of = config, run.world, run.folder, run.control, say, flops, run.course.at, after_step
-        alarm = Alarmed(run, self.checkpoints)
-        self.work = run.prepared = replace(work, after_step=profiling.profiled(*of), alarm=alarm)
+        self.alarm = Alarmed(run, self.checkpoints)
+        self.work = run.prepared = replace(work, after_step=profiling.profiled(*of), alarm=self.alarm)
         if config.train.audit_every_steps:
-            self.checkpoints.trusted = lambda: self.work.audit.clean
+            self.checkpoints.trusted = lambda: self.alarm.clean
 
     def begin(self) -> None:
         """Before the first step. Raises Ended."""
@@ -189,8 +189,8 @@ class Training:
         if self.hooks is not None:
             self.hooks.end()
         early = run.stopped if result.steps < run.course.steps else None
-        if work.audit.steps:
-            run.trackers.say(f"audited {work.audit.steps} steps: something was found in {work.audit.bad or 'none'}")
+        if self.alarm.steps:
+            run.trackers.say(f"audited {self.alarm.steps} steps: something was found in {self.alarm.bad or 'none'}")
         run.trackers.finish(result, self.checkpoints.stalls_s, early)
         return self._outcome(result, "finished", early)
 
