@@ -32,7 +32,7 @@ def config(
 
 
 def run_cells(cells: list[Config]) -> list[Trajectory]:
-    """In a worker: each config's run, with logits of a few rows at a time; ZeRO 3 parts the embedding and the output."""
+    """In a worker: each config's run, with logits of a few rows at a time; ZeRO 3 parts embedding and output."""
     before = chunked_loss.AT_ONCE, deepspeed.SMALL
     chunked_loss.AT_ONCE, deepspeed.SMALL = 257 * 7, 1000
     try:

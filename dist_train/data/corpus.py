@@ -121,10 +121,10 @@ def units(sources: Sequence[Source]) -> list[list[Span]]:
     while sum(source.size for source in sources) > limit * MOST_UNITS:
         limit *= 2
     found: list[list[Span]] = []
-    filled = limit
+    filled = 0
     for number, source in enumerate(sources):
         for size, span in _readable(source, lambda s=source, n=number: list(_spans(s, n, limit))):
-            if filled + size > limit:
+            if not found or filled + size > limit:
                 found.append([])
                 filled = 0
             found[-1].append(span)

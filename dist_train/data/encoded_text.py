@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,19 @@ ENCODED = "encoded"  # in data.root, where encoded text is kept
 
 
 def read(
-    root: Path, files: str | None, field: str, name: str | None, end_token: str | None
-) -> tuple[Tokens, Tokenizer]:  # fmt: skip
-    """The text to train on, and what it is encoded by. Raises ConfigError."""
+    root: Path,
+    files: str | None,
+    field: str,
+    name: str | None,
+    end_token: str | None,
+    key: str = "data.args.files",
+) -> tuple[Tokens, Tokenizer]:
+    """The text to train on, and what it is encoded by. Raises ConfigError, which names the key of the files."""
     if files is None:
         texts = prose.topics()
         by = _characters(texts) if name == Characters.name else tokenizer_of(root, name, end_token)
         return _in_memory(texts, by), by
-    sources = corpus.find(root, files, "data.args.files")
+    sources = corpus.find(root, files, key)
     if name != Characters.name:
         by = tokenizer_of(root, name, end_token)
         return _of(_Corpus(root, files, field, sources, by.identity(), by))
@@ -62,7 +68,8 @@ class _Corpus:
     def home(self) -> Path:
         """The folder of the encoded text."""
         told = hashlib.sha256(json.dumps([self.files, self.field, self.kind]).encode()).hexdigest()
-        return self.root / ENCODED / f"{self.sources[0].path.name.partition('.')[0]}-{told[:12]}"
+        name = "-".join(re.findall(r"\w+", Path(self.files).name))
+        return self.root / ENCODED / f"{name or 'text'}-{told[:12]}"
 
 
 def texts(root: Path, files: str | None, field: str) -> Iterator[str]:

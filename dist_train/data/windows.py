@@ -1,4 +1,4 @@
-"""Samples of a language model: windows of tokens, as trees of inputs, targets and, where documents are packed, positions.
+"""Samples of a language model: windows of tokens, as inputs, targets and, where documents are packed, positions.
 
 Of a document of L tokens L - 1 are targets, each of which counts once an epoch. How they come into windows is the kind:
 `contiguous` windows go on over the ends of documents; `padded` ones are of one document each, `packed` ones of several.
@@ -160,7 +160,7 @@ def _split(
 
     identity = hashlib.sha256(repr((kind, block, n, tokens.identity)).encode()).hexdigest()
     waste = 1 - counted / (n * block)
-    about = f"{n:,} windows of {block:,} tokens, {counted:,} targets an epoch, {waste:.2%} padding"
+    about = f"{n:,} windows of {block:,} tokens, {counted:,} targets, {waste:.2%} padding"
     return Gathered(n, gather, identity, describe, about)
 
 
