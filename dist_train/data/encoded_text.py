@@ -11,6 +11,7 @@ import numpy as np
 
 from dist_train.data import corpus, encoding, prose
 from dist_train.data.encoding_bar import Bar
+from dist_train.data.tokenizer_file import FromFile
 from dist_train.data.tokenizers import Bytes, Characters, Tokenizer
 from dist_train.data.tokens import Tokens
 from dist_train.errors import ConfigError
@@ -115,8 +116,6 @@ def tokenizer_of(root: Path, name: str | None, end_token: str | None) -> Tokeniz
     """Bytes, or that of a file. Raises ConfigError."""
     if name is None or name == Bytes.name:
         return Bytes()
-    from dist_train.data.tokenizer_file import FromFile
-
     return FromFile(root / name, end_token)
 
 
