@@ -14,13 +14,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.checkpoint import manifest
 from dist_train.config.tree import BackendConfig, CompileConfig, Config
 from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
-from dist_train.tools.finished import finished
+from dist_train.tools.finished import finished, source_of
 from dist_train.tools.options import split
 
 if TYPE_CHECKING:
@@ -68,7 +67,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
         raise ConfigError(f"export: got {launcher.name}, expected to be started alone: python -m dist_train export")
     name = options["--format"]
     path = _output(name, options["--output"], folder)
-    source = _source(options["--which"], folder, config)
+    source = source_of(options["--which"], folder, config)
     config = as_written(config)
     check(config, launcher, writes=False)
 
@@ -99,24 +98,6 @@ def run(argv: list[str], launcher: Launcher) -> int:
     checked = {"samples": samples, "largest_relative_difference": far, "tolerance": tolerance}
     print(json.dumps({"file": str(path), "format": name, "weights": str(source), **about, "verified": checked}))
     return 0
-
-
-def _source(which: str, folder: Path, config: Config) -> Path:
-    """The run's folder for its final weights, or its best checkpoint's. Raises ConfigError."""
-    if which not in ("final", "best"):
-        raise ConfigError(unknown("--which", which, ["final", "best"], "choice"))
-    if which == "final":
-        return folder
-    from dist_train.run import assemble
-
-    data = assemble.read_data(config.data, config.data.download)
-    found = assemble.best(config, assemble.make_task(config, data), data).of(manifest.listed(folder)[0])
-    if found is None:
-        raise ConfigError(
-            f"--which: got best, but {folder} has no checkpoint that was evaluated; expected final, or a run with "
-            f"--checkpoint.every_epochs 1 --checkpoint.keep_best 1"
-        )
-    return found[0]
 
 
 def as_written(config: Config) -> Config:
