@@ -6,7 +6,7 @@ one still has its prompt, the others go on. So nothing is padded, and no mask is
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from dist_train.errors import ConfigError
 from dist_train.models.cache import Cache
 from dist_train.models.decoder import Decoder
 
+# What transformers' models call what they have read, in what they take and give.
+PASTS = ("cache", "past_key_values")
 # Gives the logits of the tokens that it gets next, [rows, tokens, vocab_size], for each row.
 Reader = Callable[[torch.Tensor], torch.Tensor]
 
@@ -58,7 +60,7 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
-        found, order = (logits.double().cpu() / self.temperature).sort(-1, descending=True, stable=True)
+        found, order = (logits.double().cpu() / self.temperature).sort(dim=-1, descending=True, stable=True)
         found = found[:, : self.top_k].softmax(-1)
         before = found.cumsum(-1) - found
         found = found.where((before < self.top_p) | (before == 0), 0.0)
@@ -124,7 +126,7 @@ def reader_of(
     """A function that begins to read, with what was read before forgotten.
 
     Args:
-        model: says what its forward takes: `cache` as `decoder` does, or `past_key_values` as transformers' models do.
+        model: says what its forward takes: `cache` as `decoder` and transformers' models do, or `past_key_values`.
             One that takes neither reads all tokens again for each new one.
         called: the same as it is to be called, such as wrapped by a backend.
         device: of the model.
@@ -133,8 +135,9 @@ def reader_of(
     takes = inspect.signature(model.forward).parameters
     if isinstance(model, Decoder):
         return lambda: _with_cache(called, device, logits_of, Cache(len(model.model.layers)))
-    if "past_key_values" in takes or "use_cache" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
-        return lambda: _with_past(called, device, logits_of)
+    if any(name in takes for name in PASTS) or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        past = next((name for name in PASTS if name in takes), PASTS[0])
+        return lambda: _with_past(called, device, logits_of, past)
     return lambda: _without(called, device, logits_of)
 
 
@@ -144,13 +147,15 @@ def _with_cache(
     return lambda tokens: logits_of(called(input_ids=tokens.to(device), cache=cache))
 
 
-def _with_past(called: Callable[..., Any], device: torch.device, logits_of: Callable[[Any], torch.Tensor]) -> Reader:
+def _with_past(
+    called: Callable[..., Any], device: torch.device, logits_of: Callable[[Any], torch.Tensor], name: str
+) -> Reader:  # fmt: skip
     past: Any = None
 
     def read(tokens: torch.Tensor) -> torch.Tensor:
         nonlocal past
-        outputs = called(input_ids=tokens.to(device), past_key_values=past, use_cache=True)
-        past = outputs["past_key_values"] if isinstance(outputs, Mapping) else outputs.past_key_values
+        outputs = called(input_ids=tokens.to(device), use_cache=True, **{name: past})
+        past = outputs[name]
         return logits_of(outputs)
 
     return read
