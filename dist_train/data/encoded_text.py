@@ -18,14 +18,19 @@ ENCODED = "encoded"  # in data.root, where encoded text is kept
 
 
 def read(
-    root: Path, files: str | None, field: str, name: str | None, end_token: str | None
-) -> tuple[Tokens, Tokenizer]:  # fmt: skip
-    """The text to train on, and what it is encoded by. Raises ConfigError."""
+    root: Path,
+    files: str | None,
+    field: str,
+    name: str | None,
+    end_token: str | None,
+    key: str = "data.args.files",
+) -> tuple[Tokens, Tokenizer]:
+    """The text to train on, and what it is encoded by. Raises ConfigError, which names the key of the files."""
     if files is None:
         texts = prose.topics()
         by = _characters(texts) if name == Characters.name else tokenizer_of(root, name, end_token)
         return _in_memory(texts, by), by
-    sources = corpus.find(root, files, "data.args.files")
+    sources = corpus.find(root, files, key)
     if name != Characters.name:
         by = tokenizer_of(root, name, end_token)
         return _of(_Corpus(root, files, field, sources, by.identity(), by))

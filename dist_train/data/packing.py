@@ -64,9 +64,9 @@ class Packing:
         for bins in classes:
             rows = rests[at : at + bins.count * bins.each].reshape(bins.count, bins.each)
             column = 0
-            for first, each in bins.held:
-                rows[:, column : column + each] = order[first : first + bins.count * each].reshape(-1, each)
-                column += each
+            for first, width in bins.held:
+                rows[:, column : column + width] = order[first : first + bins.count * width].reshape(-1, width)
+                column += width
             at += rows.size
         assert at == len(rests)
         sizes = np.array([int(of_long.sum()), *(bins.count for bins in classes)])

@@ -55,6 +55,7 @@ def _of_rows(data: DataConfig) -> Iterator[str]:
 
 
 TEXT_ARGS = ("files", "test_files", "tokens", "test_tokens", "field", "tokenizer", "end_token")
+PACKINGS = ("contiguous", "packed", "padded")
 
 
 def _text(args: dict[str, Any]) -> Iterator[str]:
@@ -66,6 +67,10 @@ def _text(args: dict[str, Any]) -> Iterator[str]:
     for key in ("block", "vocab_size"):
         if key in given and (type(args[key]) is not int or args[key] < 1):
             yield f"data.args.{key}: got {args[key]!r}, expected a whole number from 1; for example 256"
+    if args.get("packing", PACKINGS[0]) not in PACKINGS:
+        yield f"data.args.packing: got {args['packing']!r}, expected {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}"
+    if "sources" in given:
+        yield from _sources(args, given)
     fraction = args.get("test_fraction", 0.1)
     if type(fraction) not in (int, float) or not 0 <= fraction < 1:
         yield f"data.args.test_fraction: got {fraction!r}, expected a share from 0 to below 1, such as 0.1"
@@ -90,6 +95,33 @@ def _text(args: dict[str, Any]) -> Iterator[str]:
         yield (
             f"data.args.end_token: got {args['end_token']!r} for {args.get('tokenizer') or 'bytes'}, expected it only "
             f"with a tokenizer.json; leave it out"
+        )
+
+
+def _sources(args: dict[str, Any], given: set[str]) -> Iterator[str]:
+    """What a mixture of sources asks."""
+    example = "for example --data.args.sources '[{files: a/*.txt, weight: 0.7}, {files: b/*.txt, weight: 0.3}]'"
+    sources = args["sources"]
+    if not isinstance(sources, list) or not sources or not all(isinstance(one, dict) for one in sources):
+        yield f"data.args.sources: got {sources!r}, expected a list of files and their weights; {example}"
+        return
+    for i, one in enumerate(sources):
+        if set(one) - {"field"} != {"files", "weight"}:
+            got = sorted(map(str, one))
+            yield f"data.args.sources[{i}]: got keys {got}, expected files, weight and maybe field; {example}"
+            continue
+        for key in sorted(set(one) - {"weight"}):
+            if not isinstance(one[key], str) or not one[key]:
+                yield f"data.args.sources[{i}].{key}: got {one[key]!r}, expected text; {example}"
+        weight = one["weight"]
+        if type(weight) not in (int, float) or not 0 < weight < float("inf"):
+            yield f"data.args.sources[{i}].weight: got {weight!r}, expected a finite number above 0; {example}"
+    for key in sorted(given & {"files", "test_files", "tokens", "test_tokens"}):
+        yield f"data.args.{key}: got {args[key]!r} with data.args.sources, expected one of them; leave one out"
+    if args.get("tokenizer") == "characters":
+        yield (
+            "data.args.tokenizer: got characters with data.args.sources, expected one tokenizer for all of them: "
+            "bytes, or a tokenizer.json"
         )
 
 

@@ -2,14 +2,16 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from dist_train.data import encoded_text, token_shards
-from dist_train.data.sets import Data
+from dist_train.data.mixture import mixture
+from dist_train.data.sets import Data, Gathered
 from dist_train.data.tokenizers import Tokenizer
 from dist_train.data.tokens import Tokens
-from dist_train.data.windows import contiguous
+from dist_train.data.windows import contiguous, packed, padded
 from dist_train.errors import ConfigError
 
 KEPT = "tokenizer"  # in a run's folder
@@ -25,6 +27,8 @@ def text(
     tokenizer: str | None = None,
     end_token: str | None = None,
     block: int = 256,
+    packing: Literal["contiguous", "packed", "padded"] = "contiguous",
+    sources: list[dict[str, Any]] | None = None,
     tokens: str | None = None,
     test_tokens: str | None = None,
     vocab_size: int | None = None,
@@ -46,6 +50,10 @@ def text(
         end_token: of a tokenizer.json, the token that ends a document (null: its eos_token, or a usual one such as
             <|endoftext|>).
         block: targets of a sample.
+        packing: how documents come into samples. contiguous: one after another, also over their ends; packed: several
+            in a sample, apart from each other, by one plan with little padding; padded: one in a sample.
+        sources: in place of `files`, several of them, each with its share of the samples: [{files: a/*.txt, weight:
+            0.7}, {files: b/*.jsonl, weight: 0.3, field: body}]. Of each a part is held out, and tested on by itself.
         tokens: files of token numbers, in place of `files`: raw uint16, as nanoGPT writes them, or with
             modded-nanogpt's header.
         test_tokens: the same to test on.
@@ -55,6 +63,8 @@ def text(
         ConfigError: a file that is not there, or not what it should be.
     """
     home, by = Path(root), None
+    if sources is not None:
+        return _mixture(home, sources, test_fraction, field, tokenizer, end_token, block, packing)
     if tokens is not None:
         by = encoded_text.tokenizer_of(home, tokenizer, end_token) if tokenizer is not None else None
         size, below = _sizes(by, vocab_size)
@@ -66,13 +76,40 @@ def text(
         size = by.vocab_size
     if test is None:
         train, test = held_out(train, test_fraction)
+    trained = _windows(train, block, packing, by, tail=False)
+    tested = None if test is None else _windows(test, block, packing, by, tail=True)
+    return _data(trained, tested, size, block, by)
+
+
+def _mixture(
+    home: Path,
+    sources: list[dict[str, Any]],
+    test_fraction: float,
+    field: str,
+    tokenizer: str | None,
+    end_token: str | None,
+    block: int,
+    packing: str,
+) -> Data:
+    """Several sources by weight, each of which is tested on by itself. Raises ConfigError."""
+    by = encoded_text.tokenizer_of(home, tokenizer, end_token)
+    trained, tested = [], {}
+    for i, source in enumerate(sources):
+        key = f"data.args.sources[{i}].files"
+        row, _ = encoded_text.read(home, source["files"], source.get("field", field), tokenizer, end_token, key)
+        train, test = held_out(row, test_fraction)
+        trained.append(_windows(train, block, packing, by, tail=False))
+        if test is not None:
+            tested[f"source_{i}"] = _windows(test, block, packing, by, tail=True)
+    mixed = mixture(trained, [source["weight"] for source in sources])
+    return _data(mixed, tested or None, by.vocab_size, block, by)
+
+
+def _data(
+    train: Gathered, test: Gathered | dict[str, Gathered] | None, size: int, block: int, by: Tokenizer | None
+) -> Data:
     known = {"vocab_size": size, "block": block} | ({} if by is None else {"tokenizer": by})
-    return Data(
-        contiguous(train, block, tokenizer=by),
-        contiguous(test, block, tail=True, tokenizer=by) if test is not None else None,
-        facts=known,
-        keep=None if by is None else partial(_keep, by),
-    )
+    return Data(train, test, facts=known, keep=None if by is None else partial(_keep, by))
 
 
 def held_out(tokens: Tokens, fraction: float) -> tuple[Tokens, Tokens | None]:
@@ -85,6 +122,12 @@ def held_out(tokens: Tokens, fraction: float) -> tuple[Tokens, Tokens | None]:
         near = tokens.starts[max(1, after - 1) : after + 1]  # of many millions only these are read
         cut = int(near[np.abs(near - cut).argmin()])
     return tokens.part(0, cut), tokens.part(cut, len(tokens))
+
+
+def _windows(tokens: Tokens, block: int, packing: str, by: Tokenizer | None, tail: bool) -> Gathered:
+    if packing == "contiguous":
+        return contiguous(tokens, block, tail, by)
+    return {"packed": packed, "padded": padded}[packing](tokens, block, by)
 
 
 def _sizes(by: Tokenizer | None, vocab_size: int | None) -> tuple[int, int]:

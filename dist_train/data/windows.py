@@ -160,7 +160,7 @@ def _split(
 
     identity = hashlib.sha256(repr((kind, block, n, tokens.identity)).encode()).hexdigest()
     waste = 1 - counted / (n * block)
-    about = f"{n:,} windows of {block:,} tokens, {counted:,} targets an epoch, {waste:.2%} padding"
+    about = f"{n:,} windows of {block:,} tokens, {counted:,} targets, {waste:.2%} padding"
     return Gathered(n, gather, identity, describe, about)
 
 

@@ -26,7 +26,7 @@ from dist_train.data.batch_transforms import BatchTransform, BatchTransforms
 from dist_train.data.feed import Feed
 from dist_train.data.order import global_indices, steps_per_epoch
 from dist_train.data.rules import parts_of as transform_of
-from dist_train.data.sets import Columns, Data
+from dist_train.data.sets import Columns, Data, Gathered
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
 from dist_train.loop.evaluate import Evaluation
@@ -103,6 +103,11 @@ class Parts:
         tests = "".join(f", {len(split):,} to test{f' as {n}' if n else ''}" for n, split in self.data.tests.items())
         of_these = f", {trained:,} of them trained" if trained < weights else ""
         return f"{len(self.data.train):,} samples to train on{tests}, {weights:,} weights{of_these}"
+
+    def about(self) -> list[str]:
+        """What the splits are made of, a line each, of those that say it."""
+        splits = self.data.splits.items()
+        return [f"{name}: {split.about}" for name, split in splits if isinstance(split, Gathered) and split.about]
 
     def images(self, seed: int, count: int = 24) -> torch.Tensor | None:
         """The first samples that are trained on, [n, 1 or 3, height, width], uint8 or in [0, 1]; None if a sample is

@@ -211,7 +211,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     if found:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
-    said = [f"backend {trackers.backend}, {parts.describe()}"]  # before the weights are shared out
+    said = [f"backend {trackers.backend}, {parts.describe()}", *parts.about()]  # before the weights are shared out
     if parts.findings.draws and config.train.draws == "keyed":
         said.append(
             f"model: draws by {', '.join(parts.findings.draws)}, which depends on the number of ranks; only dropout "
