@@ -79,7 +79,7 @@ def jobs(home: Path, sources: Sequence[Source], field: str) -> list[Job]:
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """What its token numbers are kept in."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 and not tokenizer.flags else "<u4")
 
 
 def encode(job: Job, tokenizer: Tokenizer, told: Progress) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from language_models import LINES, config, run_of
 
 from dist_train.checkpoint import weights
 from dist_train.config.load import dump, load
-from dist_train.config.tree import Config
 from dist_train.data.tokenizers import Bytes, Characters, Tokenizer
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
@@ -18,29 +17,6 @@ from dist_train.run import assemble
 from dist_train.tools import export, export_hf
 
 CPU = torch.device("cpu")
-LINES = "the quick brown fox jumps over a lazy dog. naïve café owners smile, said Ünal — once more 🙂\n"
-SIZES = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "rope_theta": 500.0, "norm_eps": 1e-6}
-
-
-def config(folder: Path, *argv: str, tokenizer: str = "bytes", **args: Any) -> Config:
-    (folder / "corpus.txt").write_text(LINES * 20)
-    data = ["--data.name=text", f"--data.root={folder}", "--data.args.files=corpus.txt", "--data.args.block=24"]
-    model = ["--model.name=decoder", f"--model.args={json.dumps(SIZES | args)}"]
-    more = [f"--data.args.tokenizer={tokenizer}", "--task.name=language_modelling", "--train.device=cpu"]
-    return load([*data, *model, *more, "--optim.name=AdamW", "--train.global_batch_size=8", *argv])
-
-
-def run_of(folder: Path, cell: Config) -> Path:
-    """What a run leaves, with weights that its seed does not give."""
-    folder.mkdir()
-    parts = assemble.build(cell, CPU)
-    with torch.no_grad():
-        for value in parts.model.parameters():
-            value.mul_(2).add_(0.01 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
-    (folder / "config.yaml").write_text(dump(dataclasses.replace(cell, run=load([]).run)))
-    weights.save_weights(folder, parts.model.state_dict())
-    parts.data.keep(folder)
-    return folder
 
 
 def exported(folder: Path, *argv: str) -> int:
