@@ -8,6 +8,7 @@ from dist_train.data.sets import Data, Gathered
 from dist_train.data.tokenizers import Bytes
 
 IGNORED, BLOCK = -100, 12
+NAMES = ("input_ids", "targets", "position_ids")
 
 
 def packed(root: str, download: bool, n: int = 44, n_test: int = 13, block: int = BLOCK, starts: str = "all") -> Data:
@@ -21,11 +22,11 @@ def packed(root: str, download: bool, n: int = 44, n_test: int = 13, block: int 
         block: tokens of each.
         starts: all: position_ids say where each document begins; none: there are none, and nothing is padded.
     """
-    splits = [_windows(np.random.default_rng(seed), count, block) for seed, count in enumerate((n, n_test))]
-    return Data(
-        *(_split(tree if starts == "all" else _whole(tree), count) for tree, count in zip(splits, (n, n_test))),
-        facts={"vocab_size": Bytes.vocab_size, "block": block, "tokenizer": Bytes()},
-    )
+    made = []
+    for seed, count in enumerate((n, n_test)):
+        tree = _windows(np.random.default_rng(seed), count, block)
+        made.append(_split(tree if starts == "all" else _whole(tree), count))
+    return Data(*made, facts={"vocab_size": Bytes.vocab_size, "block": block, "tokenizer": Bytes()})
 
 
 def _split(tree: dict[str, np.ndarray], count: int) -> Gathered:
@@ -34,7 +35,7 @@ def _split(tree: dict[str, np.ndarray], count: int) -> Gathered:
 
 
 def _windows(draw: np.random.Generator, count: int, block: int) -> dict[str, np.ndarray]:
-    tree = {name: np.zeros((count, block), np.int64) for name in ("input_ids", "targets", "position_ids")}
+    tree = {name: np.zeros((count, block), np.int64) for name in NAMES}
     tree["targets"][:] = IGNORED
     for i in range(count):
         at, end = 0, block if i % 3 else block - 1 - i % 5

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,8 @@ class _Corpus:
     def home(self) -> Path:
         """The folder of the encoded text."""
         told = hashlib.sha256(json.dumps([self.files, self.field, self.kind]).encode()).hexdigest()
-        return self.root / ENCODED / f"{self.sources[0].path.name.partition('.')[0]}-{told[:12]}"
+        name = "-".join(re.findall(r"\w+", Path(self.files).name))
+        return self.root / ENCODED / f"{name or 'text'}-{told[:12]}"
 
 
 def texts(root: Path, files: str | None, field: str) -> Iterator[str]:

@@ -14,7 +14,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.order import Plan
 from dist_train.loop.average import Average
 from dist_train.loop.evaluate import Evaluation
-from dist_train.loop.meter import Control, Meter, Progress, Sink
+from dist_train.loop.meter import Control, Meter, Progress, Sink, Speed
 from dist_train.models.draws import Draws
 from dist_train.ranks.dist import World
 from dist_train.tasks.base import Task
@@ -38,6 +38,7 @@ class Work:
         after_step: called after every step, with its metrics; saves checkpoints.
         progress: of a checkpoint whose state was loaded; None at the start.
         averaged: the average of the weights, where it was made before; see `average`.
+        peak_s: see Speed.
     """
 
     config: Config
@@ -53,6 +54,7 @@ class Work:
     after_step: Callable[[Meter], None]
     progress: Progress | None = None
     averaged: Average | None = None
+    peak_s: float | None = None
 
     @cached_property
     def average(self) -> Average:
@@ -80,7 +82,14 @@ class Work:
         """Counts the steps, from the first that is asked of it."""
         cfg, control = self.config.track, self.control
         return Meter(
-            self.tracker, self.total_steps, self.plan, cfg.every_steps, self.world.device, control, self.progress
+            self.tracker,
+            self.total_steps,
+            self.plan,
+            cfg.every_steps,
+            self.world.device,
+            control,
+            self.progress,
+            Speed(self.task.unit, self.peak_s),
         )
 
     def evaluate(self, last: bool = False) -> None:

@@ -27,7 +27,7 @@ def chunked_loss(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tens
         kind = hidden.device.type
         short = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         losses = _Chunked.apply(rows, weight, numbers, short)
-    return losses.view(targets.shape)
+    return losses.view(targets.shape).clone()  # as fully_shard warns of a model that returns a view
 
 
 class _Chunked(torch.autograd.Function):

@@ -104,8 +104,8 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, sizes: tuple[int, int, int], mlp_width: int, norm_eps: float, dropout: float):
         super().__init__()
-        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, norm_eps), nn.RMSNorm(width, norm_eps)
         self.self_attn, self.mlp = Attention(width, sizes, dropout), MLP(width, mlp_width)
+        self.input_layernorm, self.post_attention_layernorm = nn.RMSNorm(width, norm_eps), nn.RMSNorm(width, norm_eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -123,8 +123,9 @@ class Attention(nn.Module):
         super().__init__()
         self.sizes, self.dropout = sizes, dropout
         heads, kv_heads, size = sizes
-        self.q_proj, self.o_proj = (nn.Linear(*of, bias=False) for of in ((width, heads * size), (heads * size, width)))
+        self.q_proj = nn.Linear(width, heads * size, bias=False)
         self.k_proj, self.v_proj = (nn.Linear(width, kv_heads * size, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(heads * size, width, bias=False)
 
     def forward(
         self, x: torch.Tensor, angles: Angles, mask: torch.Tensor | None, cache: KeyValues | None

@@ -12,10 +12,14 @@ import numpy as np
 import pytest
 
 import dist_train
-from dist_train.data import corpus, encoded_text
+from dist_train.data import corpus, encoded_text, tokenizers
 from dist_train.data.tokenizer_file import FromFile, trained
 from dist_train.data.tokenizers import Bytes
 from dist_train.errors import ConfigError
+from dist_train.ranks.launcher import Launcher
+from dist_train.tools import tokenize
+
+from zygote import Run, Zygote
 
 ROOT = Path(dist_train.__file__).parents[1]
 DOCUMENTS = [f"Document {i}, über {'language and ' * (i % 40)}models.\nIts second line.\n\n" for i in range(600)]
@@ -23,8 +27,8 @@ DOCUMENTS = [f"Document {i}, über {'language and ' * (i % 40)}models.\nIts seco
 READ = """
 import os, signal, sys
 from pathlib import Path
-from dist_train.data import corpus, encoded_text
-corpus.UNIT_BYTES, corpus.PIECE_BYTES, corpus.SEARCHED_BYTES, encoding.ALONE_BYTES = 20_000, 3_000, 500, int(sys.argv[4])
+from dist_train.data import corpus, encoded_text, encoding
+corpus.UNIT_BYTES, corpus.PIECE_BYTES, encoding.ALONE_BYTES = 20_000, 3_000, int(sys.argv[4])
 {planted}
 tokens, by = encoded_text.read(Path(sys.argv[1]), sys.argv[2], "text", sys.argv[3], None)
 print(len(tokens), len(tokens.starts), tokens.identity)
@@ -122,7 +126,7 @@ def test_each_format_gives_the_same_documents(files: str, made: Path, tmp_path: 
 def test_a_long_document_is_cut_where_words_end(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """As the tokenizer encodes it whole, over pieces and units."""
     monkeypatch.setattr(encoded_text, "ENCODED", str(tmp_path))
-    for name, value in {"UNIT_BYTES": 20_000, "PIECE_BYTES": 3_000, "SEARCHED_BYTES": 500}.items():
+    for name, value in {"UNIT_BYTES": 20_000, "PIECE_BYTES": 3_000, "SEARCHED_BYTES": 1_000}.items():
         monkeypatch.setattr(corpus, name, value)
     tokens, by = encoded_text.read(made, "one.txt", "text", "tok.json", None)
     assert len(tokens.shards) > 5 and tokens.starts.tolist() == [0]
@@ -168,13 +172,11 @@ def test_two_processes_at_once_encode_once(made: Path, tmp_path: Path):
     assert sorted(err.count("unit") for _, err in both) == [0, units]
 
 
-def test_what_has_changed_is_encoded_again_and_nothing_else(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(corpus, "UNIT_BYTES", 100)
+def test_what_has_changed_is_encoded_again_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(corpus, "UNIT_BYTES", 110)
     for name, text in {"a.txt": "first\n" * 15, "b.txt": "second\n" * 15, "c.txt": "third\n" * 15}.items():
         (tmp_path / name).write_text(text)
-    units: list[str] = []
+    units, by = [], Bytes()
     encode = Bytes.encode
     monkeypatch.setattr(Bytes, "encode", lambda self, text: units.append(text.split()[0]) or encode(self, text))
 
@@ -190,8 +192,8 @@ def test_what_has_changed_is_encoded_again_and_nothing_else(
     (tmp_path / "b.txt").write_text("other.\n" * 15)  # of the same size
     second = encoded()
     assert units == ["other."] and second.identity != first.identity
-    assert bytes(second.at(np.arange(len(second))) % 256).count(b"other.") == 15
-    assert bytes(first.at(np.arange(len(first))) % 256).count(b"second") == 15, "who reads the old one goes on with it"
+    assert by.decode(second.at(np.arange(len(second)))).count("other.") == 15
+    assert by.decode(first.at(np.arange(len(first)))).count("second") == 15, "who reads the old one goes on with it"
     (tmp_path / "a.txt").unlink()
     assert len(encoded().starts) == 2 and not units
     (home,) = (tmp_path / "encoded").iterdir()
@@ -216,3 +218,70 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path):
     (tmp_path / "encoded").write_text("a file")
     with pytest.raises(ConfigError, match="data.root: got .* cannot be written"):
         encoded_text.read(tmp_path, "a.txt", "text", "bytes", None)
+
+
+SMALL = [
+    "--model.name",
+    "decoder",
+    "--model.args",
+    "{layers: 1, width: 32, heads: 1}",
+    "--task.name",
+    "language_modelling",
+]
+SMALL += ["--train.max_steps", "2", "--train.device", "cpu", "--data.name", "text"]
+
+
+def test_ranks_encode_once_and_the_run_keeps_its_tokenizer(made: Path, tmp_path: Path, zygote: Zygote):
+    own(made, tmp_path, "one.txt")
+    argv = [*SMALL, "--data.root", str(tmp_path), "--run.dir", str(tmp_path / "run")]
+    argv += ["--data.args", "{files: one.txt, tokenizer: characters, block: 16}"]
+    (ended,) = zygote.run(Run(argv, ranks=2))
+    ended.check()
+    assert "".join(ended.err).count("encoded 1 documents") == 1
+    (tmp_path / "one.txt").unlink()
+    kept = tokenizers.load(tmp_path / "run" / "tokenizer")
+    assert kept.vocabulary == "".join(sorted(set("".join(DOCUMENTS))))
+
+
+def command(capsys: pytest.CaptureFixture, *argv: str) -> dict:
+    assert tokenize.run(list(argv), Launcher("none", world_size=1, local_world_size=1)) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_the_command_trains_a_tokenizer_and_encodes(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    own(made, tmp_path, "all.jsonl.gz", "all.parquet")
+    given = ["--data.root", str(tmp_path), "--data.args.files", "all.jsonl.gz"]
+    mine = tmp_path / "mine.json"
+    told = command(capsys, *given, "--vocab", "400", "--output", str(mine))
+    assert mine.read_bytes() == (made / "tok.json").read_bytes(), "the same text gives the same tokenizer"
+    assert told | {"tokens": 0} == {"tokenizer": "tokenizer.json", "vocab_size": 400, "tokens": 0, "documents": 600}
+    (home,) = (tmp_path / "encoded").iterdir()
+    before = (home / "manifest.json").stat().st_mtime_ns
+    tests = ["--data.args.test_files", "all.parquet", "--data.args.tokenizer", "mine.json"]
+    told = command(capsys, *given, *tests)
+    assert told["test_tokens"] == told["tokens"] and told["test_documents"] == 600
+    assert (home / "manifest.json").stat().st_mtime_ns == before
+
+
+REFUSED = {
+    "--vocab: got 256, expected a number of tokens from 257": ["--vocab", "256", "--output", "a.json"],
+    "tokenize: got --vocab alone, expected both": ["--vocab", "300"],
+    "data.name: got digits, expected text": ["--data.name", "digits"],
+    "data.args.tokenizer: got bytes with --vocab": [
+        "--vocab",
+        "300",
+        "--output",
+        "a",
+        "--data.args.tokenizer",
+        "bytes",
+    ],
+    "data.args.tokens: got token numbers": ["--data.args", "{tokens: a.bin, vocab_size: 9}"],
+}
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_the_command_refuses(said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as error:
+        tokenize.run(REFUSED[said], Launcher("none", world_size=1, local_world_size=1))
+    assert error.value.lines[0].startswith(said) and not any(tmp_path.iterdir())
