@@ -23,11 +23,13 @@ class Tokenizer(ABC):
         name: as in the config, such as bytes; of a file, its name.
         vocab_size: token numbers are below it.
         end: the number of the token that ends a document; None where there is none.
+        flags: whether the numbers that `encode` gives have flags in them, see chat.py.
     """
 
     name: str
     vocab_size: int
     end: int | None = None
+    flags: bool = False
 
     @abstractmethod
     def encode(self, text: str) -> np.ndarray:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dist_train.data.chat import Chat
 from dist_train.data.tokenizer_base import CONFIG, END, FILE, KIND, Tokenizer, byte_characters
 from dist_train.data.tokenizer_file import FromFile
 from dist_train.errors import ConfigError
@@ -98,6 +99,8 @@ def load(folder: Path) -> Tokenizer:
         raise ConfigError(
             f"tokenizer: got {folder}, expected {FILE} and {CONFIG} in it, as a run leaves them: {error!r}"
         ) from None
+    if kind == Chat.name:
+        return Chat(FromFile(folder))
     return FromFile(folder)
 
 
