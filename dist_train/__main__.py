@@ -15,7 +15,10 @@ from dist_train.ranks.launcher import Launcher, clean_argv, detect
 from dist_train.ranks.speech import escape_unprintable, mark_warnings
 from dist_train.run.check import check
 
-TOOLS = ("bench", "doctor", "eval", "explain", "export", "inspect", "parity", "replay", "report", "runs", "tokenize")
+TOOLS = (
+    *("bench", "doctor", "eval", "explain", "export", "generate", "inspect", "parity", "replay", "report", "runs"),
+    "tokenize",
+)
 
 
 def main() -> None:

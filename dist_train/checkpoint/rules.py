@@ -33,7 +33,7 @@ def resumes(config: Config) -> bool:
 
 def _init_from(config: Config) -> Iterator[str]:
     name = config.model.init_from
-    sources = f"the folder of a run or of a checkpoint, or a {', '.join(WEIGHT_FILES)} file"
+    sources = f"the folder of a run, of a checkpoint or of save_pretrained, or a {', '.join(WEIGHT_FILES)} file"
     if name is None:
         if config.model.init_strict:
             yield "model.init_strict: got true without model.init_from, expected both or neither; leave it out"
@@ -43,25 +43,27 @@ def _init_from(config: Config) -> Iterator[str]:
         return  # from a checkpoint, which has all the weights; the file may be gone
     if not os.path.exists(name):  # False as well for a name that no file can have
         yield f"model.init_from: got {name!r}, which is not there; expected {sources}"
-    elif path.name == SHARDED or (path / SHARDED).is_file():
+    elif path.name == SHARDED:
         yield (
-            f"model.init_from: got {name}, whose tensors are in several files ({SHARDED}), expected one file; read "
-            f"each with safetensors.torch.load_file, and write all of their tensors with save_file"
+            f"model.init_from: got {name}, the index of several files, expected their folder; write --model.init_from "
+            f"{path.parent}"
         )
-    elif (path / PRETRAINED).is_file() and not (path / WEIGHTS).is_file():
-        yield (
-            f"model.init_from: got {name}, a folder as save_pretrained leaves it, expected the file of its weights; "
-            f"write --model.init_from {path / PRETRAINED}"
-        )
+    elif path.is_dir() and ((path / SHARDED).is_file() or (path / PRETRAINED).is_file()):
+        if not (path / WEIGHTS).is_file() and find_spec("safetensors") is None:
+            yield _no_safetensors(name)
     elif path.is_dir() and not (path / WEIGHTS).is_file() and not manifest.listed(path)[0]:
         yield f"model.init_from: got {name}, a folder without {WEIGHTS} and without checkpoints; expected {sources}"
     elif path.is_file() and path.suffix not in WEIGHT_FILES:
         yield f"model.init_from: got {name}, expected {sources}"
     elif path.suffix == ".safetensors" and find_spec("safetensors") is None:
-        yield (
-            f"model.init_from: got {name}, but safetensors is not installed; pip install 'dist-train[export]', or give "
-            f"a .pt file"
-        )
+        yield _no_safetensors(name)
+
+
+def _no_safetensors(name: str) -> str:
+    return (
+        f"model.init_from: got {name}, but safetensors is not installed; pip install 'dist-train[export]', or give a "
+        f".pt file"
+    )
 
 
 def _saving(config: Config) -> Iterator[str]:

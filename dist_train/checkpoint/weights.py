@@ -1,6 +1,7 @@
 """Weights in files: those that a run leaves, and those that another starts from. Nothing in a file is executed."""
 
 import gc
+import json
 import re
 import warnings
 import zipfile
@@ -14,7 +15,7 @@ from torch import nn
 
 from dist_train.backends.precision import cast
 from dist_train.checkpoint import manifest
-from dist_train.checkpoint.rules import WEIGHTS
+from dist_train.checkpoint.rules import PRETRAINED, SHARDED, WEIGHTS
 from dist_train.errors import ConfigError
 from dist_train.whole import whole
 
@@ -49,7 +50,8 @@ def read(path: Path, option: str = "model.init_from") -> State:
 
     Args:
         path: a run's folder, finished or with checkpoints, of which the newest whole one is read; the folder of a
-            checkpoint; or a file: .safetensors, or a state dict that torch.save wrote, also below "model" or
+            checkpoint; one that save_pretrained has left, with one file of weights or several; or a file:
+            .safetensors, or a state dict that torch.save wrote, also below "model" or
             "state_dict" in it.
         option: the config path that an error names.
 
@@ -57,6 +59,10 @@ def read(path: Path, option: str = "model.init_from") -> State:
         ConfigError: the file is damaged, or holds anything but tensors.
     """
     if path.is_dir() and not (path / WEIGHTS).is_file():
+        if (path / SHARDED).is_file():
+            return _read_shards(path, option)
+        if (path / PRETRAINED).is_file():
+            return read(path / PRETRAINED, option)
         return _read_checkpoint(path, option)
     path = path / WEIGHTS if path.is_dir() else path
     try:
@@ -75,6 +81,24 @@ def read(path: Path, option: str = "model.init_from") -> State:
         if not isinstance(name, str) or not _is_plain(value):
             raise ConfigError(f"{option}: got {path}, where {name!r} is {_kind(value)}, expected tensors alone")
     return {name: value.detach() for name, value in tree.items()}
+
+
+def _read_shards(folder: Path, option: str) -> State:
+    """The tensors of several files, as their index names them."""
+    try:
+        where = json.loads((folder / SHARDED).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(where.values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{option}: got {folder / SHARDED}, which cannot be read: {error!r}") from None
+    found: State = {}
+    for name in files:
+        if Path(name).name != name:
+            raise ConfigError(f"{option}: got {folder / SHARDED}, which names {name!r}, expected files beside it")
+        found |= read(folder / name, option)
+    missing = [name for name in where if name not in found]
+    if missing:
+        raise ConfigError(f"{option}: got {folder}, whose files lack {missing[0]} of {SHARDED}, expected all of them")
+    return found
 
 
 def _read_checkpoint(place: Path, option: str) -> State:

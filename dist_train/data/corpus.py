@@ -19,6 +19,7 @@ from dist_train.errors import ConfigError
 
 KINDS = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 UNIT_BYTES, MOST_UNITS = 16 << 20, 2048  # of text that is encoded at once, unless there would be more units
+AS_JSON = "json:"  # before the name of a field whose value is no text, and is kept as JSON
 PIECE_BYTES = 1 << 18  # of a long document that is encoded at once
 # Where a tokenizer's words end, in nearly all of them: at the end of a line, before another one.
 SEAM, SEARCHED_BYTES = re.compile(rb"\S\n(?=\S)"), 1 << 16
@@ -179,6 +180,10 @@ def documents(sources: Sequence[Source], spans: Sequence[Span], field: str) -> I
     """
     for span in spans:
         source = sources[span.source]
+        if field.startswith(AS_JSON) and source.kind not in (".jsonl", ".jsonl.gz"):
+            raise ConfigError(
+                f"data.args.files: got {source.name}, expected chats in .jsonl files, with messages in each line"
+            )
         read = {".txt": _plain, ".parquet": _rows}.get(source.kind, _lines)
         try:
             yield from read(source, span, field)
@@ -234,15 +239,16 @@ def _lines(source: Source, span: Span, field: str) -> Iterator[Piece]:
                 return
             at, number = at + len(line), number + 1
             if line.strip():
-                wrong, text = _of_line(line, field)
+                wrong, text = _of_line(line, field.removeprefix(AS_JSON), field.startswith(AS_JSON))
                 if wrong:
                     before = 0 if gz else _count_lines(source.path, span.first)
                     raise ConfigError(f"{source.name} line {before + number:,}: {wrong}")
                 after = f" after byte {span.first:,}" if span.first else ""
-                yield from _document(text, f"{source.name}{after} line {number:,}")
+                where = f"{source.name}{after} line {number:,}"
+                yield from [Piece(text, True, True, where)] if field.startswith(AS_JSON) else _document(text, where)
 
 
-def _of_line(line: bytes, field: str) -> tuple[str, str]:
+def _of_line(line: bytes, field: str, as_json: bool) -> tuple[str, str]:
     """What is wrong with a line; its text."""
     try:
         row = json.loads(line)
@@ -253,6 +259,8 @@ def _of_line(line: bytes, field: str) -> tuple[str, str]:
     if field not in row:
         names = ", ".join(map(repr, row)) or "none"
         return f"got no field {field!r} (its fields: {names}), expected text there; write --data.args.field NAME", ""
+    if as_json:
+        return "", json.dumps(row[field])
     return not_text(row[field], field), row[field]
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.data import corpus, encoding, prose
+from dist_train.data.chat import Chat
 from dist_train.data.encoding_bar import Bar
-from dist_train.data.tokenizers import Bytes, Characters, Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
+from dist_train.data.tokenizer_file import FromFile
+from dist_train.data.tokenizers import Bytes, Characters
 from dist_train.data.tokens import Tokens
 from dist_train.errors import ConfigError
 
@@ -25,15 +28,19 @@ def read(
     name: str | None,
     end_token: str | None,
     key: str = "data.args.files",
+    chat: bool = False,
 ) -> tuple[Tokens, Tokenizer]:
-    """The text to train on, and what it is encoded by. Raises ConfigError, which names the key of the files."""
+    """The text to train on, and what it is encoded by. Raises ConfigError, which names the key of the files.
+
+    With `chat` each document is a list of messages, and the tokenizer that of chats.
+    """
     if files is None:
         texts = prose.topics()
         by = _characters(texts) if name == Characters.name else tokenizer_of(root, name, end_token)
         return _in_memory(texts, by), by
     sources = corpus.find(root, files, key)
     if name != Characters.name:
-        by = tokenizer_of(root, name, end_token)
+        by = _of_chats(root, name, end_token) if chat else tokenizer_of(root, name, end_token)
         return _of(_Corpus(root, files, field, sources, by.identity(), by))
     return _of(_Corpus(root, files, field, sources, name, None))
 
@@ -115,9 +122,12 @@ def tokenizer_of(root: Path, name: str | None, end_token: str | None) -> Tokeniz
     """Bytes, or that of a file. Raises ConfigError."""
     if name is None or name == Bytes.name:
         return Bytes()
-    from dist_train.data.tokenizer_file import FromFile
-
     return FromFile(root / name, end_token)
+
+
+def _of_chats(root: Path, name: str | None, end_token: str | None) -> Tokenizer:
+    assert name is not None  # by the rules
+    return Chat(FromFile(root / name, end_token))
 
 
 def _characters(texts: Iterable[str]) -> Characters:

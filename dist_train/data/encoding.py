@@ -24,7 +24,7 @@ import numpy as np
 from dist_train.data import corpus, tokenizers
 from dist_train.data.corpus import Source, Span
 from dist_train.data.encoding_bar import Bar
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokens import Tokens
 from dist_train.errors import ConfigError
 from dist_train.whole import whole, write_text
@@ -79,7 +79,7 @@ def jobs(home: Path, sources: Sequence[Source], field: str) -> list[Job]:
 
 def dtype_of(tokenizer: Tokenizer) -> np.dtype:
     """What its token numbers are kept in."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 and not tokenizer.flags else "<u4")
 
 
 def encode(job: Job, tokenizer: Tokenizer, told: Progress) -> dict[str, Any]:

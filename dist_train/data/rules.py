@@ -71,6 +71,7 @@ def _text(args: dict[str, Any]) -> Iterator[str]:
         yield f"data.args.packing: got {args['packing']!r}, expected {', '.join(PACKINGS[:-1])} or {PACKINGS[-1]}"
     if "sources" in given:
         yield from _sources(args, given)
+    yield from _format(args, given)
     fraction = args.get("test_fraction", 0.1)
     if type(fraction) not in (int, float) or not 0 <= fraction < 1:
         yield f"data.args.test_fraction: got {fraction!r}, expected a share from 0 to below 1, such as 0.1"
@@ -95,6 +96,22 @@ def _text(args: dict[str, Any]) -> Iterator[str]:
         yield (
             f"data.args.end_token: got {args['end_token']!r} for {args.get('tokenizer') or 'bytes'}, expected it only "
             f"with a tokenizer.json; leave it out"
+        )
+
+
+def _format(args: dict[str, Any], given: set[str]) -> Iterator[str]:
+    if args.get("format", "text") not in ("text", "chat"):
+        yield f"data.args.format: got {args['format']!r}, expected text or chat"
+    if args.get("format") != "chat":
+        return
+    for key in sorted(given & {"sources", "tokens"}):
+        yield f"data.args.format: got chat with {key}, expected it with data.args.files; leave one out"
+    if not {"files", "sources", "tokens"} & given:
+        yield "data.args.format: got chat without data.args.files, expected chats; for example --data.args.files chats"
+    if args.get("tokenizer") in (None, "bytes", "characters"):
+        yield (
+            f"data.args.tokenizer: got {args.get('tokenizer')} with data.args.format chat, expected the tokenizer.json "
+            f"of a model with a chat template beside it"
         )
 
 

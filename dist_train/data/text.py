@@ -7,9 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dist_train.data import encoded_text, token_shards
+from dist_train.data.chat import Chat, answers_only
+from dist_train.data.corpus import AS_JSON
 from dist_train.data.mixture import mixture
 from dist_train.data.sets import Data, Gathered
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokens import Tokens
 from dist_train.data.windows import contiguous, packed, padded
 from dist_train.errors import ConfigError
@@ -32,6 +34,7 @@ def text(
     tokens: str | None = None,
     test_tokens: str | None = None,
     vocab_size: int | None = None,
+    format: Literal["text", "chat"] = "text",
 ) -> Data:
     """Text as tokens; a sample is a window of them, with the token that follows each.
 
@@ -58,6 +61,8 @@ def text(
             modded-nanogpt's header.
         test_tokens: the same to test on.
         vocab_size: that the numbers of `tokens` are below (null: that of the tokenizer).
+        format: what documents are. chat: each line of .jsonl has a list of {role, content} as `field` (there:
+            messages), which the chat template of the tokenizer makes text of; the loss is on the answers alone.
 
     Raises:
         ConfigError: a file that is not there, or not what it should be.
@@ -70,6 +75,8 @@ def text(
         size, below = _sizes(by, vocab_size)
         train = token_shards.read(home, tokens, "data.args.tokens", below)
         test = None if test_tokens is None else token_shards.read(home, test_tokens, "data.args.test_tokens", below)
+    elif format == "chat":
+        return _chats(home, files, test_files, test_fraction, field, tokenizer, end_token, block, packing)
     else:
         train, by = encoded_text.read(home, files, field, tokenizer, end_token)
         test = None if test_files is None else encoded_text.read_test(home, test_files, field, by)
@@ -79,6 +86,29 @@ def text(
     trained = _windows(train, block, packing, by, tail=False)
     tested = None if test is None else _windows(test, block, packing, by, tail=True)
     return _data(trained, tested, size, block, by)
+
+
+def _chats(
+    home: Path,
+    files: str | None,
+    test_files: str | None,
+    test_fraction: float,
+    field: str,
+    tokenizer: str | None,
+    end_token: str | None,
+    block: int,
+    packing: str,
+) -> Data:
+    """Chats, of which a model learns the answers. Raises ConfigError."""
+    field = AS_JSON + ("messages" if field == "text" else field)
+    train, by = encoded_text.read(home, files, field, tokenizer, end_token, chat=True)
+    test = None if test_files is None else encoded_text.read_test(home, test_files, field, by)
+    if test is None:
+        train, test = held_out(train, test_fraction)
+    assert isinstance(by, Chat)
+    trained = answers_only(_windows(train, block, packing, by, tail=False))
+    tested = None if test is None else answers_only(_windows(test, block, packing, by, tail=True))
+    return _data(trained, tested, by.vocab_size, block, by.inner)
 
 
 def _mixture(

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.tokenizers import CONFIG, END, FILE, Tokenizer, byte_characters
+from dist_train.data.tokenizer_base import CONFIG, END, FILE, Tokenizer, byte_characters
 from dist_train.errors import ConfigError
 
 # Of the tokenizers that people use, what ends a document.
 ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]")
+TEMPLATE = "chat_template.jinja"
 PATH = "data.args.tokenizer"
 
 
@@ -65,7 +66,7 @@ class FromFile(Tokenizer):
         self.vocab_size = max(self.vocabulary.values(), default=-1) + 1
         if not self.vocab_size:
             raise ConfigError(f"{PATH}: got {path} with an empty vocabulary, expected tokens")
-        self.config = _config(path.with_name(CONFIG))
+        self.config = _config(path.with_name(CONFIG)) | _template(path.with_name(TEMPLATE))
         named = self.config.get("eos_token")
         of_config = named["content"] if isinstance(named, dict) else named
         wanted = end_token or (of_config if of_config in self.vocabulary else None)
@@ -80,6 +81,16 @@ class FromFile(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         """See Tokenizer. A special token that is written in the text is that token."""
         return np.array(self._inner.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int64)
+
+    def with_places(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Token numbers of a text, and the character that each begins at, int64 [tokens] each."""
+        found = self._inner.encode(text, add_special_tokens=False)
+        return np.array(found.ids, np.int64), np.array([first for first, _ in found.offsets], np.int64)
+
+    @property
+    def of_library(self) -> Any:
+        """A tokenizer of the library."""
+        return library().Tokenizer.from_str(self.text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -149,6 +160,14 @@ def _config(path: Path) -> dict[str, Any]:
             f"{PATH}: got {path}, which cannot be read: {error}; expected JSON, or no such file"
         ) from None
     return found if isinstance(found, dict) else {}
+
+
+def _template(path: Path) -> dict[str, str]:
+    """Of chats, where it has a file of its own."""
+    try:
+        return {"chat_template": path.read_text(encoding="utf-8")}
+    except (OSError, UnicodeDecodeError):
+        return {}
 
 
 def _parts(decoder: Any) -> Iterator[dict[str, Any]]:

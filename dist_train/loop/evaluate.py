@@ -1,6 +1,7 @@
 """Evaluation: sums over every sample of a split, each counted once at any world size, and divided once."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,8 @@ class Evaluation:
         """
         phases = phases or Phases()
         phases("evaluate")
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        model.training = False  # DeepSpeed's engine passes eval() on, and stays as it was itself
         found: dict[str, float] = {}
-        try:
+        with in_eval(model):
             for name, feed in self.splits.items():
                 totals = self._split(model, feed, phases, self.examiners.get(name) if last else None)
                 if last:
@@ -68,9 +66,6 @@ class Evaluation:
                 metrics = self.task.metrics(totals)
                 section = f"eval/{name}/" if name else "eval/"
                 found |= {f"{section}{key}": float(value) for key, value in metrics.items()}
-        finally:
-            for module, training in modes:
-                module.training = training
         return found
 
     @torch.no_grad()
@@ -99,6 +94,19 @@ class Evaluation:
         mine = np.arange(n)[share(n, rank, size)]
         count = pieces(n, size, self.at_once)
         yield from (mine[share(len(mine), i, count)] for i in range(count))
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """With the model in eval mode; each of its modules is left in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    model.training = False  # DeepSpeed's engine passes eval() on, and stays as it was itself
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _none_of(batch: Batch, outputs: Any) -> tuple[Batch, Any]:

@@ -45,6 +45,22 @@ class Recorder:
             self.steps.append(metrics)
 
 
+@dataclass(frozen=True)
+class Speed:
+    """What the speed of a run is said in.
+
+    Args:
+        unit: that the loss is a mean over; see Task.unit.
+        peak_s: seconds that a sample takes on all devices of the run at their peak; None where that is not known.
+    """
+
+    unit: str = "samples"
+    peak_s: float | None = None
+
+
+SAMPLES = Speed()
+
+
 @dataclass
 class Result:
     """What a run has done so far.
@@ -53,6 +69,7 @@ class Result:
         steps: optimizer steps.
         epochs: passes over the data, with the part of the last one.
         samples: samples seen, over all ranks.
+        units: of the task, likewise.
         train_s: seconds of training, evaluation left out.
         step_ms: durations of steps in milliseconds; on an accelerator, means between log points.
         first_step_s: seconds of the first step, its compilation included; on an accelerator, until it was launched.
@@ -68,6 +85,7 @@ class Result:
     steps: int = 0
     epochs: float = 0.0
     samples: int = 0
+    units: float = 0.0
     train_s: float = 0.0
     step_ms: list[float] = field(default_factory=list)
     first_step_s: float = 0.0
@@ -77,6 +95,10 @@ class Result:
     cached_graphs: int = 0
     evaluation: dict[str, float] = field(default_factory=dict)
     profile: Metrics = field(default_factory=dict)
+
+    def rates(self, unit: str) -> dict[str, float]:
+        """Units and samples a second of training, by their names."""
+        return {unit: self.units / self.train_s} | {"samples": self.samples / self.train_s}
 
 
 @dataclass
@@ -111,14 +133,15 @@ class Meter:
         device: what the steps run on.
         control: what may end the run early.
         progress: of the run so far, where it goes on from a checkpoint.
+        speed: what its speed is said in.
     """
 
     def __init__(
         self, tracker: Sink, total_steps: int, plan: Plan, every_steps: int, device: torch.device,
-        control: Control, progress: Progress | None = None,
+        control: Control, progress: Progress | None = None, speed: Speed = SAMPLES,
     ):  # fmt: skip
         self.tracker, self.total_steps, self.plan = tracker, total_steps, plan
-        self.every_steps = every_steps
+        self.every_steps, self.speed = every_steps, speed
         self.steps_per_epoch = plan.steps_per_epoch
         self.requests, self.phases, self.stops_on_nan = control.requests, control.phases, control.stops_on_nan
         self.norm_stops = control.stops_on_nan and not control.norm_overflows
@@ -213,7 +236,9 @@ class Meter:
         if not math.isfinite(total):
             total = self._not_finite(np.array(rows)[:, : len(sums)], first, losses)
         self.interval_loss += total
-        self.interval_units += _total([units for _, units in self.taken.values()])
+        units = _total([units for _, units in self.taken.values()])
+        self.interval_units += units
+        self.result.units += units
         self.losses, self.of_step, self.taken = [], [], {}
         return [dict(zip(NAMES, row[len(sums) :], strict=True)) for row in rows]
 
@@ -266,19 +291,23 @@ class Meter:
         steps = self.result.steps - self.logged_steps
         if not self.on_cpu:
             self.result.step_ms.append(seconds / steps * 1e3)
-        rate = self.interval_samples / seconds
+        unit, peak_s, rate = self.speed.unit, self.speed.peak_s, self.interval_samples / seconds
+        rates = {unit: self.interval_units / seconds} | {"samples": rate}
+        mfu = None if peak_s is None else rate * peak_s
         self.tracker.log(
             self._now()
             | {
                 "train/loss": loss,
                 "train/grad_norm": float(norm) if norm is not None else float("nan"),
                 "train/lr": lr,
-                "train/samples_per_s": rate,
+                **{f"train/{name}_per_s": rate for name, rate in rates.items()},
             }
+            | ({} if mfu is None else {"train/mfu": mfu})
             | ({"train/skipped_steps": self.skipped_steps} if self.skipped_steps else {})
             | _by_rank(by_rank, steps),
             f"step {self.result.steps}/{self.total_steps}  epoch {self.epoch:.2f}  loss {loss:.4f}  lr {lr:.3g}  "
-            f"{rate:,.0f} samples/s  ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
+            f"{rates[unit]:,.0f} {unit}/s  {'' if mfu is None else f'MFU {mfu:.1%}  '}"
+            f"ETA {duration((self.total_steps - self.result.steps) * seconds / steps)}",
         )
         self.interval_samples, self.interval_loss, self.interval_units = 0, 0.0, 0.0
         self.logged_steps, self.interval_begin = self.result.steps, time.perf_counter()
@@ -301,8 +330,9 @@ class Meter:
         """What a checkpoint keeps, so that a resumed run's metrics go on: on every rank the same counts. Collective."""
         self._sum_losses()
         now = time.perf_counter()
-        counts = {"steps": self.result.steps, "samples": self.result.samples, "logged_steps": self.logged_steps}
+        counts = {"steps": self.result.steps, "samples": self.result.samples, "units": self.result.units}
         interval = {
+            "logged_steps": self.logged_steps,
             "interval_samples": self.interval_samples,
             "interval_loss": self.interval_loss,
             "interval_units": self.interval_units,
@@ -314,6 +344,7 @@ class Meter:
         """Goes on from what `progress` gave."""
         self.first_step = self.result.steps = int(progress["steps"])
         self.result.samples, self.logged_steps = int(progress["samples"]), int(progress["logged_steps"])
+        self.result.units = progress.get("units", 0.0)  # of an older checkpoint
         self.interval_samples = int(progress["interval_samples"])
         self.interval_loss, self.interval_units = progress["interval_loss"], progress["interval_units"]
         self.begin -= progress["time_s"]

@@ -14,7 +14,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.order import Plan
 from dist_train.loop.average import Average
 from dist_train.loop.evaluate import Evaluation
-from dist_train.loop.meter import Control, Meter, Progress, Sink
+from dist_train.loop.meter import Control, Meter, Progress, Sink, Speed
 from dist_train.loop.verdicts import Alarm
 from dist_train.models.draws import Draws
 from dist_train.ranks.dist import World
@@ -40,6 +40,7 @@ class Work:
         progress: of a checkpoint whose state was loaded; None at the start.
         averaged: the average of the weights, where it was made before; see `average`.
         alarm: is told of audits; None where steps are not audited, whatever the config says.
+        peak_s: see Speed.
     """
 
     config: Config
@@ -56,6 +57,7 @@ class Work:
     progress: Progress | None = None
     averaged: Average | None = None
     alarm: Alarm | None = None
+    peak_s: float | None = None
 
     @cached_property
     def average(self) -> Average:
@@ -83,7 +85,14 @@ class Work:
         """Counts the steps, from the first that is asked of it."""
         cfg, control = self.config.track, self.control
         return Meter(
-            self.tracker, self.total_steps, self.plan, cfg.every_steps, self.world.device, control, self.progress
+            self.tracker,
+            self.total_steps,
+            self.plan,
+            cfg.every_steps,
+            self.world.device,
+            control,
+            self.progress,
+            Speed(self.task.unit, self.peak_s),
         )
 
     def evaluate(self, last: bool = False) -> None:

@@ -27,7 +27,7 @@ MOST_CHECKPOINTS = 400
 # Where a heat map's colours end: a few outliers would leave the rest in one colour.
 HEAT_QUANTILE = 0.99
 # What plots of other things than metrics are called.
-KEYS = {"loss", "lr", "grad_norm", "samples_per_s", "timeline", "ranks", "confusion", "recall", "worst", "masks"}
+KEYS = {"loss", "lr", "grad_norm", "samples_per_s", "mfu", "timeline", "ranks", "confusion", "recall", "worst", "masks"}
 
 
 @dataclass(frozen=True)
@@ -282,6 +282,7 @@ def panels(runs: list[Run]) -> list[Panel]:
     marks, checkpoints_thinned = _marks(runs)
     of_metrics = _curves_of_metrics(runs)
     units = list(dict.fromkeys(run.unit for run in runs if run.unit))
+    others = {unit: f"train/{unit}_per_s" for unit in units if unit != "samples"}
     unit = f"loss, mean over {units[0]}" if len(units) == 1 else "loss"
     evaluated = {_named("evaluation", *parts): name for parts, name in of_metrics.pop("loss", {}).items()}
     if loss := _lines(runs, "loss", "Loss", unit, {"train": "train/loss"} | evaluated, marks):
@@ -290,6 +291,11 @@ def panels(runs: list[Run]) -> list[Panel]:
         ("lr", "Learning rate", "learning rate", "train/lr"),
         ("grad_norm", "Gradient norm", "global norm before clipping", "train/grad_norm"),
         ("samples_per_s", "Throughput", "samples/s over all ranks", "train/samples_per_s"),
+        *(
+            (_key(f"{unit}_per_s"), f"{unit.capitalize()}/s", f"{unit}/s over all ranks", name)
+            for unit, name in others.items()
+        ),
+        ("mfu", "Model FLOPs utilisation", "share of the devices' peak", "train/mfu"),
     )
     for name, curves in of_metrics.items():
         metrics = {_named("", *parts): metric for parts, metric in curves.items()}
@@ -299,7 +305,7 @@ def panels(runs: list[Run]) -> list[Panel]:
         if panel := _lines(runs, key, title, unit, {"": metric}, []):
             found.append(panel)
     for name in dict.fromkeys(name for run in runs for name in run.series):  # what the user's own code logged
-        own_one = name.partition("/")[0] not in ("eval", "checkpoint") and name not in TRAIN
+        own_one = name.partition("/")[0] not in ("eval", "checkpoint") and name not in (*TRAIN, *others.values())
         if own_one and (panel := _lines(runs, _key(name), name, name, {"": name}, [])):
             found.append(panel)
     if any(run.lines for run in runs):

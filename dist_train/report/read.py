@@ -24,7 +24,7 @@ from dist_train.run.lock import holder
 from dist_train.track.status import summary_of
 from dist_train.track.words import lower_is_better, parts_of
 
-TRAIN = ("train/loss", "train/grad_norm", "train/lr", "train/samples_per_s", "train/skipped_steps")
+TRAIN = ("train/loss", "train/grad_norm", "train/lr", "train/samples_per_s", "train/skipped_steps", "train/mfu")
 SAVE = ("checkpoint/stall_s",)
 # Sections of names that are no curves, or are read by themselves.
 NOT_CURVES = ("ranks", "straggler", "checkpoint", "profile", "compile")

@@ -52,7 +52,7 @@ class Row:
 def rows(runs: list[Run]) -> list[Row]:
     """The summary table. What no run has is left out; the best of several is marked."""
     found = []
-    for key, label, cell_of, better in [*_ROWS[:WHERE], *_of_metrics(runs), *_ROWS[WHERE:]]:
+    for key, label, cell_of, better in [*_ROWS[:WHERE], *_of_metrics(runs), *_of_units(runs), *_ROWS[WHERE:]]:
         cells = [cell_of(run) for run in runs]
         if all(cell.text == ABSENT for cell in cells):
             continue
@@ -113,11 +113,18 @@ def _seconds(run: Run) -> Cell:
     return _cell(run.summary.get("train_s", float(np.max(last)) if last else None), duration)
 
 
-def _rate(run: Run) -> Cell:
-    rate = run.summary.get("samples_per_s")
-    if rate is None and "train/samples_per_s" in run.series:
-        rate = float(np.median(run.series["train/samples_per_s"].value))
+def _rate(run: Run, unit: str = "samples") -> Cell:
+    name = f"{unit}_per_s"
+    rate = run.summary.get(name)
+    if rate is None and f"train/{name}" in run.series:
+        rate = float(np.median(run.series[f"train/{name}"].value))
     return _cell(rate)
+
+
+def _of_units(runs: list[Run]) -> list[_RowOf]:
+    """How many of what the tasks count, where these are no samples."""
+    units = [unit for unit in dict.fromkeys(run.unit for run in runs) if unit not in ("", "samples")]
+    return [(f"{unit}_per_s", f"{unit.capitalize()}/s", partial(_rate, unit=unit), max) for unit in units]
 
 
 def _step_ms(run: Run) -> Cell:

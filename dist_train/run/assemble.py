@@ -34,6 +34,7 @@ from dist_train.loop.work import total_steps
 from dist_train.models import MODELS, draws
 from dist_train.models.blocks import blocks
 from dist_train.models.frozen import freeze
+from dist_train.models.llama import DECODER, filled
 from dist_train.ranks.dist import World
 from dist_train.run.batch_statistics import LOOKED_AT, trained_norms
 from dist_train.run.look import look
@@ -275,7 +276,13 @@ def build_model(
 
 def maker(config: Config, data: Data) -> Callable[[], nn.Module]:
     """A function that makes the model with its initial weights."""
-    cfg = config.model
+    cfg = filled(config).model
+    least, there = data.known().get("vocab_size", 0), cfg.args.get("vocab_size")
+    if cfg.name == DECODER and there is not None and there < least:
+        raise ConfigError(
+            f"model.args.vocab_size: got {there:,} for data of {least:,} tokens, expected as many at least; take the "
+            f"tokenizer of the model: --data.args.tokenizer FOLDER/tokenizer.json"
+        )
     fields = {"hidden": cfg.hidden, "activation": cfg.activation, "dropout": cfg.dropout}
     given = {k: v for k, v in fields.items() if v is not None} | cfg.args
 

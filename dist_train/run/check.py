@@ -15,6 +15,7 @@ from dist_train.errors import ConfigError
 from dist_train.loop import rules as loop
 from dist_train.models import rules as models
 from dist_train.ranks.launcher import Launcher
+from dist_train.run import HOOKS
 from dist_train.run.lock import holder, how_to_end
 from dist_train.tasks import rules as tasks
 from dist_train.track import rules as track
@@ -54,14 +55,14 @@ def hook_of(entry: Any) -> tuple[str, dict[str, Any]] | None:
 def _hooks(config: Config, _: Launcher) -> Iterator[str]:
     for entry in config.train.hooks:
         found = hook_of(entry)
-        if found is None or ":" not in found[0]:
+        if found is None or (":" not in found[0] and found[0] not in HOOKS):
             yield (
-                f"train.hooks: got {entry!r}, expected module:Class, or {{name: module:Class, ...}} with arguments; "
-                f"for example --train.hooks '[my_module:MyHook]'"
+                f"train.hooks: got {entry!r}, expected {', '.join(HOOKS)} or module:Class, or "
+                f"{{name: module:Class, ...}} with arguments; for example --train.hooks '[my_module:MyHook]'"
             )
             continue
         name, args = found
-        takes = accepts({}, name, "train.hooks")
+        takes = accepts(HOOKS, name, "train.hooks")
         for key in args.keys() - takes.keys() if "**" not in takes else ():
             yield f"train.hooks: got {key} of {name}, expected one of its arguments: {', '.join(takes) or 'none'}"
         for key in [key for key, required in takes.items() if required and key not in args]:

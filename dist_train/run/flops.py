@@ -14,7 +14,8 @@ from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import like
 from dist_train.data.order import largest_piece
 from dist_train.data.randomness import kept_apart
-from dist_train.ranks.dist import World
+from dist_train.models.decoder import Decoder
+from dist_train.ranks.dist import World, device_name
 from dist_train.run.assemble import Parts
 
 # TFLOP/s by the name of the GPU and train.precision: dense (NVIDIA's larger figures are for sparse matrices), float16
@@ -81,6 +82,26 @@ def of_batch(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor], pre
     finally:
         log.setLevel(level)
     return counter.get_total_flops()
+
+
+def peak_s_of_sample(config: Config, world: World, model: nn.Module) -> float | None:
+    """Seconds that a sample of a decoder takes at the peak of all devices of a run: by what a second is, that is the
+    model FLOPs utilisation. None where the peak is not known, and of another model."""
+    precision = config.train.precision
+    peak = peak_tflops(device_name(world.device), precision) if world.device.type == "cuda" else None
+    if peak is None or not isinstance(model, Decoder):
+        return None
+    return of_token(model) * model.block / (peak * 1e12 * world.size)
+
+
+def of_token(model: Decoder) -> int:
+    """Model FLOPs of a token, forward and backward, as they are counted for language models: 6 for each number of a
+    matrix that it is multiplied with, and 12 for each number of a layer's heads and each token of a block, whatever its
+    mask. What is computed again does not count. Source: A. Chowdhery and others, "PaLM", 2022, appendix B."""
+    looked_up = 0 if model.lm_head.weight is None else model.model.embed_tokens.weight.numel()
+    numbers = sum(p.numel() for p in model.parameters() if p.dim() == 2) - looked_up
+    heads, _, size = model.model.layers[0].self_attn.sizes
+    return 6 * numbers + 12 * len(model.model.layers) * heads * size * model.block
 
 
 def peak_tflops(name: str, precision: str) -> float | None:

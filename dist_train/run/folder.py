@@ -16,6 +16,7 @@ from dist_train.config.given import HOME
 from dist_train.config.load import dump
 from dist_train.config.tree import Config, run_folder
 from dist_train.errors import ConfigError
+from dist_train.models.llama import filled
 from dist_train.ranks import dist, ending
 from dist_train.ranks.dist import World
 from dist_train.ranks.speech import prefix
@@ -51,7 +52,7 @@ def _open(config: Config, locks: list[Callable[[], None]], rank: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(folder, locks, rank)
-        write_text(folder / "config.yaml", dump(config))
+        write_text(folder / "config.yaml", dump(filled(config)))
         if run_folder(config) is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             write_text(_mark(), str(folder))
     except OSError as error:

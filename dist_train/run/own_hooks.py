@@ -5,7 +5,7 @@ from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
 from dist_train.loop.rules import EARLY_STOPPING
-from dist_train.run import assemble
+from dist_train.run import HOOKS, assemble
 from dist_train.run.check import hook_of
 from dist_train.run.early_stopping import EarlyStopping
 from dist_train.run.hooks import Hook, named
@@ -39,6 +39,6 @@ def _made(entry: object) -> Hook:
     found = hook_of(entry)
     assert found is not None, "held by check.py"
     name, args = found
-    kind = load({}, name, "train.hooks")
-    with blamed("train.hooks", name, "called"):
+    kind = load(HOOKS, name, "train.hooks")
+    with blamed("train.hooks", name, "called", ours=name in HOOKS):
         return kind(**args)

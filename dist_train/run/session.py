@@ -29,6 +29,7 @@ from dist_train.run import assemble, folder, profiling
 from dist_train.run.assemble import Parts
 from dist_train.run.auditing import Alarmed
 from dist_train.run.batch_statistics import notes
+from dist_train.run.flops import peak_s_of_sample
 from dist_train.run.hooks import Hook, Hooks
 from dist_train.run.outcome import Outcome
 from dist_train.run.running import Run
@@ -90,7 +91,8 @@ def opened(
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
         at, before = (found.manifest.step, found.folder.parent.parent) if found else (0, None)
         of_results = assemble.results(config, parts)
-        course = Course(at, total_steps(cfg, per_epoch), per_epoch, cfg.global_batch_size, before, *of_results)
+        steps, unit = total_steps(cfg, per_epoch), parts.task.unit
+        course = Course(at, steps, per_epoch, cfg.global_batch_size, before, *of_results, unit)
         kept_id = found.manifest.wandb_id if found else None
         # Around the watchdog: a tracker may wait for its server, at the start and at the end.
         with (
@@ -217,6 +219,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     if found:
         resume.load_model(found, parts.model)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
+    peak_s = peak_s_of_sample(config, world, parts.model)
     said = [f"backend {trackers.backend}, {parts.describe()}", *parts.about()]  # before the weights are shared out
     if parts.findings.draws and config.train.draws == "keyed":
         said.append(
@@ -238,7 +241,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     watched = {name: examiner for name, examiner in list(examiners.items())[:1] if examiner is not None}
     evaluation = parts.evaluation(config, world, watched)
     of = config, world, backend, model, optimizer, parts.task, parts.feed, evaluation, trackers, run.control
-    return Work(*of, after_step=lambda meter: None, progress=progress, averaged=average), flops
+    return Work(*of, after_step=lambda meter: None, progress=progress, averaged=average, peak_s=peak_s), flops
 
 
 def _backend(config: Config, world: World, parts: Parts) -> Backend:

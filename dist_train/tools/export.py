@@ -1,12 +1,14 @@
-"""python -m dist_train export --run.dir DIR --format safetensors|pt|onnx|torch_export [--which best] [--output FILE]
+"""python -m dist_train export --run.dir DIR --format safetensors|pt|onnx|torch_export|hf [--which best] [--output FILE]
 
 Writes a finished run's model for other programs, reads the file back as they would, and holds its outputs against the
-model's own on samples of the test split. The other options are the config's own, on top of the run's.
+model's own on samples of the test split. Of hf, which is for language models, FILE is a folder. The other options are
+the config's own, on top of the run's.
 """
 
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +16,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_train.checkpoint import manifest
 from dist_train.config.tree import BackendConfig, CompileConfig, Config
 from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
-from dist_train.tools.finished import finished
+from dist_train.tools.finished import finished, source_of
 from dist_train.tools.options import split
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Format:
     """What is written, and how far its outputs may be from the model's, by the largest of them.
 
     Args:
-        suffixes: of the file's name; the first is the default's.
+        suffixes: of the file's name; the first is the default's. Of a folder none.
         packages: beside torch.
         tolerance: by the type of the weights. Weights alone come back bit by bit; another program sums otherwise.
     """
@@ -54,6 +55,7 @@ FORMATS = {
     "pt": Format((".pt", ".pth"), (), {"float32": 0.0, "float64": 0.0}),
     "onnx": Format((".onnx",), ("onnx", "onnxscript"), {"float32": 1e-4, "float64": 1e-9}),
     "torch_export": Format((".pt2",), (), {"float32": 1e-5, "float64": 1e-9}),
+    "hf": Format((), ("safetensors", "transformers"), {"float32": 1e-5, "float64": 1e-9}),
 }
 
 Function = Callable[["torch.Tensor"], "torch.Tensor"]
@@ -68,7 +70,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
         raise ConfigError(f"export: got {launcher.name}, expected to be started alone: python -m dist_train export")
     name = options["--format"]
     path = _output(name, options["--output"], folder)
-    source = _source(options["--which"], folder, config)
+    source = source_of(options["--which"], folder, config)
     config = as_written(config)
     check(config, launcher, writes=False)
 
@@ -80,6 +82,8 @@ def run(argv: list[str], launcher: Launcher) -> int:
     dist.set_threads(config.train.threads, 1)
     parts = assemble.build(config, torch.device("cpu"), trained=source)
     parts.model.eval()
+    if name == "hf":
+        return _folder(path, parts, FORMATS[name].tolerance[config.train.precision], source)
     beside = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         about = describe(config, parts)
@@ -101,22 +105,26 @@ def run(argv: list[str], launcher: Launcher) -> int:
     return 0
 
 
-def _source(which: str, folder: Path, config: Config) -> Path:
-    """The run's folder for its final weights, or its best checkpoint's. Raises ConfigError."""
-    if which not in ("final", "best"):
-        raise ConfigError(unknown("--which", which, ["final", "best"], "choice"))
-    if which == "final":
-        return folder
-    from dist_train.run import assemble
+def _folder(path: Path, parts: "Parts", tolerance: float, source: Path) -> int:
+    """See `run`."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which transformers imports, says what it found
+    from dist_train.tools import export_hf
 
-    data = assemble.read_data(config.data, config.data.download)
-    found = assemble.best(config, assemble.make_task(config, data), data).of(manifest.listed(folder)[0])
-    if found is None:
-        raise ConfigError(
-            f"--which: got best, but {folder} has no checkpoint that was evaluated; expected final, or a run with "
-            f"--checkpoint.every_epochs 1 --checkpoint.keep_best 1"
-        )
-    return found[0]
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        model = export_hf.write(parts, beside)
+        checked = export_hf.verify(beside, model, parts, tolerance)
+        if path.is_dir():
+            path.rmdir()  # which is empty
+        beside.replace(path)
+    except export_hf.Unlike as error:
+        print(f"export: transformers {error}; {path} was not written", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    verified = checked | {"tolerance": tolerance}
+    print(json.dumps({"folder": str(path), "format": "hf", "weights": str(source), "verified": verified}))
+    return 0
 
 
 def as_written(config: Config) -> Config:
@@ -139,6 +147,8 @@ def _output(name: str, given: str, folder: Path) -> Path:
                 f"--format pt"
             )
     suffixes = FORMATS[name].suffixes
+    if not suffixes:
+        return _new_folder(Path(given) if given else folder / name)
     path = Path(given) if given else folder / f"model{suffixes[0]}"
     if path.suffix not in suffixes:
         raise ConfigError(
@@ -146,6 +156,15 @@ def _output(name: str, given: str, folder: Path) -> Path:
         )
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise ConfigError(f"--output: got {path}, expected a file in a folder that is there and can be written to")
+    return path
+
+
+def _new_folder(path: Path) -> Path:
+    """Where a folder may be written. Raises ConfigError."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ConfigError(f"--output: got {path}, which is there, expected a new folder; for example {path}-2")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ConfigError(f"--output: got {path}, expected a folder to be made in one that can be written to")
     return path
 
 

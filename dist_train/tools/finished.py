@@ -2,11 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dist_train.config.load import load
 from dist_train.config.paths import written
 from dist_train.config.tree import Config, run_folder
+from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dist_train.data.sets import Data
 
 
 def finished(argv: list[str], command: str) -> tuple[Path, Config]:
@@ -23,6 +28,32 @@ def finished(argv: list[str], command: str) -> tuple[Path, Config]:
         )
     own = dataclasses.replace(config.model, init_from=None, init_strict=False)
     return folder, dataclasses.replace(config, model=own)
+
+
+def source_of(which: str, folder: Path, config: Config, data: "Data | None" = None) -> Path:
+    """The run's folder for its final weights, or its best checkpoint's. Raises ConfigError.
+
+    Args:
+        which: final or best.
+        folder: of the run.
+        config: of the run.
+        data: what is known of the data set; None reads it.
+    """
+    if which not in ("final", "best"):
+        raise ConfigError(unknown("--which", which, ["final", "best"], "choice"))
+    if which == "final":
+        return folder
+    from dist_train.checkpoint import manifest
+    from dist_train.run import assemble
+
+    data = data or assemble.read_data(config.data, config.data.download)
+    found = assemble.best(config, assemble.make_task(config, data), data).of(manifest.listed(folder)[0])
+    if found is None:
+        raise ConfigError(
+            f"--which: got best, but {folder} has no checkpoint that was evaluated; expected final, or a run with "
+            f"--checkpoint.every_epochs 1 --checkpoint.keep_best 1"
+        )
+    return found[0]
 
 
 def recorded(argv: list[str], command: str, kind: str = "a run") -> tuple[Path, Config]:

@@ -77,7 +77,8 @@ class Bar:
             "train/loss": "loss {:.4f}".format,
             **{name: partial(spoken, name.removeprefix("eval/")) for name in self.course.results[:1]},
             "train/lr": "lr {:.3g}".format,
-            "train/samples_per_s": "{:,.0f} samples/s".format,
+            f"train/{self.course.unit}_per_s": f"{{:,.0f}} {self.course.unit}/s".format,
+            "train/mfu": "MFU {:.1%}".format,
         }
         values = [form(self.now[name]) for name, form in forms.items() if name in self.now]
         if self.device.type == "cuda":

@@ -41,6 +41,7 @@ class Course:
         before: folder of the run whose checkpoint this one goes on from, mostly its own; None at the start.
         results: metrics of an evaluation, such as eval/accuracy: first that which the best checkpoint is decided by.
         lowest: those of which the least is the best.
+        unit: that the loss is a mean over; see Task.unit.
     """
 
     at: int
@@ -50,6 +51,7 @@ class Course:
     before: Path | None
     results: tuple[str, ...] = ()
     lowest: frozenset[str] = frozenset()
+    unit: str = "samples"
 
 
 def numbers(metrics: Metrics) -> dict[str, float]:

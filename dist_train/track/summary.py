@@ -16,7 +16,7 @@ from dist_train.track.base import Course, Summary
 from dist_train.versions import versions
 
 
-def finished(config: Config, world: World, backend: str, result: Result, stalls_s: list[float]) -> Summary:
+def finished(config: Config, world: World, backend: str, result: Result, stalls_s: list[float], unit: str) -> Summary:
     """What a run did, how fast, and with what.
 
     Args:
@@ -25,6 +25,7 @@ def finished(config: Config, world: World, backend: str, result: Result, stalls_
         backend: that trained.
         result: of the run.
         stalls_s: seconds that training waited for each checkpoint.
+        unit: of the task.
     """
     return {
         "status": "finished",
@@ -34,7 +35,7 @@ def finished(config: Config, world: World, backend: str, result: Result, stalls_
         "epochs": result.epochs,
         "samples": result.samples,
         "train_s": result.train_s,
-        "samples_per_s": result.samples / result.train_s,
+        **{f"{name}_per_s": rate for name, rate in result.rates(unit).items()},
         **result.evaluation,
         "first_step_s": result.first_step_s,
         **_compiled(config, result),

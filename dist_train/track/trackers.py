@@ -105,7 +105,8 @@ class Trackers:
         """
         if not self.world.is_main:
             return
-        what = summary.finished(self.config, self.world, self.backend, result, stalls_s)
+        unit = self.course.unit
+        what = summary.finished(self.config, self.world, self.backend, result, stalls_s, unit)
         what |= summary.best(self.folder / Jsonl.name, self.course)
         self._summary(what | ({"ended_early": early} if early is not None else {}))
         self.code = ending.OK
@@ -123,7 +124,7 @@ class Trackers:
         in_order = sorted(found, key=lambda name: name.endswith("loss"))  # which says least by itself
         self.say(
             f"finished: {''.join(f'{spoken(name, found[name])}, ' for name in in_order)}"
-            f"{result.steps} steps in {duration(result.train_s)}, {what['samples_per_s']:,.0f} samples/s\n"
+            f"{result.steps} steps in {duration(result.train_s)}, {what[f'{unit}_per_s']:,.0f} {unit}/s\n"
             f"results in {self.folder}"
         )
 

@@ -429,8 +429,21 @@ def test_folders_of_save_pretrained_are_told_apart(tmp_path: Path):
             check(load([f"--model.init_from={name}"]), Launcher())
         return str(refused.value)
 
-    assert line(tmp_path).endswith(f"write --model.init_from {tmp_path / 'model.safetensors'}")
+    check(load([f"--model.init_from={tmp_path}"]), Launcher())
+    assert list(weights.read(tmp_path)) == ["w"]
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
-    for name in (tmp_path, index):
-        assert "whose tensors are in several files" in line(name) and "save_file" in line(name)
+    assert line(index).endswith(f"expected their folder; write --model.init_from {tmp_path}")
+    with pytest.raises(ConfigError, match="index.json, which cannot be read"):
+        weights.read(tmp_path)
+    save_file({"v": torch.ones(2)}, tmp_path / "more.safetensors")
+    where = {"w": "model.safetensors", "v": "more.safetensors"}
+    index.write_text(json.dumps({"weight_map": where}))
+    assert sorted(weights.read(tmp_path)) == ["v", "w"]
+    for name, file, said in (
+        ("u", "more.safetensors", "whose files lack u"),
+        ("v", "../more.safetensors", "beside it"),
+    ):
+        index.write_text(json.dumps({"weight_map": where | {name: file}}))
+        with pytest.raises(ConfigError, match=said):
+            weights.read(tmp_path)
