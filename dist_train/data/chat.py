@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from dist_train.data.sets import Gathered
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokenizer_file import FromFile
-from dist_train.data.tokenizers import Tokenizer
 from dist_train.data.windows import IGNORED
 from dist_train.errors import ConfigError
 

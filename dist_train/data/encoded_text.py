@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from dist_train.data import corpus, encoding, prose
+from dist_train.data.chat import Chat
 from dist_train.data.encoding_bar import Bar
-from dist_train.data.tokenizers import Bytes, Characters, Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
+from dist_train.data.tokenizer_file import FromFile
+from dist_train.data.tokenizers import Bytes, Characters
 from dist_train.data.tokens import Tokens
 from dist_train.errors import ConfigError
 
@@ -119,15 +122,10 @@ def tokenizer_of(root: Path, name: str | None, end_token: str | None) -> Tokeniz
     """Bytes, or that of a file. Raises ConfigError."""
     if name is None or name == Bytes.name:
         return Bytes()
-    from dist_train.data.tokenizer_file import FromFile
-
     return FromFile(root / name, end_token)
 
 
 def _of_chats(root: Path, name: str | None, end_token: str | None) -> Tokenizer:
-    from dist_train.data.chat import Chat
-    from dist_train.data.tokenizer_file import FromFile
-
     assert name is not None  # by the rules
     return Chat(FromFile(root / name, end_token))
 

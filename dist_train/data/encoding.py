@@ -24,7 +24,7 @@ import numpy as np
 from dist_train.data import corpus, tokenizers
 from dist_train.data.corpus import Source, Span
 from dist_train.data.encoding_bar import Bar
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokens import Tokens
 from dist_train.errors import ConfigError
 from dist_train.whole import whole, write_text

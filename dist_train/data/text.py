@@ -7,10 +7,11 @@ from typing import Any, Literal
 import numpy as np
 
 from dist_train.data import encoded_text, token_shards
+from dist_train.data.chat import Chat, answers_only
 from dist_train.data.corpus import AS_JSON
 from dist_train.data.mixture import mixture
 from dist_train.data.sets import Data, Gathered
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokens import Tokens
 from dist_train.data.windows import contiguous, packed, padded
 from dist_train.errors import ConfigError
@@ -99,8 +100,6 @@ def _chats(
     packing: str,
 ) -> Data:
     """Chats, of which a model learns the answers. Raises ConfigError."""
-    from dist_train.data.chat import Chat, answers_only
-
     field = AS_JSON + ("messages" if field == "text" else field)
     train, by = encoded_text.read(home, files, field, tokenizer, end_token, chat=True)
     test = None if test_files is None else encoded_text.read_test(home, test_files, field, by)

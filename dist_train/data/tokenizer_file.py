@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_train.data.tokenizers import CONFIG, END, FILE, Tokenizer, byte_characters
+from dist_train.data.tokenizer_base import CONFIG, END, FILE, Tokenizer, byte_characters
 from dist_train.errors import ConfigError
 
 # Of the tokenizers that people use, what ends a document.

@@ -12,7 +12,7 @@ import torch
 
 from dist_train.data.packing import REST, Packing
 from dist_train.data.sets import Gathered
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokens import Tokens, expanded
 from dist_train.errors import ConfigError
 

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from dist_train.data.sets import Data
-from dist_train.data.tokenizers import Characters, Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
+from dist_train.data.tokenizers import Characters
 from dist_train.errors import ConfigError
 from dist_train.models.generation import Sampling, decoder_in, reader_of, written
 from dist_train.tasks.base import tensor_of

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dist_train.data.batch import Batch
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.windows import IGNORED
 from dist_train.errors import ConfigError
 from dist_train.tasks.base import Task, tensor_of

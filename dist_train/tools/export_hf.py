@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dist_train.checkpoint.rules import PRETRAINED, SHARDED
-from dist_train.data.tokenizers import Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.errors import ConfigError
 from dist_train.models.decoder import Decoder
 from dist_train.models.generation import Sampling, reader_of, written

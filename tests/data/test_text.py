@@ -12,8 +12,9 @@ import pytest
 from dist_train.config.load import load
 from dist_train.data import prose, tokenizers
 from dist_train.data.sets import Data
+from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokenizer_file import FromFile, trained
-from dist_train.data.tokenizers import Bytes, Characters, Tokenizer
+from dist_train.data.tokenizers import Bytes, Characters
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble

@@ -9,7 +9,8 @@ import torch
 
 from dist_train.checkpoint import weights
 from dist_train.config.load import dump, load
-from dist_train.data.tokenizers import Bytes, Characters, Tokenizer
+from dist_train.data.tokenizer_base import Tokenizer
+from dist_train.data.tokenizers import Bytes, Characters
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
