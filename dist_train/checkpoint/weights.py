@@ -221,7 +221,9 @@ def match(model: nn.Module, given: Mapping[str, torch.Tensor]) -> Match:
             found[name] = value
         else:
             unfit.append(f"{name} ({_form(value)}, the model has {_form(own[name])})")
-    return Match(found, [name for name in own if name not in by_name], unexpected, unfit, stripped)
+    filled = {own[name].untyped_storage()._cdata for name in by_name}  # a tied weight is filled by any of its names
+    missing = [n for n, value in own.items() if n not in by_name and value.untyped_storage()._cdata not in filled]
+    return Match(found, missing, unexpected, unfit, stripped)
 
 
 def _names(name: str) -> Iterator[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dist_train.errors import ConfigError
 from dist_train.models.cache import Cache
@@ -121,7 +122,7 @@ def written(
 
 
 def reader_of(
-    model: Any, called: Callable[..., Any], device: torch.device, logits_of: Callable[[Any], torch.Tensor]
+    model: nn.Module, called: Callable[..., Any], device: torch.device, logits_of: Callable[[Any], torch.Tensor]
 ) -> Callable[[], Reader]:
     """A function that begins to read, with what was read before forgotten.
 
@@ -133,12 +134,19 @@ def reader_of(
         logits_of: of what it gives.
     """
     takes = inspect.signature(model.forward).parameters
-    if isinstance(model, Decoder):
-        return lambda: _with_cache(called, device, logits_of, Cache(len(model.model.layers)))
-    if any(name in takes for name in PASTS) or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+    passes_on = any(p.kind is p.VAR_KEYWORD for p in takes.values())
+    decoder = decoder_in(model)
+    if decoder is not None and (decoder is model or passes_on):
+        return lambda: _with_cache(called, device, logits_of, Cache(len(decoder.model.layers)))
+    if any(name in takes for name in PASTS) or passes_on:
         past = next((name for name in PASTS if name in takes), PASTS[0])
         return lambda: _with_past(called, device, logits_of, past)
     return lambda: _without(called, device, logits_of)
+
+
+def decoder_in(model: nn.Module) -> Decoder | None:
+    """The decoder that a model is, or wraps, as PEFT does."""
+    return next((module for module in model.modules() if isinstance(module, Decoder)), None)
 
 
 def _with_cache(

@@ -12,8 +12,7 @@ from dist_train.data.sets import Data
 from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokenizers import Characters
 from dist_train.errors import ConfigError
-from dist_train.models.decoder import Decoder
-from dist_train.models.generation import Sampling, reader_of, written
+from dist_train.models.generation import Sampling, decoder_in, reader_of, written
 from dist_train.tasks.base import tensor_of
 
 SHOWN = 40  # characters of a prompt that an error has
@@ -122,4 +121,5 @@ def uncompiled(compiled: bool) -> AbstractContextManager[Any]:
 
 def context_of(model: nn.Module, data: Data) -> int:
     """Tokens that a model sees at once: those of a sample, or as many as the model says itself."""
-    return model.block if isinstance(model, Decoder) else int(data.known()["block"])
+    decoder = decoder_in(model)
+    return int(data.known()["block"]) if decoder is None else decoder.block

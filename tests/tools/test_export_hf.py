@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import LINES, config, run_of
 
 from dist_train.checkpoint import weights
 from dist_train.config.load import dump, load
@@ -16,6 +15,8 @@ from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
 from dist_train.tools import export, export_hf
+
+from language_models import LINES, config, run_of
 
 CPU = torch.device("cpu")
 

@@ -18,6 +18,7 @@ from dist_train.run.writing import Stream, Writer
 from dist_train.tasks.base import tensor_of
 from dist_train.tools import generate
 
+from language_models import lora
 from zygote import Run, Zygote
 
 CPU = torch.device("cpu")
@@ -85,7 +86,8 @@ def recomputed(model: nn.Module, prompt: list[int], count: int) -> list[int]:
     return row[len(prompt) :]
 
 
-@pytest.mark.parametrize("kind", ["decoder", "gpt2", "own"])
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT, which asks transformers by an old name
+@pytest.mark.parametrize("kind", ["decoder", "gpt2", "lora", "own"])
 def test_greedy_text_is_what_the_whole_text_gives(kind: str):
     prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [3]]
     model: nn.Module = decoder()
@@ -94,6 +96,8 @@ def test_greedy_text_is_what_the_whole_text_gives(kind: str):
 
         torch.manual_seed(1)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2)).eval()
+    elif kind == "lora":
+        model = lora(257, 64).eval()
     elif kind == "own":
         inner = model
 

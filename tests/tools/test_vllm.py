@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from language_models import LINES, config, run_of
 
 from dist_train.config.load import load
 from dist_train.config.tree import Config
@@ -19,6 +18,8 @@ from dist_train.ranks.launcher import Launcher
 from dist_train.tasks.base import tensor_of
 from dist_train.tools import export
 from dist_train.tools.generate import writer_of
+
+from language_models import LINES, config, run_of
 
 PROMPTS = ["the quick brown", "naïve café 🙂"]
 TOKENS = 12
