@@ -221,9 +221,14 @@ def match(model: nn.Module, given: Mapping[str, torch.Tensor]) -> Match:
             found[name] = value
         else:
             unfit.append(f"{name} ({_form(value)}, the model has {_form(own[name])})")
-    filled = {own[name].untyped_storage()._cdata for name in by_name}  # a tied weight is filled by any of its names
-    missing = [n for n, value in own.items() if n not in by_name and value.untyped_storage()._cdata not in filled]
+    filled = {_place(own[name]) for name in by_name}  # a tied weight is filled by any of its names
+    missing = [name for name, value in own.items() if name not in by_name and _place(value) not in filled]
     return Match(found, missing, unexpected, unfit, stripped)
+
+
+def _place(value: torch.Tensor) -> tuple[int, int, torch.Size]:
+    """The same for a tensor under two names."""
+    return value.untyped_storage()._cdata, value.storage_offset(), value.shape
 
 
 def _names(name: str) -> Iterator[str]:
