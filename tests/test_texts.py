@@ -17,9 +17,9 @@ from dist_train.config.tree import CheckpointConfig, RunConfig
 from dist_train.tools.agreement import Trajectory, difference
 
 from parity_cells import TOLERANCE, run_single
-from user_runs import ALONE, LIBRARIES, STEPS, Place, numbers, trajectory
+from user_runs import ALONE, STEPS, Place, numbers, trajectory
 from workers import run_ranks
-from zygote import Run, Zygote
+from zygote import LIBRARIES, Run, Zygote
 
 # Backend, ranks, accumulation.
 FEW = [("ddp", 3, 4), ("fsdp2", 2, 2), ("accelerate", 2, 1), ("deepspeed:3", 2, 4)]
