@@ -40,7 +40,7 @@ def test_parity(tied: bool):
 def test_tokens_counted_by_rank_are_seen():
     cell = config("ddp", task="token_cells:CountedByRank")
     wanted = run_single(dataclasses.replace(cell, backend=config().backend))
-    assert difference(run_ranks(run_cells, 2, [cell])[0][0], wanted).loss > 1e-3
+    assert difference(run_ranks(run_cells, 2, [cell])[0][0], wanted).loss > 10 * TOLERANCE["float32"]
 
 
 def test_an_evaluation_is_that_of_torch():
