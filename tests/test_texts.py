@@ -2,13 +2,14 @@
 weights, clipping and accumulation all at once; the same under every backend, and after kills."""
 
 import dataclasses
+import re
 import signal
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from text_cells import MIXED, config, evaluate, run_cells, run_packed_by_rank, write_corpus
+from text_cells import BLOCK, MIXED, config, evaluate, run_cells, run_packed_by_rank, write_corpus
 
 from dist_train.backends.rules import STAGES
 from dist_train.checkpoint import manifest
@@ -116,17 +117,17 @@ def runs():
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs: Zygote, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trajectory, dict]:
-    """One process's run, and the weights that it starts from."""
+def undisturbed(runs: Zygote, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trajectory, dict]:
+    """One process's run, its folder first, and the weights that it starts from."""
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     runs.run(started(root, ALONE, folder, hooks=("user_hooks:Start",)))[0].check()
     start = numbers(folder / "start.pt")
-    return trajectory(folder, start), start
+    return folder, trajectory(folder, start), start
 
 
 @pytest.mark.parametrize("chain", [CHAINS[0], *(pytest.param(chain, marks=pytest.mark.full) for chain in CHAINS[1:])])
 def test_killed_three_times_and_gone_on_elsewhere(
-    chain: tuple[Place, ...], runs: Zygote, root: Path, undisturbed: tuple[Trajectory, dict], tmp_path: Path
+    chain: tuple[Place, ...], runs: Zygote, root: Path, undisturbed: tuple[Path, Trajectory, dict], tmp_path: Path
 ):
     draw, folder = np.random.default_rng(CHAINS.index(chain)), tmp_path / "run"
     for i, place in enumerate(chain[:-1]):
@@ -138,5 +139,14 @@ def test_killed_three_times_and_gone_on_elsewhere(
         assert at - 4 < newest.step <= at and newest.backend == place.backend
     (ended,) = runs.run(started(root, chain[-1], folder))
     assert f"step {newest.step}, written by {newest.backend}" in ended.check().out[0]
-    reference, start = undisturbed
+    _, reference, start = undisturbed
     alike(trajectory(folder, start), reference, TOLERANCE["float32"])
+
+
+def test_a_step_that_is_replayed_shows_its_text(runs: Zygote, undisturbed: tuple[Path, Trajectory, dict]):
+    argv = ["replay", "--run.dir", str(undisturbed[0]), "--step", "17", "--samples", "2"]
+    said = runs.run(Run(argv))[0].check().out[0]
+    counted, worst = re.search(r"step 17: loss .*, 13 samples, (\d+) tokens\nsample .*\n\d+ +(.+)\n", said).groups()
+    assert 13 * BLOCK * 0.8 < int(counted) <= 13 * BLOCK
+    assert re.match(r"[\d.]+ +source [01], sample \d+, document \d+, tokens \d+ to \d+: '.", worst)
+    assert "input_ids" not in worst and "as recorded" in said

@@ -83,9 +83,10 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
             f"--backend.name ddp, or start one process with python -m dist_train"
         )
     if backend != "single" and launcher.name == "none":
+        stage = "" if config.backend.zero_stage is None else " --backend.zero_stage null"
         yield (
             f"backend.name: got {backend} in a process that was started alone, expected a launcher; write "
-            f"torchrun --nproc_per_node=2 -m dist_train --backend.name {backend}, or --backend.name single"
+            f"torchrun --nproc_per_node=2 -m dist_train --backend.name {backend}, or --backend.name single{stage}"
         )
     library = LIBRARIES.get(backend)
     if library is not None and find_spec(library) is None:

@@ -14,6 +14,7 @@ from dist_train.bench.slices import CEILING, NAMES, OURS, RUN_IN_STEPS, WARM_STE
 from dist_train.bench.table import Run
 from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
+from dist_train.loop.shortened import shortened
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
 
@@ -37,8 +38,8 @@ class Cell:
 
     def with_batch(self, batch_size: int, steps: int) -> Config:
         """The config with so many samples a step, and so many steps."""
-        train = dataclasses.replace(self.config.train, global_batch_size=batch_size, max_steps=steps, epochs=steps)
-        return dataclasses.replace(self.config, train=train)
+        config = shortened(self.config, steps)
+        return dataclasses.replace(config, train=dataclasses.replace(config.train, global_batch_size=batch_size))
 
     def check(self, batch_size: int) -> None:
         """Raises ConfigError where the config does not fit."""

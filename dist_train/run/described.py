@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from dist_train.data.batch import is_branch, leaves_of, names_of
-from dist_train.data.sets import Columns
+from dist_train.data.sets import Columns, Gathered
 from dist_train.run.assemble import Parts
 from dist_train.tasks.worst import pixels
 
@@ -16,6 +16,8 @@ SHOWN_NUMBERS, SHOWN_TEXT = 8, 80
 def described(parts: Parts, number: int) -> str:
     """A line about a sample: what its data set says of it, and what it is trained towards."""
     split, tree = parts.data.train, parts.feed.read(np.array([number]))
+    if isinstance(split, Gathered) and split.describe:
+        return split.describe(number)  # text, which token numbers say no more than
     told = [split.describe(number)] if not isinstance(split, Columns) and split.describe else []
     if parts.feed.paired:
         return ", ".join([*told, *(_shown(leaf, parts.data.classes) for leaf in leaves_of(tree)[1:])])

@@ -17,6 +17,7 @@ from dist_train.config.load import load
 from dist_train.config.tree import BackendConfig, Config
 from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
+from dist_train.loop.shortened import shortened
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
 from dist_train.tools.cells import Cell, Failed, NotRun, measure
@@ -116,10 +117,10 @@ def _head(config: Config) -> None:
 
 def for_parity(config: Config, steps: int) -> Config:
     """The config with every step recorded, and threads fixed: their number changes the last bits."""
+    config = shortened(config, steps)
     train = dataclasses.replace(
-        config.train, epochs=max(config.train.epochs, steps), max_steps=steps, threads=config.train.threads or 1,
-        eval_every_epochs=None, eval_every_steps=None,
-    )  # fmt: skip
+        config.train, threads=config.train.threads or 1, eval_every_epochs=None, eval_every_steps=None
+    )
     return dataclasses.replace(config, train=train, track=dataclasses.replace(config.track, every_steps=1))
 
 

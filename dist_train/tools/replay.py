@@ -202,6 +202,7 @@ def _of_step(step: "Step", parts: "Parts", shown: int) -> dict[str, Any]:
     return {
         "step": step.number,
         "units": step.units,
+        "unit": parts.task.unit,
         "loss": step.loss,
         "grad_norm": step.grad_norm,
         "layers": step.layers,
@@ -228,7 +229,8 @@ def _png(parts: "Parts", sample: int) -> str | None:
 def _shown(step: dict[str, Any], shown: int) -> list[str]:
     samples, layers = step["samples"], sorted(step["layers"].items(), key=lambda one: -_large(one[1]))
     norm = "" if step["grad_norm"] is None else f", gradient norm {step['grad_norm']:.6g}"
-    lines = [f"step {step['step']}: loss {step['loss']:.6g}{norm}, {len(samples)} samples"]
+    counted = "" if step["unit"] == "samples" else f", {step['units']:,.0f} {step['unit']}"
+    lines = [f"step {step['step']}: loss {step['loss']:.6g}{norm}, {len(samples)} samples{counted}"]
     if step["unknown"]:
         lines += [f"no loss of each sample, as {step['unknown']}"]
     head = ("sample", "loss", "what it is")
