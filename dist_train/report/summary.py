@@ -163,7 +163,7 @@ def headlines(run: Run) -> list[str]:
     first = run.metrics[:1]
     losses = [metric for metric in run.metrics if run.parts_of(metric) == (run.parts_of(first[0])[0], "loss")]
     keys = [*(f"best_{key_of(metric)}" for metric in first), *map(key_of, losses[:1] or first)]
-    return [*keys, "steps", "train_s", "samples_per_s"]
+    return [*keys, "steps", "train_s", f"{run.unit or 'samples'}_per_s"]
 
 
 def _of_metrics(runs: list[Run]) -> list[_RowOf]:

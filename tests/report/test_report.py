@@ -241,7 +241,7 @@ def test_the_best_of_a_metric_is_its_least_where_less_is_better(tmp_path: Path, 
     cells = {row.key: (row.label, row.cells[0].text, row.cells[0].detail) for row in rows([one])}
     assert cells["best_mae"] == ("Best mae", "0", "at step 20") and cells["mae"][1] == "2"
     assert cells["best_r2"] == ("Best r2", "0.4", "at step 40") and "best_accuracy" not in cells
-    assert headlines(one)[:2] == ["best_mae", "eval_loss"]
+    assert headlines(one) == ["best_mae", "eval_loss", "steps", "train_s", "pixels_per_s"]
     assert [panel.key for panel in panels([one])][:3] == ["loss", "mae", "r2"]
     assert panels([one])[0].y_label == "loss, mean over pixels" and not panels([one])[2].percent
     assert runs.run([str(tmp_path)], Launcher()) == 0
