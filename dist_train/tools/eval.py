@@ -1,18 +1,20 @@
 """python -m dist_train eval --run.dir DIR [--section.key value ...]: evaluates a finished run's model.
 
-The config is the run's own, with what the command line gives on top, under any launcher.
+The config is the run's own, with what the command line gives on top, under any launcher; started alone, backend single
+takes it.
 """
 
 import json
 
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
-from dist_train.tools.finished import finished
+from dist_train.tools.finished import alone, finished
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints the metrics, `eval/loss` and others, as a line of JSON."""
     folder, config = finished(argv, "eval")
+    config = alone(config, argv, "eval", launcher)
     check(config, launcher, writes=False)
 
     from dist_train import backends

@@ -1,14 +1,16 @@
 """A run, as the commands that read one take it from the command line."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.config.load import load
 from dist_train.config.paths import written
-from dist_train.config.tree import Config, run_folder
+from dist_train.config.tree import BackendConfig, Config, run_folder
 from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
+from dist_train.ranks.launcher import Launcher
 
 if TYPE_CHECKING:
     from dist_train.data.sets import Data
@@ -70,3 +72,22 @@ def recorded(argv: list[str], command: str, kind: str = "a run") -> tuple[Path, 
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run.dir: got {folder}, expected the folder of {kind}, with config.yaml in it")
     return folder, load(["--config", written(str(folder / "config.yaml")), *argv])
+
+
+def alone(config: Config, argv: list[str], command: str, launcher: Launcher) -> Config:
+    """The same for backend `single` where the command was started alone and the run was not, which a line says. A
+    backend that the command line names stays.
+
+    Args:
+        config: of the run, with what the command line gives on top.
+        argv: the command line.
+        command: whose it is.
+        launcher: who started it.
+    """
+    backend, single = config.backend, BackendConfig("single", reduce=config.backend.reduce)
+    named = load(argv, f"python -m dist_train {command}").backend.name != "auto"
+    fits = backend.name in ("auto", "single") and dataclasses.replace(backend, name="single") == single
+    if launcher.name != "none" or named or fits:
+        return config
+    print(f"{command}: backend single, as it was started alone; the run had {backend.name}", file=sys.stderr)
+    return dataclasses.replace(config, backend=single)

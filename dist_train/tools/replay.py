@@ -4,8 +4,8 @@ Takes the steps K to K + N - 1 of a run again (they count from 1), from its newe
 start, and shows what each was made of: the numbers of its samples with the loss of each, largest first, the gradient
 norm by layer, and how far it is from what the run recorded. It changes nothing of the run, and leaves what it found in
 RUN/replay/step-K.json, which the report shows, or in FILE. The config is the run's own with what the command line gives
-on top, so any backend and number of ranks may take the steps. Exit code 1 if a step differs by more than T, which is
-what rounding may do in the run's precision (1e-5 in float32).
+on top, so any backend and number of ranks may take the steps; started alone, backend single does. Exit code 1 if a step
+differs by more than T, which is what rounding may do in the run's precision (1e-5 in float32).
 """
 
 import base64
@@ -23,7 +23,7 @@ from dist_train.errors import ConfigError
 from dist_train.ranks import ending
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
-from dist_train.tools.finished import recorded
+from dist_train.tools.finished import alone, recorded
 from dist_train.tools.options import split
 from dist_train.tools.parity import number
 from dist_train.whole import can_write, write
@@ -53,7 +53,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
         raise ConfigError("--step: got nothing, expected the step to take again, from 1; for example --step 4711")
     first, count, shown = (number(name, options[name]) for name in ("--step", "--steps", "--samples"))
     folder, config = recorded(rest, "replay")
-    config = _as_taken(config)
+    config = _as_taken(alone(config, rest, "replay", launcher))
     check(config, launcher, writes=False)
     tolerance = _tolerance(options["--tolerance"], config)
     lines = _recorded(folder)

@@ -1,5 +1,6 @@
 """Steps of a run that are taken again: on any backend they are what was recorded, and show what they were made of."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -9,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dist_train.config.load import load
+from dist_train.config.load import dump, load
+from dist_train.config.tree import BackendConfig
 from dist_train.data.order import global_indices
 from dist_train.run import assemble
 
@@ -82,6 +84,24 @@ def test_a_step_is_what_the_run_recorded_and_shows_what_it_was_made_of(recorded:
 def test_elsewhere_it_is_the_same(recorded: Path, zygote: Zygote, tmp_path: Path, backend: str, ranks: int):
     argv = ["--step", "5", "--steps", "2", "--backend.name", backend, "--train.micro_batch_size", "2"]
     _same(*replayed(zygote, recorded, tmp_path / "r.json", *argv, ranks=ranks))
+
+
+def test_a_run_of_many_ranks_is_taken_by_one_that_is_started_alone(recorded: Path, zygote: Zygote, tmp_path: Path):
+    """A laptop after a cluster. A backend that the command line names is refused as ever."""
+    run = tmp_path / "run"
+    shutil.copytree(recorded, run)
+    config = load(["--config", str(run / "config.yaml")])
+    sharded = dataclasses.replace(config, backend=BackendConfig("deepspeed", zero_stage=3))
+    (run / "config.yaml").write_text(dump(sharded))
+    found, ended = replayed(zygote, run, tmp_path / "r.json", "--step", "9")
+    ended.check()
+    assert {one["relative"] for one in found["compared"]} == {0.0}
+    assert "replay: backend single, as it was started alone; the run had deepspeed" in ended.out[0] + ended.err[0]
+    evaluated, refused = zygote.run(
+        Run(["eval", "--run.dir", str(run)]), Run(["eval", "--run.dir", str(run), "--backend.name", "ddp"])
+    )
+    evaluated.check()
+    assert refused.codes == [2] and "got ddp in a process that was started alone" in refused.out[0] + refused.err[0]
 
 
 @pytest.mark.full
