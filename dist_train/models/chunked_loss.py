@@ -48,6 +48,7 @@ class _Chunked(torch.autograd.Function):
                 chosen = logits.gather(1, right.clamp(min=0)[:, None])[:, 0]
                 losses.append((log - chosen).where(right != IGNORED, 0))
                 logs.append(log)
+                del logits  # before the next ones are there
         ctx.save_for_backward(rows, weight, targets, torch.cat(logs))
         ctx.short, ctx.size = short, size
         return torch.cat(losses)
@@ -69,6 +70,7 @@ class _Chunked(torch.autograd.Function):
                 of_rows.append((wrong @ inner).to(rows.dtype))
                 if of_weight is not None:
                     of_weight += wrong.T @ part
+                del logits, wrong
         return torch.cat(of_rows), of_weight, None, None
 
 

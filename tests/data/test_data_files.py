@@ -290,7 +290,7 @@ def test_a_data_set_without_an_order():
     [
         (
             {"train": [1, 2]},
-            "got list as the train split, expected dist_train.data.sets.Columns(tree), InMemory(images, labels) or",
+            "got list as the train split, expected dist_train.data.sets.Columns(tree), InMemory(images, labels), ",
         ),
         ({"test": 3}, "got int as the test split"),
         ({"classes": 10}, "got classes 10, expected their names in order, such as"),

@@ -201,8 +201,8 @@ def test_a_metric_that_is_not_there_is_named(zygote: Zygote, tmp_path: Path):
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--train.hooks", "[7]"], "train.hooks: got 7, expected module:Class"),
-        (["--train.hooks", "[Ledger]"], "train.hooks: got 'Ledger', expected module:Class"),
+        (["--train.hooks", "[7]"], "train.hooks: got 7, expected SampleText or module:Class"),
+        (["--train.hooks", "[Ledger]"], "train.hooks: got 'Ledger', expected SampleText or module:Class"),
         (["--train.hooks", "[user_hooks:Leger]"], "no 'Leger' in"),
         (["--train.hooks", "[{name: user_hooks:Ledger, steps: 3}]"], "got steps of user_hooks:Ledger, expected one of"),
         (["--train.hooks", "[user_hooks:Stopping]"], "got no step of user_hooks:Stopping, which needs it"),
