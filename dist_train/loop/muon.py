@@ -91,9 +91,19 @@ class Muon(SeesMatrices):
         return group["optimizer"] == "Muon"
 
     @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> None:
-        """Takes a step. Collective, where several ranks hold the matrices."""
-        assert closure is None
+    def step(self, closure: Callable | None = None) -> Any:
+        """Takes a step. Collective, where several ranks hold the matrices.
+
+        Args:
+            closure: computes the gradients first, as in torch.optim.
+
+        Returns:
+            What the closure gives; None without one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         begun, elements = list[Begun](), 0
         for of in self._begun():
             if begun and (elements > AT_ONCE * self.exchange.size or of.part.dtype != begun[-1].part.dtype):
@@ -106,6 +116,7 @@ class Muon(SeesMatrices):
             self.adamw.param_groups = [group for group in self.param_groups if not self.sees(group)]
             self.adamw.state = self.state
             self.adamw.step()
+        return loss
 
     def _begun(self) -> Iterator["Begun"]:
         """Takes the gradients into the momentum, and decays the weights."""

@@ -88,6 +88,25 @@ def test_singular_values_come_near_to_one(shape: tuple[int, int]):
     assert inner.diagonal().min() > 0.3 and inner.diagonal().max() < 1.3
 
 
+def test_a_closure_computes_the_gradients():
+    """As Lightning steps an optimizer."""
+    x, results = torch.randn(4, 9), []
+    for by_closure in (False, True):
+        trained = layers()
+        optimizer = factory(OptimConfig(name="Muon"), trained)(trained.named_parameters())
+
+        def loss(trained=trained):
+            found = trained(x).square().mean()
+            found.backward()
+            return found
+
+        found = optimizer.step(loss) if by_closure else loss()
+        if not by_closure:
+            assert optimizer.step() is None
+        results.append([found.detach(), *(p.detach() for p in trained.parameters())])
+    torch.testing.assert_close(*results)  # not to the bit: where a tensor lies in memory decides the last ones
+
+
 def test_a_kernel_is_the_matrix_of_its_rows():
     """Also where it lies in another order."""
     kernel = nn.Conv2d(3, 4, 2, bias=False).to(memory_format=torch.channels_last)
