@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All figures of RESULTS.md but those of a GPU, into a folder: bash benchmarks/all.sh [DATA_ROOT] [OUT].
-# Takes about 20 minutes on two idle cores. DATA_ROOT also has mnist_png.tar.gz, for the images in files.
+# Takes about 30 minutes on two idle cores. DATA_ROOT also has mnist_png.tar.gz, for the images in files, and
+# tinyshakespeare/input.txt.
 # Lightning is needed for the peers alone: pip install 'lightning==2.6.*'
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,3 +36,4 @@ run files python benchmarks/files.py --repeats 15
 run memory python benchmarks/memory.py
 run muon torchrun --standalone --nproc_per_node=2 benchmarks/muon.py
 run ordered python benchmarks/ordered.py
+run decoder python benchmarks/decoder.py --data.root "$root"
