@@ -61,10 +61,10 @@ def test_a_page_does_what_it_shows(page: Path, place: Path, zygote: Zygote):
         plant = {0: ("at_phase", "data", block.killed, "kill")} if block.killed else None
         if rest[0] == "-m":
             assert rest[1] == "dist_train"
-            run = Run(rest[2:], ranks, plant, kill_all=True, cwd=str(place), timeout_s=120)
+            run = Run(rest[2:], ranks, plant, kill_all=True, cwd=str(place))
         else:
             (script,) = rest
-            run = Run([], ranks, cwd=str(place), script=str(place / script), timeout_s=120)
+            run = Run([], ranks, cwd=str(place), script=str(place / script))
         (ended,) = zygote.run(run)
         code = next((code for code in ended.codes if code), 0)
         if code and words[0] == "torchrun":
