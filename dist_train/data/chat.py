@@ -14,8 +14,8 @@ import torch
 from dist_train.data.sets import Gathered
 from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokenizer_file import FromFile
-from dist_train.data.windows import IGNORED
 from dist_train.errors import ConfigError
+from dist_train.models.chunked_loss import IGNORED
 
 NAME = "chat"
 FLAG = 1 << 31  # of the number of a token that is no answer

@@ -75,10 +75,11 @@ def text(
         size, below = _sizes(by, vocab_size)
         train = token_shards.read(home, tokens, "data.args.tokens", below)
         test = None if test_tokens is None else token_shards.read(home, test_tokens, "data.args.test_tokens", below)
-    elif format == "chat":
-        return _chats(home, files, test_files, test_fraction, field, tokenizer, end_token, block, packing)
     else:
-        train, by = encoded_text.read(home, files, field, tokenizer, end_token)
+        chat = format == "chat"
+        if chat:
+            field = AS_JSON + ("messages" if field == "text" else field)
+        train, by = encoded_text.read(home, files, field, tokenizer, end_token, chat=chat)
         test = None if test_files is None else encoded_text.read_test(home, test_files, field, by)
         size = by.vocab_size
     if test is None:
@@ -86,29 +87,6 @@ def text(
     trained = _windows(train, block, packing, by, tail=False)
     tested = None if test is None else _windows(test, block, packing, by, tail=True)
     return _data(trained, tested, size, block, by)
-
-
-def _chats(
-    home: Path,
-    files: str | None,
-    test_files: str | None,
-    test_fraction: float,
-    field: str,
-    tokenizer: str | None,
-    end_token: str | None,
-    block: int,
-    packing: str,
-) -> Data:
-    """Chats, of which a model learns the answers. Raises ConfigError."""
-    field = AS_JSON + ("messages" if field == "text" else field)
-    train, by = encoded_text.read(home, files, field, tokenizer, end_token, chat=True)
-    test = None if test_files is None else encoded_text.read_test(home, test_files, field, by)
-    if test is None:
-        train, test = held_out(train, test_fraction)
-    assert isinstance(by, Chat)
-    trained = answers_only(_windows(train, block, packing, by, tail=False))
-    tested = None if test is None else answers_only(_windows(test, block, packing, by, tail=True))
-    return _data(trained, tested, by.vocab_size, block, by.inner)
 
 
 def _mixture(
@@ -138,6 +116,7 @@ def _mixture(
 def _data(
     train: Gathered, test: Gathered | dict[str, Gathered] | None, size: int, block: int, by: Tokenizer | None
 ) -> Data:
+    by = by.inner if isinstance(by, Chat) else by
     known = {"vocab_size": size, "block": block} | ({} if by is None else {"tokenizer": by})
     return Data(train, test, facts=known, keep=None if by is None else partial(_keep, by))
 
@@ -156,8 +135,10 @@ def held_out(tokens: Tokens, fraction: float) -> tuple[Tokens, Tokens | None]:
 
 def _windows(tokens: Tokens, block: int, packing: str, by: Tokenizer | None, tail: bool) -> Gathered:
     if packing == "contiguous":
-        return contiguous(tokens, block, tail, by)
-    return {"packed": packed, "padded": padded}[packing](tokens, block, by)
+        found = contiguous(tokens, block, tail, by)
+    else:
+        found = {"packed": packed, "padded": padded}[packing](tokens, block, by)
+    return answers_only(found) if isinstance(by, Chat) else found
 
 
 def _sizes(by: Tokenizer | None, vocab_size: int | None) -> tuple[int, int]:

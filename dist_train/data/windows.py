@@ -15,8 +15,8 @@ from dist_train.data.sets import Gathered
 from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokens import Tokens, expanded
 from dist_train.errors import ConfigError
+from dist_train.models.chunked_loss import IGNORED
 
-IGNORED = -100  # a target that counts for nothing; torch's cross_entropy and transformers ignore the same
 PADDING = 0  # the input where no token is: any valid one
 SHOWN, SHOWN_PIECES = 60, 3  # characters of a piece that a description has, and pieces
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
+IGNORED = -100  # a target that counts for nothing; torch's cross_entropy and transformers ignore the same
 AT_ONCE = 1 << 24  # logits: 64 MiB in float32
 
 

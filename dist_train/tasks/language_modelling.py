@@ -12,8 +12,8 @@ from torch import nn
 
 from dist_train.data.batch import Batch
 from dist_train.data.tokenizer_base import Tokenizer
-from dist_train.data.windows import IGNORED
 from dist_train.errors import ConfigError
+from dist_train.models.chunked_loss import IGNORED
 from dist_train.tasks.base import Task, tensor_of
 
 NEEDED = ("input_ids", "targets")

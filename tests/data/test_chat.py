@@ -12,8 +12,8 @@ from dist_train.config.load import load
 from dist_train.data.chat import FLAG, Chat
 from dist_train.data.text import text
 from dist_train.data.tokenizer_file import FromFile, trained
-from dist_train.data.windows import IGNORED
 from dist_train.errors import ConfigError
+from dist_train.models.chunked_loss import IGNORED
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
 

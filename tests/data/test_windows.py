@@ -24,8 +24,9 @@ from dist_train.data.packing import Packing
 from dist_train.data.sets import Data, Gathered
 from dist_train.data.tokenizers import Bytes
 from dist_train.data.tokens import Tokens
-from dist_train.data.windows import IGNORED, contiguous, packed, padded
+from dist_train.data.windows import contiguous, packed, padded
 from dist_train.errors import ConfigError
+from dist_train.models.chunked_loss import IGNORED
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
 from dist_train.run.check import check
