@@ -11,25 +11,18 @@ trainer     that of transformers, without reports and saves, on windows in memor
 accelerate  the plain loop of its documentation, on the batches in memory.
 """
 
-import dataclasses
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from peers import Held
+from peers import Held, alone, in_turns
 
-from dist_train.bench import machine, ranks, table
-from dist_train.bench.lead import SLICE_S, Cell, shuffled, steps_of
-from dist_train.bench.ranks import Ranks
-from dist_train.bench.slices import CEILING, CONFIG, OURS, SOCKET, WARM_STEPS
-from dist_train.bench.table import Run
+from dist_train.bench import machine, table
+from dist_train.bench.slices import CEILING, CONFIG, OURS, SOCKET
 from dist_train.config.load import load
-from dist_train.config.tree import BackendConfig
 from dist_train.ranks.launcher import Launcher
-from dist_train.tools.bench import for_bench
 from dist_train.tools.options import split
 
 OPTIONS = {"--repeats": ("16", "16"), "--steps": ("0", "100")}
@@ -40,27 +33,10 @@ def main(argv: list[str]) -> None:
     options, rest = split(argv, OPTIONS, "decoder")
     repeats, steps = (int(options[name]) for name in OPTIONS)
     rest = rest if "--config" in rest else ["--config", "configs/shakespeare.yaml", *rest]
-    config = for_bench(load(["--train.device", "cpu", *rest]), 1)
-    config = dataclasses.replace(config, backend=BackendConfig("single"))
-    cell, batch_size = Cell("single", 1, config), config.train.global_batch_size
-    if not steps:
-        with ranks.of(cell.with_batch(batch_size, WARM_STEPS), OURS, 1) as processes:
-            processes.end()
-        steps = max(3, round(SLICE_S / processes.ready[0].step_s))
-    config = cell.with_batch(batch_size, steps_of(steps, repeats))
+    config = alone(rest)
+    batch_size = config.train.global_batch_size
     print(f"{config.model.args}, batch {batch_size}; {machine.describe(machine.facts())}", flush=True)
-    with ExitStack() as stack:
-        own = stack.enter_context(ranks.of(config, OURS, 1))
-        own.warm()
-        places = dict.fromkeys((OURS, CEILING), own)
-        for peer in PEERS:
-            places[peer] = stack.enter_context(Ranks([__file__], peer, 1, config, by_torchrun=False))
-        runs = {name: Run("ours" if name == OURS else name, name, 1, batch_size) for name in places}
-        for turn in range(repeats):
-            for name in shuffled(list(places), turn):
-                runs[name].slices.append(places[name].turn(name, steps))
-        for processes in set(places.values()):
-            processes.end()
+    runs, places = in_turns(config, batch_size, repeats, steps, (OURS, CEILING), PEERS, __file__)
     peaks = {name: places[name].ready[0].peak_bytes / 1e6 for name in places}
     starts = {name: places[name].start_s for name in places}
     print("| | ours / it | quartiles | by CPU time | start to first step, s | memory, MB |\n|---|---|---|---|---|---|")

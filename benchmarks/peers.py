@@ -25,7 +25,7 @@ from dist_train.bench.ranks import Ranks
 from dist_train.bench.slices import CEILING, CONFIG, OURS, RUN_IN_STEPS, SOCKET, TUTORIAL, WARM_STEPS, Slice
 from dist_train.bench.table import Run
 from dist_train.config.load import load
-from dist_train.config.tree import BackendConfig
+from dist_train.config.tree import BackendConfig, Config
 from dist_train.ranks.launcher import Launcher
 from dist_train.tools.bench import for_bench
 from dist_train.tools.options import split
@@ -38,29 +38,11 @@ def main(argv: list[str]) -> None:
     """Leads, and prints the ratios."""
     options, rest = split(argv, OPTIONS, "peers")
     batch_size, repeats, steps = (int(options[name]) for name in OPTIONS)
-    config = for_bench(load(["--train.device", "cpu", *rest]), 1)
-    config = dataclasses.replace(config, backend=BackendConfig("single"))
-    cell = Cell("single", 1, config)
-    if not steps:
-        with ranks.of(cell.with_batch(batch_size, WARM_STEPS), OURS, 1) as processes:
-            processes.end()
-        steps = max(3, round(SLICE_S / processes.ready[0].step_s))
-    config = cell.with_batch(batch_size, steps_of(steps, repeats))
+    config = alone(rest)
     print(
         f"{config.data.name}, {config.optim.name}, batch {batch_size}; {machine.describe(machine.facts())}", flush=True
     )
-    with ExitStack() as stack:
-        own = stack.enter_context(ranks.of(config, OURS, 1))
-        own.warm()
-        places = dict.fromkeys((OURS, CEILING, TUTORIAL), own)
-        for peer in PEERS:
-            places[peer] = stack.enter_context(Ranks([__file__], peer, 1, config, by_torchrun=False))
-        runs = {name: Run("ours" if name == OURS else name, name, 1, batch_size) for name in places}
-        for turn in range(repeats):
-            for name in shuffled(list(places), turn):
-                runs[name].slices.append(places[name].turn(name, steps))
-        for processes in set(places.values()):
-            processes.end()
+    runs, _ = in_turns(config, batch_size, repeats, steps, (OURS, CEILING, TUTORIAL), PEERS, __file__)
     print(f"{'':<20} {'samples/s':>10} {'/ceiling':>9} {'ours / it':>10} {'quartiles':>12} {'by CPU time':>12}")
     for name, run in runs.items():
         to_ceiling = statistics.median(table.ratio(run, runs[CEILING]).by_round)
@@ -71,6 +53,50 @@ def main(argv: list[str]) -> None:
             f"{name:<20} {statistics.median(run.rates()):>10,.0f} {to_ceiling:>9.2f} {middle:>10.2f} {quartiles:>12} "
             f"{statistics.median(ours.by_cpu_time):>12.2f}"
         )
+
+
+def alone(argv: list[str]) -> Config:
+    """The config of a benchmark of one process on the CPU."""
+    config = for_bench(load(["--train.device", "cpu", *argv]), 1)
+    return dataclasses.replace(config, backend=BackendConfig("single"))
+
+
+def in_turns(
+    config: Config, batch_size: int, repeats: int, steps: int, own: Iterable[str], peers: Iterable[str], script: str
+) -> tuple[dict[str, Run], dict[str, Ranks]]:
+    """Measures ours and peers, who take turns in short slices.
+
+    Args:
+        config: of all.
+        batch_size: samples of a step.
+        repeats: turns of each.
+        steps: of a turn; 0 for as many as make a slice.
+        own: what one process of ours runs, ourselves among it.
+        peers: who have a process each.
+        script: whose arguments are a folder and a peer's name.
+
+    Returns:
+        What was measured, and the processes, which have ended, both by name.
+    """
+    cell = Cell("single", 1, config)
+    if not steps:
+        with ranks.of(cell.with_batch(batch_size, WARM_STEPS), OURS, 1) as processes:
+            processes.end()
+        steps = max(3, round(SLICE_S / processes.ready[0].step_s))
+    config = cell.with_batch(batch_size, steps_of(steps, repeats))
+    with ExitStack() as stack:
+        first = stack.enter_context(ranks.of(config, OURS, 1))
+        first.warm()
+        places = dict.fromkeys(own, first)
+        for peer in peers:
+            places[peer] = stack.enter_context(Ranks([script], peer, 1, config, by_torchrun=False))
+        runs = {name: Run("ours" if name == OURS else name, name, 1, batch_size) for name in places}
+        for turn in range(repeats):
+            for name in shuffled(list(places), turn):
+                runs[name].slices.append(places[name].turn(name, steps))
+        for processes in set(places.values()):
+            processes.end()
+    return runs, places
 
 
 # -- a peer ------------------------------------------------------------------------------------------------------------
