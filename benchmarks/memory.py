@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,14 @@ def rank(backend: str, ranks: int, layers: int, width: int, number: int, folder:
         made.step(None, measure=False)
     peak = memory("VmHWM")
     libc.malloc_trim(0)
-    answers.put((memory("VmRSS"), peak))
+    leave(answers, (memory("VmRSS"), peak), ranks)
+
+
+def leave(answers: Any, answer: Any, ranks: int) -> None:
+    """Ends the process of a rank, with its answer."""
+    import torch.distributed as torch_dist
+
+    answers.put(answer)
     answers.close()
     answers.join_thread()
     if ranks > 1:
@@ -85,20 +93,31 @@ def rank(backend: str, ranks: int, layers: int, width: int, number: int, folder:
     os._exit(0)  # gloo's threads abort the interpreter's exit now and then
 
 
-def run(backend: str, ranks: int, layers: int, width: int) -> tuple[int, int]:
-    """What the rank that held most of a run held after a step, and at its peak, in bytes."""
+def answers_of(function: Callable[..., None], name: str, ranks: int, *of: Any) -> list[Any]:
+    """What as many processes as ranks answer, in any order.
+
+    Args:
+        function: of a rank, which calls `leave`: of these arguments, its number, a folder of all and where answers go.
+        name: of what is measured.
+        ranks: how many.
+        of: arguments.
+    """
     context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        of = backend, ranks, layers, width
-        processes = [context.Process(target=rank, args=(*of, i, folder, answers)) for i in range(ranks)]
+        processes = [context.Process(target=function, args=(*of, i, folder, answers)) for i in range(ranks)]
         for process in processes:
             process.start()
         for process in processes:
             process.join()
         if any(process.exitcode for process in processes):
-            raise SystemExit(f"{backend}: a rank ended with {[process.exitcode for process in processes]}")
-        got = [answers.get() for _ in processes]
+            raise SystemExit(f"{name}: a rank ended with {[process.exitcode for process in processes]}")
+        return [answers.get() for _ in processes]
+
+
+def run(backend: str, ranks: int, layers: int, width: int) -> tuple[int, int]:
+    """What the rank that held most of a run held after a step, and at its peak, in bytes."""
+    got = answers_of(rank, backend, ranks, backend, ranks, layers, width)
     return max(steady for steady, _ in got), max(peak for _, peak in got)
 
 

@@ -10,16 +10,12 @@ is what the largest rank held at its peak, less that of a tiny model, as in memo
 
 import argparse
 import json
-import multiprocessing
-import os
 import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from memory import M_MMAP_THRESHOLD, TINY, memory
+from memory import M_MMAP_THRESHOLD, TINY, answers_of, leave, memory
 
 STEPS = 3
 WAYS = {"ordered": ("ordered", True), "slices": ("fast", True), "whole": ("fast", False)}
@@ -69,30 +65,13 @@ def rank(backend: str, ranks: int, way: str, options: Any, width: int, number: i
     begin = time.process_time()
     for _ in range(STEPS):
         step()
-    answers.put((time.process_time() - begin, memory("VmHWM")))
-    answers.close()
-    answers.join_thread()
-    if ranks > 1:
-        torch_dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads abort the interpreter's exit now and then
+    leave(answers, (time.process_time() - begin, memory("VmHWM")), ranks)
 
 
 def run(cell: str, way: str, options: Any, width: int) -> tuple[float, int]:
     """CPU seconds of all ranks, and bytes of the largest."""
     backend, _, ranks = cell.partition(":")
-    context = multiprocessing.get_context("spawn")
-    answers = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        of = backend, int(ranks), way, options, width
-        processes = [context.Process(target=rank, args=(*of, i, folder, answers)) for i in range(int(ranks))]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        if any(process.exitcode for process in processes):
-            raise SystemExit(f"{cell}: a rank ended with {[process.exitcode for process in processes]}")
-        got = [answers.get() for _ in processes]
+    got = answers_of(rank, cell, int(ranks), backend, int(ranks), way, options, width)
     return sum(seconds for seconds, _ in got), max(peak for _, peak in got)
 
 
