@@ -57,7 +57,7 @@ class Backend(ABC):
     def buffers_of(self, model: nn.Module) -> Buffers:
         """Those of the model, before it is compiled or wrapped; to be settled after every step. Its norms over a batch
         take their statistics from now on as model.batch_statistics says."""
-        config, ranks = self.config, self.world.size
+        config, ranks = self.config, self.world.data_size
         statistics = exchange(model, group_of(config.model), ranks, compiles=config.compile.mode != "off")
         return Buffers(model, self.findings, ranks, self.skips or self.scale is not None, statistics)
 

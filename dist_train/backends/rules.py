@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from dist_train.backends import BACKENDS, LIBRARIES, chosen
+from dist_train.backends import BACKENDS, LIBRARIES, chosen, mesh
 from dist_train.config.tree import Config
 from dist_train.config.values import unknown
 from dist_train.ranks.launcher import Launcher
@@ -95,6 +95,7 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
             f"write --backend.name ddp"
         )
     yield from _stage(config, backend)
+    yield from mesh.problems(config, backend, launcher)
     yield from _offload(config, backend)
     yield from _extra(config, backend)
     yield from _combination(config, backend)

@@ -230,6 +230,9 @@ class BackendConfig:
     zero_stage: int | None = None
     """deepspeed: what is shared out among the ranks; 0 nothing (also null), 1 optimizer state, 2 and gradients,
     3 and weights."""
+    mesh: dict[str, int] = field(default_factory=dict)
+    """fsdp2: how many ranks each dimension has: replicate, groups of ranks with a copy each; shard, ranks that share
+    out a copy; tensor, ranks that split each layer. -1 is what is left (none: shard alone)."""
     offload: bool = False
     """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
     reduce: Literal["fast", "ordered"] = "fast"

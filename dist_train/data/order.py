@@ -211,8 +211,8 @@ class Plan:
 
     @classmethod
     def of(cls, n: int, config: "Config", world: "World") -> "Plan":
-        """The plan of a run's config for one rank."""
-        cfg, place = config.train, (world.rank, world.size)
+        """The plan of a run's config for one data rank."""
+        cfg, place = config.train, (world.data_rank, world.data_size)
         of = n, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size, cfg.drop_last
         dealt = config.backend.reduce == "ordered"
         return cls(*of, *place, (cfg.micro_batch_size if dealt else group_of(config.model)) or 1, dealt)

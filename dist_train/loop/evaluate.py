@@ -42,7 +42,7 @@ class Evaluation:
         self.totals: dict[str, Mapping[str, torch.Tensor]] = {}  # of the last evaluation, by split
         # A loss over the samples of a batch is one over as many as it is trained with, at any world size.
         self.together = cfg.global_batch_size if task.mixes_samples else None
-        self.at_once = evaluated_at_once(cfg, world.size, sample_bytes)
+        self.at_once = evaluated_at_once(cfg, world.data_size, sample_bytes)
 
     def run(self, model: nn.Module, phases: Phases | None = None, last: bool = False) -> dict[str, float]:
         """The metrics of all splits, the same on every rank. Collective.
@@ -85,7 +85,7 @@ class Evaluation:
     def _batches(self, n: int) -> Iterator[np.ndarray]:
         """Numbers of this rank's samples, batch by batch: as many on every rank, as a sharded model's forward is
         collective."""
-        rank, size = self.world.rank, self.world.size
+        rank, size = self.world.data_rank, self.world.data_size
         if self.together is not None:
             for first in range(0, n, self.together):
                 samples = np.arange(first, min(first + self.together, n))

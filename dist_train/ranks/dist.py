@@ -25,7 +25,11 @@ PATIENCE_DAYS = 365
 
 @dataclass(frozen=True)
 class World:
-    """This process among all, and the device it computes on."""
+    """This process among all, and the device it computes on.
+
+    Ranks that follow each other, `tensor` of them, split each layer between them, and take the same samples. Such a
+    group is one data rank.
+    """
 
     rank: int
     size: int
@@ -34,11 +38,22 @@ class World:
     device: torch.device
     launcher: str
     master_addr: str = "127.0.0.1"
+    tensor: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this is rank 0, the one that writes and prints."""
         return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's place among those that share out samples."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """How many share out samples."""
+        return self.size // self.tensor
 
 
 def resolve_device(name: str, local_rank: int) -> torch.device:
@@ -75,14 +90,16 @@ def set_threads(threads: int | None, local_size: int) -> None:
 
 
 def seed_draws(seed: int, world: World, step: int = 0) -> None:
-    """Seeds what a model draws in training, such as dropout: by the run's seed, and otherwise on every rank. A run that
-    goes on at another world size from `step` on draws anew."""
-    entropy = [seed, world.rank, *([world.size, step] if step else [])]
+    """Seeds what a model draws in training, such as dropout: by the run's seed, and otherwise on every data rank. A run
+    that goes on at another world size from `step` on draws anew."""
+    entropy = [seed, world.data_rank, *([world.data_size, step] if step else [])]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
 
 
 @contextmanager
-def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TIMEOUT_S) -> Iterator[World]:
+def joined(
+    launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TIMEOUT_S, tensor: int = 1
+) -> Iterator[World]:  # fmt: skip
     """Joins the processes that were started together. At the end the group is left after every rank has come there;
     on an error at once, so that the other ranks notice.
 
@@ -90,9 +107,11 @@ def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TI
         launcher: the place of this rank.
         device: of this rank.
         timeout_s: that joining may take, and a collective.
+        tensor: ranks that split each layer between them; see World.
     """
+    global _data
     place = launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size
-    world = World(*place, device, launcher.name, launcher.master_addr)
+    world = World(*place, device, launcher.name, launcher.master_addr, tensor)
     if launcher.name == "none":
         yield world
         return
@@ -107,37 +126,52 @@ def joined(launcher: Launcher, device: torch.device, timeout_s: float = GROUP_TI
             timeout=timedelta(seconds=timeout_s),
             device_id=device if device.type == "cuda" else None,
         )
+        if tensor > 1:
+            peers = [list(range(first, world.size, tensor)) for first in range(tensor)]
+            _data, _ = torch_dist.new_subgroups_by_enumeration(peers)
     yield world
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    _data = None
     _hosts.cache_clear()
 
 
+# -- among the ranks that share out samples ----------------------------------------------------------------------------
+# Where layers are split between ranks, these are those with the same place in that; each such group does the same.
+
+_data: torch_dist.ProcessGroup | None = None  # None: all ranks
+
+
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of `tensor` over the ranks, in place, on every rank. Collective."""
+    """The sum of `tensor` over the data ranks, in place, on every rank. Collective."""
     if torch_dist.is_initialized():
-        torch_dist.all_reduce(tensor)
+        torch_dist.all_reduce(tensor, group=_data)
     return tensor
 
 
 def stack(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensors of all ranks, [ranks, ...] in order of rank, on every rank. Collective."""
+    """The tensors of all data ranks, [data ranks, ...] in their order, on every rank. Collective."""
     if not torch_dist.is_initialized():
         return tensor[None]
-    every = tensor.new_empty(torch_dist.get_world_size(), *tensor.shape)
-    torch_dist.all_gather(list(every), tensor)
+    every = tensor.new_empty(torch_dist.get_world_size(_data), *tensor.shape)
+    torch_dist.all_gather(list(every), tensor, group=_data)
     return every
+
+
+def gather_data(value: Any) -> list[Any]:
+    """Every data rank's `value` in their order, on every rank. Collective."""
+    return gather(value, _data)
 
 
 Pending = Callable[[], torch.Tensor]
 
 
 def sum_later(tensor: torch.Tensor) -> Pending:
-    """Begins to add up `tensor` over the ranks, in place, and gives a function that returns the sum. Collective; other
-    collectives may begin before it is asked for."""
+    """Begins to add up `tensor` over the data ranks, in place, and gives a function that returns the sum. Collective;
+    other collectives may begin before it is asked for."""
     if not torch_dist.is_initialized():
         return lambda: tensor
-    work = torch_dist.all_reduce(tensor, async_op=True)
+    work = torch_dist.all_reduce(tensor, group=_data, async_op=True)
 
     def done() -> torch.Tensor:
         work.wait()  # of an accelerator, its stream waits, and not the host
@@ -147,20 +181,21 @@ def sum_later(tensor: torch.Tensor) -> Pending:
 
 
 def gather_samples(mine: torch.Tensor, count: int) -> tuple[torch.Tensor, int]:
-    """The rows of all ranks, and where this rank's begin, for a loss that compares each sample with those of the whole
-    batch. Gradients flow back to the rank that a row is of. Collective, forward and backward.
+    """The rows of all data ranks, and where this rank's begin, for a loss that compares each sample with those of the
+    whole batch. Gradients flow back to the rank that a row is of. Collective, forward and backward.
 
     Args:
         mine: [rows, ...].
         count: how many rows count, from the first: `len(batch)`. A stand-in has none.
 
     Returns:
-        [all rows, ...] in order of rank, and the number of the rows before this rank's.
+        [all rows, ...] in order of data rank, and the number of the rows before this rank's.
     """
     if not torch_dist.is_initialized():
         return mine[:count], 0
-    counts = [int(row[0]) for row in gather_numbers([count])]
-    return _Gathered.apply(mine, tuple(counts)), sum(counts[: torch_dist.get_rank()])
+    every = gather_numbers([count])
+    counts = [int(every[rank][0]) for rank in torch_dist.get_process_group_ranks(_data)]
+    return _Gathered.apply(mine, tuple(counts)), sum(counts[: torch_dist.get_rank(_data)])
 
 
 class _Gathered(torch.autograd.Function):
@@ -168,17 +203,17 @@ class _Gathered(torch.autograd.Function):
     def forward(ctx: Any, mine: torch.Tensor, counts: tuple[int, ...]) -> torch.Tensor:
         ctx.counts, ctx.rows = counts, len(mine)
         padded = mine.new_zeros(max(counts), *mine.shape[1:])
-        count = counts[torch_dist.get_rank()]
+        count = counts[torch_dist.get_rank(_data)]
         padded[:count] = mine[:count]
         parts = [torch.empty_like(padded) for _ in counts]
-        torch_dist.all_gather(parts, padded)
+        torch_dist.all_gather(parts, padded, group=_data)
         return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient = gradient.contiguous()
-        torch_dist.all_reduce(gradient)  # every rank's loss depends on every row
-        rank = torch_dist.get_rank()
+        torch_dist.all_reduce(gradient, group=_data)  # every rank's loss depends on every row
+        rank = torch_dist.get_rank(_data)
         start, count = sum(ctx.counts[:rank]), ctx.counts[rank]
         mine = gradient.new_zeros(ctx.rows, *gradient.shape[1:])
         mine[:count] = gradient[start : start + count]
@@ -186,10 +221,13 @@ class _Gathered(torch.autograd.Function):
 
 
 def from_last(tensor: torch.Tensor) -> torch.Tensor:
-    """The last rank's `tensor`, in place, on every rank. Collective."""
+    """The last data rank's `tensor`, in place, on every rank. Collective."""
     if torch_dist.is_initialized():
-        torch_dist.broadcast(tensor, src=torch_dist.get_world_size() - 1)
+        torch_dist.broadcast(tensor, group=_data, group_src=torch_dist.get_world_size(_data) - 1)
     return tensor
+
+
+# -- among all ranks ---------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -251,10 +289,10 @@ def _quiet_gloo() -> Iterator[None]:
 
 
 def gather(value: Any, group: torch_dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's `value` in order of rank, on every rank. Collective, in a group of all ranks."""
+    """Every rank's `value` in order of rank, on every rank of the group. Collective; None is the group of all."""
     if not torch_dist.is_initialized():
         return [value]
-    values: list[Any] = [None] * torch_dist.get_world_size()
+    values: list[Any] = [None] * torch_dist.get_world_size(group)
     torch_dist.all_gather_object(values, value, group)
     return values
 

@@ -47,7 +47,7 @@ def of_step(config: Config, world: World, parts: Parts) -> int:
         Exception: whatever the model raises on tensors without values, such as where its way depends on them.
     """
     cfg = config.train
-    sizes = cfg.global_batch_size, world.size, cfg.micro_batch_size
+    sizes = cfg.global_batch_size, world.data_size, cfg.micro_batch_size
     batch = largest_piece(*sizes, group_of(config.model) or 1)
     kind = parts.feed.of(np.zeros(1, np.int64))
     counted = of_batch(parts.model, lambda model: parts.task.sums(model, like(kind, batch))["loss"], parts.precision)

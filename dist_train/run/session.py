@@ -226,7 +226,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
             f"model: draws by {', '.join(parts.findings.draws)}, which depends on the number of ranks; only dropout "
             f"and stochastic depth are keyed (train.draws)"
         )
-    trackers.say("\n".join([*said, *notes(config, parts.findings, world.size)]))
+    trackers.say("\n".join([*said, *notes(config, parts.findings, world.data_size)]))
     backend = _backend(config, world, parts)
     # A model with several optimizers has one for each of its parts, made in _backend.
     of_all = None if parts.optims else parts.model

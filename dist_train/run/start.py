@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from dist_train.backends import chosen, fit
+from dist_train.backends import chosen, fit, mesh
 from dist_train.checkpoint import resume
 from dist_train.checkpoint.rules import resumes
 from dist_train.checkpoint.save import Facts
@@ -55,11 +55,12 @@ def joined(config: Config, launcher: Launcher, own_loop: bool = False) -> Iterat
         fit.check_model(backend, parts.findings, parts.model, config.backend.zero_stage)
         fit.check_sparse(config, backend, device, parts.findings)
         audit.check(config, parts.findings, own_loop)
-        check_shares(config, parts.findings, len(parts.data.train), launcher.world_size)
+        tensor = mesh.of(config, launcher.world_size).tensor
+        check_shares(config, parts.findings, len(parts.data.train), launcher.world_size // tensor)
         hooks = own_hooks.build(config, parts)
         facts = resume.facts_of(parts.model, parts.data)
         resume.check_newest(config, run_folder(config), facts)
-        with dist.joined(launcher, device) as world:
+        with dist.joined(launcher, device, tensor=tensor) as world:
             yield Joined(world, parts, facts, hooks)
     finally:
         torch.set_num_threads(threads)

@@ -39,7 +39,7 @@ class Masks:
     def __init__(self, task: Measured, ignored: int | None, feed: Feed, classes: tuple[str, ...], world: World):
         self.task, self.ignored, self.feed, self.classes = task, ignored, feed, classes
         self.is_main = world.is_main
-        self.next = share(len(feed.split), world.rank, world.size).start
+        self.next = share(len(feed.split), world.data_rank, world.data_size).start
         self.worst = Worst(WORST)
 
     def __call__(self, batch: Batch, outputs: Any) -> None:

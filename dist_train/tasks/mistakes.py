@@ -42,7 +42,7 @@ class Mistakes:
 
     def __init__(self, task: Classifier, feed: Feed, classes: tuple[str, ...], world: World):
         self.task, self.feed, self.classes = task, feed, classes
-        self.next = share(len(feed.split), world.rank, world.size).start
+        self.next = share(len(feed.split), world.data_rank, world.data_size).start
         self.seen = False
         self.is_main = world.is_main
         self.confusion: torch.Tensor | None = None

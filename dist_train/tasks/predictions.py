@@ -37,7 +37,7 @@ class Predictions:
         self.task, self.is_main = task, world.is_main
         n = len(feed.split)
         self.drawn = np.sort(shuffled(np.arange(min(n, POINTS)), n, 0, 0))
-        self.next = share(n, world.rank, world.size).start
+        self.next = share(n, world.data_rank, world.data_size).start
         self.width = 0
         self.rows: list[torch.Tensor] = []
         self.worst = Worst(WORST)
@@ -57,7 +57,7 @@ class Predictions:
 
     def write(self, folder: Path) -> None:
         """Writes predictions.npz; see the README. Collective; rank 0 writes."""
-        drawn = np.concatenate(dist.gather(torch.cat(self.rows).cpu().numpy()))
+        drawn = np.concatenate(dist.gather_data(torch.cat(self.rows).cpu().numpy()))
         worst = self.worst.over_ranks()
         if not self.is_main:
             return

@@ -45,14 +45,14 @@ class Worst:
         """
         mine = {name: value.cpu() for name, value in self.kept.items()}
         own = {name: (value.double() if value.is_floating_point() else value).numpy() for name, value in mine.items()}
-        parts = dist.gather((own["loss"], own["index"]))  # the columns may be large: they are asked of a few
+        parts = dist.gather_data((own["loss"], own["index"]))  # the columns may be large: they are asked of a few
         loss, index = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
         counted = loss != -np.inf
         loss, index = loss[counted], index[counted]
         key = np.nan_to_num(loss, nan=np.inf)
         chosen = index[np.lexsort([index, -key, ~np.isnan(loss)])[: self.count]]  # the last is the first key
         asked = np.isin(own["index"], chosen)
-        parts = dist.gather({name: value[asked] for name, value in own.items()})
+        parts = dist.gather_data({name: value[asked] for name, value in own.items()})
         rows = {name: np.concatenate([part[name] for part in parts]) for name in own}
         order = rows["index"].argsort()
         order = order[np.searchsorted(rows["index"], chosen, sorter=order)]

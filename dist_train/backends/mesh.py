@@ -1,0 +1,93 @@
+"""The mesh of ranks under fsdp2: groups that each have a copy of the model, ranks that share out a copy, and ranks that
+split each layer. Pure, and before torch is imported."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from dist_train.config.tree import Config
+from dist_train.config.values import unknown
+from dist_train.ranks.launcher import Launcher
+
+DIMENSIONS = ("replicate", "shard", "tensor")  # the outermost first: ranks of the last one follow each other
+REST = -1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many ranks each dimension has. Rank (r * shard + s) * tensor + t is at (r, s, t)."""
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """In the order of DIMENSIONS."""
+        return self.replicate, self.shard, self.tensor
+
+    def place(self, rank: int) -> tuple[int, int, int]:
+        """Where a rank is, in the order of DIMENSIONS."""
+        rest, tensor = divmod(rank, self.tensor)
+        replicate, shard = divmod(rest, self.shard)
+        return replicate, shard, tensor
+
+
+def of(config: Config, ranks: int) -> Mesh:
+    """The mesh of a config that passed `problems`, on so many ranks."""
+    given = config.backend.mesh or {"shard": REST}
+    sizes = {name: given.get(name, 1) for name in DIMENSIONS}
+    left = ranks // math.prod(size for size in sizes.values() if size != REST)
+    return Mesh(**{name: left if size == REST else size for name, size in sizes.items()})
+
+
+def problems(config: Config, backend: str, launcher: Launcher) -> Iterator[str]:
+    """A line for every mistake: got, expected, and what to do."""
+    given, ranks, local = config.backend.mesh, launcher.world_size, launcher.local_world_size
+    if not given:
+        return
+    path, shown = "backend.mesh", _shown(given)
+    if backend != "fsdp2":
+        yield (
+            f"{path}: got {shown}, but backend {backend} does not have it; leave it out, or write --backend.name fsdp2"
+        )
+        return
+    for name in given:
+        if name not in DIMENSIONS:
+            yield unknown(path, name, DIMENSIONS)
+    bad = {name: size for name, size in given.items() if size != REST and size < 1}
+    for name, size in bad.items():
+        yield f"{path}.{name}: got {size}, expected 1 or more, or -1 for what is left"
+    rests = [name for name, size in given.items() if size == REST]
+    if len(rests) > 1:
+        yield f"{path}: got -1 for {' and '.join(rests)}, expected it once at most: it is what the others leave"
+    if bad or len(rests) > 1 or not given.keys() <= set(DIMENSIONS):
+        return
+    fixed = math.prod(size for size in given.values() if size != REST)
+    if ranks % fixed or (not rests and fixed != ranks):
+        fits = "; ".join(_fitting(given, ranks))
+        yield f"{path}: got {shown} on {ranks} ranks, expected sizes with that product, such as {fits}"
+        return
+    tensor = of(config, ranks).tensor
+    if local % tensor:
+        divisors = ", ".join(str(n) for n in range(1, local + 1) if not local % n)
+        yield (
+            f"{path}.tensor: got {tensor} with {local} ranks on a node, expected ranks of one node, which have the "
+            f"fastest links, so one of {divisors}"
+        )
+
+
+def _fitting(given: dict[str, int], ranks: int) -> Iterator[str]:
+    """Meshes that fit: one dimension changed, the others as they are; else shards alone."""
+    found = False
+    for name in given:
+        rest = math.prod(size for other, size in given.items() if other != name and size != REST)
+        if ranks % rest == 0 and REST not in given.values():
+            found = True
+            yield _shown(given | {name: ranks // rest})
+    if not found:
+        yield _shown({"shard": ranks})
+
+
+def _shown(given: dict[str, int]) -> str:
+    return "{" + ", ".join(f"{name}: {size}" for name, size in given.items()) + "}"
