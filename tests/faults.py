@@ -968,15 +968,14 @@ def flips_weight(step: int) -> None:
 
 def compares_with_itself(step: int | None = None) -> None:
     """An audit that compares each digest with itself; and see `flips_gradient`."""
-    stack = dist.stack
+    stack_all = dist.stack_all
 
     def wrong(tensor: torch.Tensor) -> torch.Tensor:
-        every = stack(tensor)
-        if tensor.dtype == torch.int64:
-            every[:, 2] = every[:, 1].roll(1)
+        every = stack_all(tensor)
+        every[:, 1] = every[:, 0].roll(1)
         return every
 
-    dist.stack = wrong
+    dist.stack_all = wrong
     if step is not None:
         flips_gradient(step)
 

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from dist_train import backends
+from dist_train.backends import mesh
 from dist_train.backends.base import Backend
 from dist_train.backends.shards import Shards
 from dist_train.checkpoint import resume, weights
@@ -213,7 +214,10 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     """What the loop works with, on the backend, at the step where it starts; and FLOPs of a step, if they are asked
     for. Collective."""
     config, world, parts, trackers, found = run.config, run.world, run.parts, run.trackers, run.found
-    trackers.say("\n".join([dist.rank_table(world), *parts.loaded, *parts.findings.notes]))
+    place = None
+    if config.backend.mesh:
+        place = dict(zip(mesh.DIMENSIONS, mesh.of(config, world.size).place(world.rank), strict=True))
+    trackers.say("\n".join([dist.rank_table(world, place), *parts.loaded, *parts.findings.notes]))
     for error in run.damaged:
         trackers.say(f"passed over a damaged checkpoint: {error}")
     if found:
