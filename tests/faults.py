@@ -31,7 +31,7 @@ import torch.distributed as torch_dist
 
 from dist_train import versions
 from dist_train.backends import BACKENDS, rules
-from dist_train.backends.shards import shards_of
+from dist_train.backends.shards import local_of, shards_of
 from dist_train.checkpoint import save, storage
 from dist_train.config.lookup import load
 from dist_train.data import vision
@@ -907,7 +907,7 @@ def other_backend(name: str, path: str) -> None:
 
 def _flip(tensor: torch.Tensor) -> None:
     """One bit of the first number, in the middle of its fraction."""
-    tensor.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
+    local_of(tensor).view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
 
 
 class _Wrong(torch.autograd.Function):
