@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,20 @@ def test_a_chat_is_trained_on_several_ranks_answered_and_exported(
     assert capsys.readouterr().out.startswith("1+1")
     with pytest.raises(ConfigError, match="--format: got unknown format 'x', expected one of text, chat"):
         generate.run([*argv, "--format", "x"], Launcher())
+
+
+def test_a_run_that_began_there_goes_on_without_the_folder(zygote: Zygote, tmp_path: Path):
+    cell = config(tmp_path)
+    folder = tmp_path / "hf"
+    export_hf.write(assemble.build(cell, CPU), folder)
+    told = dataclasses.replace(cell, model=dataclasses.replace(cell.model, args={}, init_from=str(folder)))
+    told = dataclasses.replace(told, run=dataclasses.replace(told.run, dir=str(tmp_path / "run")))
+    (tmp_path / "start.yaml").write_text(dump(told))
+    every = ["--train.max_steps", "6", "--checkpoint.every_steps", "2"]
+    argv = ["--config", str(tmp_path / "start.yaml"), *every, "--train.max_time_s", "0.01"]
+    (stopped,) = zygote.run(Run(argv))
+    assert stopped.codes == [75]
+    shutil.rmtree(folder)
+    again = ["--config", str(tmp_path / "run/config.yaml"), "--run.dir", str(tmp_path / "run")]
+    (ended,) = zygote.run(Run([*again, "--train.max_time_s", "null"]))
+    assert "resume" in (tmp_path / "run/metrics.jsonl").read_text() and "6 steps" in ended.check().out[0]
