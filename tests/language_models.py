@@ -12,11 +12,21 @@ from torch import nn
 from dist_train.checkpoint import weights
 from dist_train.config.load import dump, load
 from dist_train.config.tree import Config
+from dist_train.data.tokenizer_file import trained
 from dist_train.run import assemble
 
 CPU = torch.device("cpu")
 LINES = "the quick brown fox jumps over a lazy dog. naïve café owners smile, said Ünal — once more 🙂\n"
 SIZES = {"layers": 2, "width": 32, "heads": 4, "kv_heads": 2, "mlp_width": 48, "rope_theta": 500.0, "norm_eps": 1e-6}
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATS = [
+    [("user", "Hi! Wie geht's?"), ("assistant", "Gut — und dir? 🙂")],
+    [("system", "Be brief."), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4, naïve one")],
+    [("user", "assistant"), ("assistant", "user")],
+]
 
 
 def config(folder: Path, *argv: str, tokenizer: str = "bytes", **args: Any) -> Config:
@@ -25,6 +35,27 @@ def config(folder: Path, *argv: str, tokenizer: str = "bytes", **args: Any) -> C
     model = ["--model.name=decoder", f"--model.args={json.dumps(SIZES | args)}"]
     more = [f"--data.args.tokenizer={tokenizer}", "--task.name=language_modelling", "--train.device=cpu"]
     return load([*data, *model, *more, "--optim.name=AdamW", "--train.global_batch_size=8", *argv])
+
+
+def messages(chat: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in chat]
+
+
+def chats_in(folder: Path, template: str = CHAT_TEMPLATE, jinja: bool = False) -> Path:
+    """A tokenizer with a template, and chats."""
+    said = trained([content for chat in CHATS for _, content in chat], 300)
+    told = json.loads(said)
+    for i, token in enumerate(("<|im_start|>", "<|im_end|>")):
+        one = {"id": len(told["model"]["vocab"]) + i, "content": token, "special": True, "normalized": False}
+        told["added_tokens"].append(one | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
+    (folder / "tokenizer.json").write_text(json.dumps(told))
+    config = {"eos_token": "<|im_end|>"} | ({} if jinja else {"chat_template": template})
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja:
+        (folder / "chat_template.jinja").write_text(template)
+    lines = [json.dumps({"messages": messages(chat)}) for chat in CHATS] * 8
+    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
 
 
 def run_of(folder: Path, cell: Config) -> Path:

@@ -21,6 +21,7 @@ from dist_train.data.order import steps_per_epoch
 from dist_train.data.sets import Data
 from dist_train.errors import ConfigError
 from dist_train.loop.average import Average
+from dist_train.models.llama import filled
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 
@@ -139,7 +140,7 @@ def _never(found: Found, config: Config, facts: Facts) -> Iterator[str]:
 
 
 def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]:
-    saved, mine, allow = found.manifest.config, to_tree(config), config.checkpoint.allow
+    saved, mine, allow = found.manifest.config, to_tree(filled(config)), config.checkpoint.allow
     optim, before = config.optim, to_tree(Config())  # before: of a checkpoint without the key
     by_step = optim.schedule in ("constant", "step", "cosine_restarts") and optim.warmup_share is None
     pairs: list[tuple[str, Any, Any]] = []

@@ -31,6 +31,7 @@ from dist_train.config.tree import CheckpointConfig, Config, to_tree
 from dist_train.data.order import falls_on
 from dist_train.errors import OtherRankError
 from dist_train.loop.meter import Meter
+from dist_train.models.llama import filled
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.versions import versions
@@ -228,7 +229,7 @@ class Checkpoints:
             progress=meter.progress(),
             evaluation=meter.result.evaluation if meter.evaluated_step == step else {},
             loss_scale=Scale(scale.factor, scale.finite_steps) if scale else None,
-            config=to_tree(self.config),
+            config=to_tree(filled(self.config)),
             versions=versions(),
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             files={},

@@ -20,6 +20,7 @@ from dist_train.models.chunked_loss import IGNORED
 NAME = "chat"
 FLAG = 1 << 31  # of the number of a token that is no answer
 ANSWERS = "assistant"  # the role that they are of
+ASKS = "user"
 
 
 class Chat(Tokenizer):
@@ -74,6 +75,11 @@ class Chat(Tokenizer):
         span = np.searchsorted(first, begins, side="right") - 1
         answers = (span >= 0) & (begins < last[span])
         return np.where(answers, numbers, numbers | FLAG)
+
+    def asked(self, question: str) -> np.ndarray:
+        """Token numbers of a chat that is to be answered: a message of the user, and what the template writes to ask
+        for an answer. int64 [tokens]. Raises ConfigError where it refuses such a chat."""
+        return self.inner.encode(self._rendered([{"role": ASKS, "content": question}], ask=True))
 
     def _rendered(self, messages: Sequence[dict[str, Any]], ask: bool) -> str:
         import jinja2

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dist_train.data.chat import Chat
 from dist_train.data.sets import Data
 from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokenizers import Characters
@@ -29,6 +30,7 @@ class Writer:
         tokenizer: of its tokens.
         context: tokens that it sees at once, at most.
         device: of the model.
+        chat: makes a chat of a prompt, which is then a question; None takes it as it is.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Writer:
     tokenizer: Tokenizer
     context: int
     device: torch.device
+    chat: Chat | None = None
 
     def tokens_of(self, prompt: str, option: str) -> list[int]:
         """Token numbers of a prompt; of an empty one, the token that ends a document, after which another begins.
@@ -48,7 +51,7 @@ class Writer:
                     f"{shown}, where the model knows no {strange!r}, expected text of the {self.tokenizer.vocab_size} "
                     f"characters that it was trained on; take it out"
                 )
-        found = self.tokenizer.encode(prompt).tolist()
+        found = (self.tokenizer.encode(prompt) if self.chat is None else self.chat.asked(prompt)).tolist()
         if not found and self.tokenizer.end is not None:
             found = [self.tokenizer.end]
         if not found:

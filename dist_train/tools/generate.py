@@ -1,9 +1,10 @@
 """python -m dist_train generate --run.dir DIR [--prompt TEXT ... | --prompts FILE] [--tokens N] [--temperature T]
-[--top-k N] [--top-p P] [--seed N] [--which best]
+[--top-k N] [--top-p P] [--seed N] [--which best] [--format text | chat]
 
 Writes with a finished run's language model: what follows the prompt appears as it is written. With several prompts,
 which FILE has one a line of, each is continued by itself, and a line of JSON has it. --temperature 0 always takes the
-most probable token. The other options are the config's own, on top of the run's.
+most probable token. With --format chat, as of a run that was trained on chats, a prompt is a question, and what is
+printed is the answer. The other options are the config's own, on top of the run's.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.config.paths import expanded
 from dist_train.config.tree import BackendConfig, CompileConfig, Config
+from dist_train.config.values import unknown
 from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
@@ -31,7 +33,9 @@ OPTIONS = {
     "--top-p": ("1", "0.9"),
     "--seed": ("0", "0"),
     "--which": ("final", "best"),
+    "--format": ("", "chat"),
 }
+FORMATS = ("text", "chat")
 
 
 def run(argv: list[str], launcher: Launcher) -> int:
@@ -51,11 +55,14 @@ def run(argv: list[str], launcher: Launcher) -> int:
     from dist_train.models.generation import Sampling
 
     sampling = Sampling(heat, top_k, top_p, seed)
-    writer = writer_of(folder, config, options["--which"])
+    kind = options["--format"] or config.data.args.get("format") or FORMATS[0]
+    if kind not in FORMATS:
+        raise ConfigError(unknown("--format", kind, FORMATS, "format"))
+    writer = writer_of(folder, config, options["--which"], chats=kind == "chat")
     numbers = [writer.tokens_of(prompt, option) for prompt in prompts]
     steps = writer.write(numbers, tokens, sampling)
     if len(prompts) == 1:
-        print(prompts[0], end="", flush=True)
+        print("" if writer.chat else prompts[0], end="", flush=True)
         for (piece,) in steps:
             print(piece, end="", flush=True)
         print()
@@ -108,15 +115,18 @@ def _number(options: dict[str, str], name: str, kind: Callable[[str], Any], leas
     return found
 
 
-def writer_of(folder: Path, config: Config, which: str = "final") -> "Writer":
+def writer_of(folder: Path, config: Config, which: str = "final", chats: bool = False) -> "Writer":
     """The model of a run, which is ready to write. Raises ConfigError.
 
     Args:
         folder: of the run.
         config: of the run, in one process.
         which: final or best weights.
+        chats: prompts are questions.
     """
     from dist_train.backends.precision import Precision
+    from dist_train.data.chat import Chat
+    from dist_train.data.tokenizer_file import FromFile
     from dist_train.ranks import dist
     from dist_train.run import assemble
     from dist_train.run.kept import known_data
@@ -125,8 +135,15 @@ def writer_of(folder: Path, config: Config, which: str = "final") -> "Writer":
     device = dist.resolve_device(config.train.device, 0)
     dist.set_threads(config.train.threads, 1)
     data = known_data(folder, config)
+    tokenizer = data.known()["tokenizer"]
+    if chats and not isinstance(tokenizer, FromFile):
+        raise ConfigError(
+            f"--format: got chat for a run with the tokenizer {tokenizer.name}, which has no chat template, expected "
+            f"text; write --format text"
+        )
+    chat = Chat(tokenizer) if chats else None
     source = source_of(which, folder, config, data)
     precision = Precision(config.train.precision, device)
     precision.apply()
     model = assemble.build_model(config, data, precision.dtype, source)[0].to(device).eval()
-    return Writer(model, precision.called(model), data.known()["tokenizer"], context_of(model, data), device)
+    return Writer(model, precision.called(model), tokenizer, context_of(model, data), device, chat)

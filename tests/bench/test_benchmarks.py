@@ -96,7 +96,8 @@ def test_what_sums_in_a_fixed_order_cost(tmp_path: Path):
     words = ("--rounds=1", "--layers=2", "--width=64", "--slices=2", f"--json={tmp_path / 'ordered.json'}")
     script(str(ROOT / "benchmarks/ordered.py"), *words)
     rows = json.loads((tmp_path / "ordered.json").read_text())
-    assert list(rows) == ["single:1", "ddp:2", "fsdp2:2"] and rows["ddp:2"]["times"]["slices"] > 1
+    assert list(rows) == ["single:1", "ddp:2", "fsdp2:2"]  # a time of so small a model is noise
+    assert all(row["times"].keys() == {"slices", "whole"} and min(row["times"].values()) > 0 for row in rows.values())
 
 
 @pytest.mark.full

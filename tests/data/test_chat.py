@@ -11,46 +11,18 @@ import torch
 from dist_train.config.load import load
 from dist_train.data.chat import FLAG, Chat
 from dist_train.data.text import text
-from dist_train.data.tokenizer_file import FromFile, trained
+from dist_train.data.tokenizer_file import FromFile
 from dist_train.errors import ConfigError
 from dist_train.models.chunked_loss import IGNORED
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
 
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from language_models import CHAT_TEMPLATE, CHATS, chats_in, messages
+
 FORGETFUL = (
     "{% for m in messages %}{% if m.role != 'assistant' or loop.last %}{{ m.role }}: {{ m.content }}\n{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 )
-CHATS = [
-    [("user", "Hi! Wie geht's?"), ("assistant", "Gut — und dir? 🙂")],
-    [("system", "Be brief."), ("user", "1+1"), ("assistant", "2"), ("user", "2+2"), ("assistant", "4, naïve one")],
-    [("user", "assistant"), ("assistant", "user")],
-]
-
-
-def messages(chat: list[tuple[str, str]]) -> list[dict[str, str]]:
-    return [{"role": role, "content": content} for role, content in chat]
-
-
-def written(folder: Path, template: str = TEMPLATE, jinja: bool = False) -> Path:
-    """A tokenizer with a template, and chats."""
-    said = trained([content for chat in CHATS for _, content in chat], 300)
-    told = json.loads(said)
-    for i, token in enumerate(("<|im_start|>", "<|im_end|>")):
-        one = {"id": len(told["model"]["vocab"]) + i, "content": token, "special": True, "normalized": False}
-        told["added_tokens"].append(one | dict.fromkeys(("single_word", "lstrip", "rstrip"), False))
-    (folder / "tokenizer.json").write_text(json.dumps(told))
-    config = {"eos_token": "<|im_end|>"} | ({} if jinja else {"chat_template": template})
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if jinja:
-        (folder / "chat_template.jinja").write_text(template)
-    lines = [json.dumps({"messages": messages(chat)}) for chat in CHATS] * 8
-    (folder / "chats.jsonl").write_text("\n".join(lines) + "\n")
-    return folder
 
 
 def data(folder: Path, **more: Any) -> Any:
@@ -59,7 +31,7 @@ def data(folder: Path, **more: Any) -> Any:
 
 @pytest.mark.parametrize("jinja", [False, True])
 def test_answers_alone_are_targets(jinja: bool, tmp_path: Path):
-    by = Chat(FromFile(written(tmp_path, jinja=jinja) / "tokenizer.json"))
+    by = Chat(FromFile(chats_in(tmp_path, jinja=jinja) / "tokenizer.json"))
     for chat in CHATS:
         numbers = by.encode(json.dumps(messages(chat)))
         whole = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in chat)
@@ -73,7 +45,7 @@ def test_answers_alone_are_targets(jinja: bool, tmp_path: Path):
 
 @pytest.mark.parametrize("packing", ["contiguous", "packed", "padded"])
 def test_windows_of_chats(packing: str, tmp_path: Path):
-    found = data(written(tmp_path), packing=packing)
+    found = data(chats_in(tmp_path), packing=packing)
     tokenizer = found.facts["tokenizer"]
     assert isinstance(tokenizer, FromFile) and "answers" in found.train.about and "Gut" in found.train.describe(0)
     tree = found.train.gather(np.arange(len(found.train)))
@@ -88,12 +60,12 @@ def test_windows_of_chats(packing: str, tmp_path: Path):
         assert torch.equal(after.flatten()[:-1][counts], tree["targets"].flatten()[:-1][counts])
     again = data(tmp_path, packing=packing)
     assert again.fingerprint() == found.fingerprint()
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE.replace("\n<", " <")}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE.replace("\n<", " <")}))
     assert data(tmp_path, packing=packing).fingerprint() != found.fingerprint()
 
 
 def test_what_is_no_chat_is_refused(tmp_path: Path):
-    by = Chat(FromFile(written(tmp_path) / "tokenizer.json"))
+    by = Chat(FromFile(chats_in(tmp_path) / "tokenizer.json"))
     for wrong, said in (
         ([{"role": "user", "content": "x"}], "got a chat without an answer"),
         ({"a": 1}, "no list of messages"),
@@ -104,17 +76,17 @@ def test_what_is_no_chat_is_refused(tmp_path: Path):
     (tmp_path / "chats.jsonl").write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     with pytest.raises(ConfigError, match="chats.jsonl line 1: data.args.format: got a chat without an answer"):
         data(tmp_path)
-    forgetful = Chat(FromFile(written(tmp_path, FORGETFUL) / "tokenizer.json"))
+    forgetful = Chat(FromFile(chats_in(tmp_path, FORGETFUL) / "tokenizer.json"))
     with pytest.raises(ConfigError, match="writes message 3 of 5 otherwise"):
         forgetful.encode(json.dumps(messages(CHATS[1])))
-    raising = Chat(FromFile(written(tmp_path, "{{ raise_exception('no system') }}") / "tokenizer.json"))
+    raising = Chat(FromFile(chats_in(tmp_path, "{{ raise_exception('no system') }}") / "tokenizer.json"))
     with pytest.raises(ConfigError, match="template refuses: no system"):
         raising.encode(json.dumps(messages(CHATS[1])))
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(ConfigError, match="which has no chat template"):
         data(tmp_path)
     (tmp_path / "c.txt").write_text("x")
-    written(tmp_path)
+    chats_in(tmp_path)
     with pytest.raises(ConfigError, match="got c.txt, expected chats in .jsonl files"):
         text(str(tmp_path), False, "c.txt", tokenizer="tokenizer.json", block=4, format="chat")
 

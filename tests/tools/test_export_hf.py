@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from dist_train.config.load import dump, load
 from dist_train.data.tokenizer_base import Tokenizer
 from dist_train.data.tokenizers import Bytes, Characters
 from dist_train.errors import ConfigError
+from dist_train.models.generation import Sampling
 from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
-from dist_train.tools import export, export_hf
+from dist_train.tools import export, export_hf, generate
 
-from language_models import LINES, config, run_of
+from language_models import LINES, SIZES, chats_in, config, run_of
+from zygote import Run, Zygote
 
 CPU = torch.device("cpu")
 
@@ -148,3 +151,53 @@ def test_a_folder_that_the_decoder_is_not_is_refused(told: dict, args: dict, sai
     cell = dataclasses.replace(cell, model=dataclasses.replace(cell.model, args=args))
     with pytest.raises(ConfigError, match=said):
         assemble.build(cell, CPU)
+
+
+def test_a_chat_is_trained_on_several_ranks_answered_and_exported(
+    zygote: Zygote, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """With the tokenizer's template everywhere the same."""
+    from transformers import AutoTokenizer
+
+    chats_in(tmp_path)
+    told = ["data.root", str(tmp_path), "data.args.files", "chats.jsonl", "data.args.tokenizer", "tokenizer.json"]
+    told += ["data.name", "text", "data.args.format", "chat", "data.args.packing", "packed", "data.args.block", "48"]
+    told += ["model.name", "decoder", "model.args", json.dumps(SIZES), "task.name", "language_modelling"]
+    told += ["train.max_steps", "3", "train.global_batch_size", "4", "run.dir", str(tmp_path / "run")]
+    options = [f"--{word}" if i % 2 == 0 else word for i, word in enumerate(told)]
+    zygote.run(Run([*options, "--backend.name", "ddp"], 2))[0].check()
+
+    assert exported(tmp_path / "run") == 0
+    folder = json.loads(capsys.readouterr().out)["folder"]
+    question = [{"role": "user", "content": "1+1"}]
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(question, add_generation_prompt=True)
+    config = load(["--config", str(tmp_path / "run" / "config.yaml"), "--backend.name", "single"])
+    writer = generate.writer_of(tmp_path / "run", config, chats=True)
+    assert list(theirs["input_ids"]) == writer.tokens_of("1+1", "--prompt")
+
+    argv = ["--run.dir", str(tmp_path / "run"), "--prompt", "1+1", "--tokens", "4", "--temperature", "0"]
+    assert generate.run(argv, Launcher()) == 0
+    answer = capsys.readouterr().out
+    pieces = writer.write([writer.tokens_of("1+1", "")], 4, Sampling(0))
+    assert answer == "".join(piece for (piece,) in pieces) + "\n"
+    assert generate.run([*argv, "--format", "text"], Launcher()) == 0
+    assert capsys.readouterr().out.startswith("1+1")
+    with pytest.raises(ConfigError, match="--format: got unknown format 'x', expected one of text, chat"):
+        generate.run([*argv, "--format", "x"], Launcher())
+
+
+def test_a_run_that_began_there_goes_on_without_the_folder(zygote: Zygote, tmp_path: Path):
+    cell = config(tmp_path)
+    folder = tmp_path / "hf"
+    export_hf.write(assemble.build(cell, CPU), folder)
+    told = dataclasses.replace(cell, model=dataclasses.replace(cell.model, args={}, init_from=str(folder)))
+    told = dataclasses.replace(told, run=dataclasses.replace(told.run, dir=str(tmp_path / "run")))
+    (tmp_path / "start.yaml").write_text(dump(told))
+    every = ["--train.max_steps", "6", "--checkpoint.every_steps", "2"]
+    argv = ["--config", str(tmp_path / "start.yaml"), *every, "--train.max_time_s", "0.01"]
+    (stopped,) = zygote.run(Run(argv))
+    assert stopped.codes == [75]
+    shutil.rmtree(folder)
+    again = ["--config", str(tmp_path / "run/config.yaml"), "--run.dir", str(tmp_path / "run")]
+    (ended,) = zygote.run(Run([*again, "--train.max_time_s", "null"]))
+    assert "resume" in (tmp_path / "run/metrics.jsonl").read_text() and "6 steps" in ended.check().out[0]

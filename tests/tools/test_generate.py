@@ -1,5 +1,6 @@
 """What a language model writes: how tokens are chosen, each computed once, alone and in a batch, and in a run."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -208,9 +209,22 @@ def test_a_run_that_is_no_language_model_is_one_line(tmp_path: Path):
         generate.run(["--run.dir", str(tmp_path)], Launcher())
 
 
-@pytest.mark.parametrize(("backend", "ranks"), [("single", 1), ("fsdp2", 2)])
-def test_a_run_shows_samples_and_is_not_changed(backend: str, ranks: int, zygote: Zygote, tmp_path: Path):
-    both = [started(tmp_path, name, backend=backend, ranks=ranks, hooks=h) for name, h in (("a", SAMPLE), ("b", ""))]
+COMPILE_S = 200.0  # with an empty cache
+FULL_CELLS = [("ddp", 2, ()), ("accelerate", 2, ()), ("single", 1, ("--compile.mode", "default"))]
+FULL_CELLS += [("deepspeed", 2, ("--backend.zero_stage", stage)) for stage in ("1", "3")]
+
+
+@pytest.mark.parametrize(
+    ("backend", "ranks", "more"),
+    [("single", 1, ()), ("fsdp2", 2, ()), *(pytest.param(*cell, marks=pytest.mark.full) for cell in FULL_CELLS)],
+)
+def test_a_run_shows_samples_and_is_not_changed(
+    backend: str, ranks: int, more: tuple[str, ...], zygote: Zygote, tmp_path: Path
+):
+    both = [
+        started(tmp_path, name, *more, backend=backend, ranks=ranks, hooks=h) for name, h in (("a", SAMPLE), ("b", ""))
+    ]
+    both = [dataclasses.replace(run, timeout_s=COMPILE_S) if "default" in more else run for run in both]
     (shown,) = zygote.run(both[0])
     zygote.run(both[1])[0].check()
     out = shown.check().out[0]
