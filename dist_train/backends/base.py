@@ -212,10 +212,10 @@ def update(
 
 def _alike(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
     """Those with a gradient; shards and whole ones apart, as torch takes no list of both."""
-    found: dict[type, list[nn.Parameter]] = {}
+    found: dict[object, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            found.setdefault(type(parameter.grad), []).append(parameter)
+            found.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter)
     return found.values()
 
 

@@ -25,10 +25,13 @@ from dist_train.backends.base import (
 from dist_train.backends.local import See, aside
 from dist_train.backends.local_gathered import seen_gathered
 from dist_train.backends.matrices import lay_out
+from dist_train.backends.mesh import DIMENSIONS
+from dist_train.backends.mesh import of as mesh_of
 from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import Shards, real_of
+from dist_train.backends.tensor import split
 from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
 from dist_train.ranks.journal import Journal
@@ -48,8 +51,12 @@ class FSDP2(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
+        sizes = mesh_of(self.config, self.world.size)
+        devices = init_device_mesh(self.world.device.type, sizes.sizes, mesh_dim_names=DIMENSIONS)
+        if sizes.tensor > 1:
+            split(model, devices["tensor"], self.config, self.findings)
+        mesh = devices["replicate", "shard"] if sizes.replicate > 1 else devices["shard"]
         self.bare, self.buffers = model, self.buffers_of(model)
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         offload = OffloadPolicy()
         if self.config.backend.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device
@@ -184,12 +191,13 @@ class FSDP2(Backend):
 
     def _group_by_kind(self) -> None:
         """Parts the optimizer's groups into those of sharded weights and of whole ones: torch takes no list of both."""
-        whole = set(self.whole)
         for group in list(self.optimizer.param_groups):
-            kinds = [[p for p in group["params"] if (p in whole) is kind] for kind in (False, True)]
-            if all(kinds):
-                group["params"] = kinds[0]
-                self.optimizer.add_param_group({**group, "params": kinds[1]})
+            kinds: dict[object, list[nn.Parameter]] = {}
+            for p in group["params"]:
+                kinds.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+            group["params"], *others = kinds.values()
+            for several in others:
+                self.optimizer.add_param_group({**group, "params": several})
 
     def _sum_whole(self) -> None:
         """Sums the gradients of whole weights over the ranks, in one message. Collective."""
@@ -208,7 +216,7 @@ class FSDP2(Backend):
     def _norm(self, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
         """The norm of gradients of which each rank holds a part, on the device. Collective."""
         gradients = [p.grad for p in parameters if p.grad is not None]
-        if self.ordered:  # each whole, as in one process
+        if self.ordered or self.config.backend.mesh:  # each whole, as in one process
             norms = [torch.linalg.vector_norm(g.full_tensor() if isinstance(g, DTensor) else g) for g in gradients]
             return torch.linalg.vector_norm(torch.stack(norms))
         shards = [g.to_local() for g in gradients if isinstance(g, DTensor)]

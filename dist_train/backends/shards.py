@@ -47,6 +47,11 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach() if _is_plain(tensor) else tensor.detach().to_local()
 
 
+def whole_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a DTensor, on every rank; a plain tensor itself. Collective for a DTensor."""
+    return tensor if _is_plain(tensor) else tensor.full_tensor()
+
+
 def real_of(tensor: torch.Tensor) -> torch.Tensor:
     """A complex tensor as pairs of numbers; another as it is."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
