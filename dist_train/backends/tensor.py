@@ -1,5 +1,5 @@
-"""Layers that are split over the tensor ranks of a mesh, by a table (models/split.py). torch's DTensor styles do the work,
-as hooks around the layers; no forward of a model knows of it.
+"""Layers that are split over the tensor ranks of a mesh, by a table (models/split.py). torch's DTensor styles do the
+work, as hooks around the layers; no forward of a model knows of it.
 
 In training each rank may have a part of the tokens between layers; in evaluation all have all of them, so that text of
 any length can be read.
@@ -218,7 +218,9 @@ def _compare(config: Config, model: nn.Module, mesh: DeviceMesh, findings: Findi
         found = findings.first.again((mesh.get_local_rank(), mesh.size()))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # torch's, of shapes that do not fit
         why = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"{path}: got a model that fails on the first samples as it is split: {why}; {MEND}") from error
+        raise ConfigError(
+            f"{path}: got a model that fails on the first samples as it is split: {why}; {MEND}"
+        ) from error
     tolerance = TOLERANCE_SHORT if config.train.precision in SHORT else TOLERANCE
     # A loss that compares samples with each other has those of all ranks now.
     other = "" if findings.mixes_samples else _others(findings.first.signs, found, tolerance)

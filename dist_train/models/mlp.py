@@ -7,7 +7,6 @@ from torch import nn
 
 from dist_train.errors import ConfigError
 
-
 WORDS = ("columns", "rows")  # of two layers, how tensor ranks split them
 
 

@@ -1,5 +1,5 @@
-"""Which layers of a model are split over the tensor ranks of a mesh, and how: a table of patterns of their names, of the
-model's own or of the config."""
+"""Which layers of a model are split over the tensor ranks of a mesh, and how: a table of patterns of their names, which
+is the model's own or the config's."""
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
