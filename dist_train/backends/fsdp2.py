@@ -31,7 +31,6 @@ from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import Shards, real_of
-from dist_train.backends.tensor import split
 from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
 from dist_train.ranks.journal import Journal
@@ -54,6 +53,8 @@ class FSDP2(Backend):
         sizes = mesh_of(self.config, self.world.size)
         devices = init_device_mesh(self.world.device.type, sizes.sizes, mesh_dim_names=DIMENSIONS)
         if sizes.tensor > 1:
+            from dist_train.backends.tensor import split  # many modules, which a run without it does not need
+
             split(model, devices["tensor"], self.config, self.findings)
         mesh = devices["replicate", "shard"] if sizes.replicate > 1 else devices["shard"]
         self.bare, self.buffers = model, self.buffers_of(model)

@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from dist_train.config.tree import ModelConfig
 from dist_train.errors import ConfigError
-from dist_train.models import chunked_loss, split
+from dist_train.models import chunked_loss, draw_functions, split
 from dist_train.models.decoder import Decoder
 from dist_train.models.draw_bits import hashes
 from dist_train.models.draw_functions import part_of
+from dist_train.models.draw_places import Kind, now
 from dist_train.models.mlp import MLP
 from dist_train.models.split_words import Word, word_of
 from dist_train.tools.agreement import Trajectory, difference
@@ -168,6 +169,16 @@ def test_a_part_has_the_bits_of_the_whole(dim: int):
         first = tuple(of.start if i == dim else 0 for i in range(3))
         parts.append(hashes(keys, tuple(len(of) if i == dim else n for i, n in enumerate(shape)), first))
     assert torch.equal(torch.cat(parts, dim + 1), whole)
+
+
+def test_parts_of_samples_of_another_length(monkeypatch: pytest.MonkeyPatch):
+    """Of a dimension that does not divide, and of one that is as long as the sample."""
+    monkeypatch.setattr(now, "part", (2, 3))
+    assert draw_functions._first(Kind(0, (4, 10), 1), (4, 2)) == (0, 8)
+    assert draw_functions._first(Kind(0, (12, 8), 0), (6, 8)) == (12, 0)
+    assert draw_functions._first(Kind(0, (12, 8)), (30, 8)) == ()
+    with pytest.raises(ConfigError, match="that the first samples did not come to, on one of 3 tensor ranks"):
+        draw_functions._first(None, (4,))
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------
