@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from dist_train.backends import fsdp2, matrices
 from dist_train.backends.fsdp2 import FSDP2
+from dist_train.backends.probe import Findings
 from dist_train.checkpoint import storage
 from dist_train.config.tree import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
 from dist_train.data.order import Plan
@@ -91,8 +92,8 @@ PLANS = {
 }
 
 
-def split(self: FSDP2, model: nn.Module, tensor: DeviceMesh) -> None:
-    """In the place of FSDP2.split: by a table of torch's own styles."""
+def split(model: nn.Module, tensor: DeviceMesh, config: Config, findings: Findings) -> None:
+    """In the place of our own: by a table of torch's styles."""
     parallelize_module(model, tensor, PLANS[type(model)])
 
 
@@ -160,7 +161,7 @@ def far(found: Outcome, expected: Outcome) -> tuple[float, str]:
 
 def run(cell: Config, folder: Path, cut_after: int | None = None, checkpoint: dict | None = None) -> Outcome:
     """In a worker: a run, from its checkpoint if it has one. It saves where it is cut off, or at its end."""
-    with mock.patch.object(FSDP2, "split", split):
+    with mock.patch("dist_train.backends.tensor.split", split):
         done = run_once(saving(cell, folder, every_steps=cut_after or 99, **(checkpoint or {})), cut_after)
     return Outcome(optim_cells.saved(folder), done.weights, done.metrics, done.state_lines)
 

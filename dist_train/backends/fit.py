@@ -9,6 +9,7 @@ from torch import nn
 from dist_train.backends.probe import Findings
 from dist_train.config.tree import Config
 from dist_train.errors import ConfigError
+from dist_train.models import split
 
 NAMES_SHOWN = 4
 # By what torch's optimizers and the group of DDP take; see check_sparse for the rest.
@@ -35,6 +36,25 @@ def check_model(backend: str, findings: Findings, model: nn.Module | None = None
         lines = list(_zero(model, stage))
         if lines:
             raise ConfigError(*lines)
+
+
+def check_split(config: Config, model: nn.Module, findings: Findings, ranks: int, block: int | None) -> None:
+    """Raises ConfigError where the layers of a model cannot be split over tensor ranks.
+
+    Args:
+        config: of the run.
+        model: the whole one.
+        findings: what a first forward and backward of the model showed.
+        ranks: of the tensor dimension.
+        block: tokens of a sample; None where that is not known.
+    """
+    split.check(model, config.model, ranks, block)
+    if ranks > 1 and findings.draws:
+        raise ConfigError(
+            f"backend.mesh.tensor: got {ranks}, but the model draws by {some(findings.draws)}, of which ranks that "
+            f"split layers would not have parts of the same; expected dropout and stochastic depth alone, with "
+            f"train.draws keyed; or write --backend.mesh.tensor 1"
+        )
 
 
 def _zero(model: nn.Module, stage: int) -> Iterator[str]:

@@ -58,17 +58,19 @@ class FSDP2(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.bare, self.buffers = model, self.buffers_of(model)
         self.mesh = mesh.of(self.config, self.world.size)
         assert self.mesh.tensor == self.world.tensor, f"got {self.world}, expected a place in {self.mesh}"
         devices = self._devices()
+        if self.mesh.tensor > 1:
+            from dist_train.backends.tensor import split  # many modules, which a run without it does not need
+
+            split(model, devices["tensor"], self.config, self.findings)
+        self.bare, self.buffers = model, self.buffers_of(model)
         over = devices["replicate", "shard"] if self.mesh.replicate > 1 else devices["shard"]
         offload = OffloadPolicy()
         if self.config.backend.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device
         _make_contiguous(model)
-        if self.mesh.tensor > 1:
-            self.split(model, devices["tensor"])
         self.whole = [p for p in model.parameters() if p.dim() == 0 or p.is_complex() or not p.numel()]
         whole, unused = set(self.whole), set(self.findings.unused)
         self.summed = [
@@ -98,10 +100,6 @@ class FSDP2(Backend):
         self._group_by_kind()
         lay_out(self.optimizer, self.world)
         return self.model, self.optimizer
-
-    def split(self, model: nn.Module, tensor: DeviceMesh) -> None:
-        """Splits layers between the ranks of the dimension `tensor`; those that it leaves, each of them computes alike.
-        Their parameters become DTensors."""
 
     def _devices(self) -> DeviceMesh:
         """The ranks in the dimensions of the mesh that have several; `shard` is always one."""

@@ -19,12 +19,30 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dist_train.backends.shards import real_of, whole_of
 from dist_train.data.randomness import kept_apart, seed_for
 
 # How a forward reads a tensor's values on the host, where it may decide by them what to compute next.
 READS = {"__bool__", "__float__", "__index__", "__int__", "equal", "item", "nonzero", "numpy", "tolist"}
 PIECE = 1 << 20  # numbers
 TORCH = Path(torch.__file__).parent
+
+
+Signs = dict[str, tuple[float, float]]  # of gradients, by the parameters' names, and of the loss, whose name is empty
+
+
+@dataclass(frozen=True)
+class First:
+    """What the whole model gives on the first samples.
+
+    Args:
+        signs: of its gradients and its loss.
+        again: has the model, which is split by now, do the same as one of several tensor ranks, and gives its signs.
+            Collective.
+    """
+
+    signs: Signs
+    again: Callable[[tuple[int, int]], Signs]
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,7 @@ class Findings:
         draws: what forward draws from a generator, and where; so not what is keyed (models/draws.py).
         mixes_samples: the loss of a sample depends on the others of its batch.
         notes: what people may want to know of it, a line each.
+        first: for a model whose layers are split over ranks.
     """
 
     unused: tuple[str, ...] = ()
@@ -62,6 +81,7 @@ class Findings:
     metrics: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     draws: tuple[str, ...] = ()
+    first: First | None = None
 
 
 NOTHING = Findings()
@@ -97,6 +117,27 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
         varies=varies,
         draws=(*draws.seen, *(["a generator of random or NumPy"] if on_host else [])),
     )
+
+
+def signs_of(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Signs:
+    """What tells the gradients of one forward and backward from those of another. What they change is put back, as by
+    `probe`. Collective where gradients are shared out among ranks."""
+    parameters = dict(model.named_parameters())
+    found: Signs = {}
+    with _drawing_apart(next(iter(parameters.values())).device), _state_kept(model):
+        loss = loss_of()
+        found[""] = sign_of(loss.detach())
+        _gradients(loss, parameters, lambda name, gradient: found.update({name: sign_of(gradient)}))
+    return found
+
+
+def sign_of(values: torch.Tensor) -> tuple[float, float]:
+    """The norm, and a sum in which each place has a weight of its own. Collective for a DTensor."""
+    whole = whole_of(values)
+    flat = real_of(whole.to_dense() if whole.is_sparse else whole).reshape(-1)
+    weights = torch.arange(min(PIECE, len(flat)), device=flat.device).mul(0.7).sin().to(flat.dtype)
+    parts = [(part @ weights[: len(part)]) * (1 + i % 3) for i, part in enumerate(flat.split(PIECE))]
+    return float(torch.linalg.vector_norm(flat)), float(sum(parts))
 
 
 def changed_to(
@@ -165,15 +206,19 @@ def _torch_generators() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *devices]
 
 
-def _gradients(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.layout]:
-    """The parameters that a backward gives a gradient, with its layout. Each gradient goes as soon as it has come, so
-    that they take no memory together."""
+def _gradients(
+    loss: torch.Tensor, parameters: dict[str, nn.Parameter],
+    see: Callable[[str, torch.Tensor], None] = lambda name, gradient: None,
+) -> dict[str, torch.layout]:  # fmt: skip
+    """The parameters that a backward gives a gradient, with its layout. Each gradient goes as soon as it has come and
+    been seen, so that they take no memory together."""
     got: dict[str, torch.layout] = {}
 
     def hook(name: str) -> Callable[[torch.Tensor], None]:
         def come(parameter: torch.Tensor) -> None:
             if parameter.grad is not None:
                 got[name] = parameter.grad.layout
+                see(name, parameter.grad)
                 parameter.grad = None
 
         return come

@@ -88,6 +88,9 @@ class ModelConfig:
     blocks: list[str] | None = None
     """Layers that fsdp2 and ZeRO 3 gather and compile each by itself, by patterns of their names or classes (null: the
     members of the outermost nn.Sequential and nn.ModuleList)."""
+    split: dict[str, str] = field(default_factory=dict)
+    """How layers are split over the tensor ranks of backend.mesh, by patterns of their names: columns, rows, sequence,
+    gather or cut, such as {"*.q_proj": columns, "*.o_proj": rows} (none: the model's own attribute split)."""
     init_from: str | None = field(default=None, metadata=PATH)
     """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
     by name and shape is loaded, and what does not is said."""

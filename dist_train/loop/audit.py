@@ -161,7 +161,7 @@ class Audit:
         """Those of another rank."""
         if rank not in self.draws:
             cfg, work = self.work.config.train, self.work
-            self.draws[rank] = Draws(cfg.seed, rank, work.model, cfg.draws, work.world.device)
+            self.draws[rank] = Draws(cfg.seed, rank, work.model, cfg.draws, work.world.device, work.world.part)
         return self.draws[rank]
 
 

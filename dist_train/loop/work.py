@@ -78,7 +78,7 @@ class Work:
     def draws(self) -> Draws:
         """What the model draws."""
         cfg, world = self.config.train, self.world
-        return Draws(cfg.seed, world.data_rank, self.model, cfg.draws, world.device)
+        return Draws(cfg.seed, world.data_rank, self.model, cfg.draws, world.device, world.part)
 
     @cached_property
     def meter(self) -> Meter:

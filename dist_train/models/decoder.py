@@ -59,6 +59,23 @@ class Decoder(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if into_residual else 0.02)
 
+    @property
+    def split(self) -> dict[str, str]:
+        """How tensor ranks split the layers; see docs/tensor.md."""
+        size = self.model.layers[0].self_attn.sizes[2]
+        return {
+            "*embed_tokens": "rows",
+            "*norm": "sequence",
+            "*.self_attn": "gather",
+            "*.[qkv]_proj": f"columns by {size}",
+            "*.o_proj": f"rows by {size}",
+            "*.mlp": "gather",
+            "*.gate_proj": "columns",
+            "*.up_proj": "columns",
+            "*.down_proj": "rows",
+            "*lm_head": "columns gathered",
+        }
+
     def forward(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, targets: torch.Tensor | None = None,
         cache: Cache | None = None,
@@ -92,7 +109,8 @@ class Trunk(nn.Module):
         x = self.dropout(self.embed_tokens(input_ids))
         first = 0 if cache is None else len(cache)
         mask = _mask(input_ids, position_ids, first)
-        positions = torch.arange(first, first + x.shape[1], device=x.device) if position_ids is None else position_ids
+        count = input_ids.shape[1]
+        positions = torch.arange(first, first + count, device=x.device) if position_ids is None else position_ids
         angles = _angles(positions, self.layers[0].self_attn.sizes[2], self.theta, x.dtype)
         for i, layer in enumerate(self.layers):
             x = layer(x, angles, mask, None if cache is None else cache.layers[i])

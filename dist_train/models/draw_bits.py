@@ -15,7 +15,7 @@ MIX = (0x7FEB352D, 0x846CA68B - (1 << 32))  # of lowbias32
 SHIFTS_WIDE, SHIFT, SHIFT_LAST = (30, 31), 15, 16
 NOT_ZERO, ALSO_NOT_ZERO = 0x2545F491, 0x1F123BB5  # as what is multiplied stays 0
 LOW, HIGH = -(1 << 31), 1 << 32
-TABLES: dict[tuple[tuple[int, ...], torch.device], torch.Tensor] = {}
+TABLES: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], torch.Tensor] = {}
 TABLES_KEPT, LARGEST_TABLE = 64, 1 << 20
 
 
@@ -52,30 +52,34 @@ def sample_keys(step_key: int | torch.Tensor, samples: torch.Tensor) -> torch.Te
     return mixed(numbers * WIDE + step_key)
 
 
-def hashes(keys: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def hashes(keys: torch.Tensor, shape: tuple[int, ...], first: tuple[int, ...] = ()) -> torch.Tensor:
     """A random number for each position under each key, evenly spread over all that int32 holds: [n, *shape].
 
-    A position counts as its coordinates. So it keeps its number where a tensor is padded to another length.
+    A position counts as its coordinates. So it keeps its number where a tensor is padded to another length, or is a
+    part of another.
 
     Args:
         keys: int64 [n].
         shape: of what belongs to a key.
+        first: the coordinates of its first position; none are zeros.
     """
-    found = (keys >> 32).to(torch.int32)
+    found, first = (keys >> 32).to(torch.int32), first or (0,) * len(shape)
     rows, inner = shape[:-2], shape[-2:]
-    for length in rows:
-        found = _stirred(found.unsqueeze(-1) ^ _numbers((length,), keys.device))
+    for length, begin in zip(rows, first, strict=False):
+        found = _stirred(found.unsqueeze(-1) ^ _numbers((length,), (begin,), keys.device))
     if not inner:
         return found
-    found = found.view(*found.shape, *[1] * len(inner)) ^ _numbers(inner, keys.device)
+    found = found.view(*found.shape, *[1] * len(inner)) ^ _numbers(inner, first[-2:], keys.device)
     return _stirred(found, last=True)
 
 
 def kept(
-    keys: torch.Tensor, shape: tuple[int, ...], p: float, dtype: torch.dtype, scale: float = 1.0
+    keys: torch.Tensor, shape: tuple[int, ...], p: float, dtype: torch.dtype, scale: float = 1.0,
+    first: tuple[int, ...] = (),
 ) -> torch.Tensor:  # fmt: skip
-    """`scale` for each position that is kept, and 0 where it is dropped, with probability p: [n, *shape]."""
-    found, threshold = hashes(keys, shape), min(round(p * HIGH), HIGH - 1) + LOW
+    """`scale` for each position that is kept, and 0 where it is dropped, with probability p: [n, *shape]. See `hashes`
+    for `first`."""
+    found, threshold = hashes(keys, shape, first), min(round(p * HIGH), HIGH - 1) + LOW
     if dtype == torch.float32 and not torch.compiler.is_compiling():
         # In the memory of the hashes, as 1 or 0 times the bits of the number.
         return found.ge_(threshold).mul_(struct.unpack("i", struct.pack("f", scale))[0]).view(dtype)
@@ -90,23 +94,23 @@ def _stirred(numbers: torch.Tensor, last: bool = False) -> torch.Tensor:
     return numbers if last else numbers.bitwise_xor_(numbers >> SHIFT_LAST)
 
 
-def _numbers(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """A random number for each position in one or two dimensions, int32."""
+def _numbers(shape: tuple[int, ...], first: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """A random number for each position in one or two dimensions, int32; see `hashes`."""
     if torch.compiler.is_compiling():  # there it is fused with what it is for
-        return _numbered(shape, device)
-    table = TABLES.get((shape, device))
+        return _numbered(shape, first, device)
+    table = TABLES.get((shape, first, device))
     if table is None:
-        table = _numbered(shape, device)
+        table = _numbered(shape, first, device)
         # Never taken out again: a captured graph knows a table by its memory.
         if len(TABLES) < TABLES_KEPT and table.numel() <= LARGEST_TABLE:
-            TABLES[shape, device] = table
+            TABLES[shape, first, device] = table
     return table
 
 
-def _numbered(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+def _numbered(shape: tuple[int, ...], first: tuple[int, ...], device: torch.device) -> torch.Tensor:
     # Not a multiplication first: the compiler would take that into its arithmetic of indices, which does not wrap.
-    last = _stirred(torch.arange(shape[-1], dtype=torch.int32, device=device) ^ NOT_ZERO)
+    places = [torch.arange(at, at + n, dtype=torch.int32, device=device) for n, at in zip(shape, first, strict=True)]
+    last = _stirred(places[-1] ^ NOT_ZERO)
     if len(shape) == 1:
         return last
-    first = _stirred(torch.arange(shape[0], dtype=torch.int32, device=device) ^ ALSO_NOT_ZERO)
-    return _stirred(first.unsqueeze(-1) ^ last)
+    return _stirred(_stirred(places[0] ^ ALSO_NOT_ZERO).unsqueeze(-1) ^ last)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from dist_train.errors import ConfigError
 from dist_train.models.draw_bits import kept
-from dist_train.models.draw_places import now
+from dist_train.models.draw_places import Kind, now
 
 ALPHA = 1.7580993408473766  # of selu: what a dropped unit of alpha dropout is, negated
 # Where the samples are in a tensor: in the first dimension; in the second, as in sequences before batches; in the first
@@ -164,19 +164,70 @@ def _kept(input: torch.Tensor, shape: tuple[int, ...], p: float, scale: float) -
     keys, kinds, number = now.next()
     samples = keys.shape[0] - 1
     rows = shape[0] if shape else 1
-    kind = kinds.get(number)
+    known = kinds.get(number)
+    kind = None if known is None else known.samples
     if kind is None or not _fits(kind, shape, rows, samples):
         kind = _kind(input, shape, rows, samples)
-        if now.looks:
-            kinds[number] = kind
-    of = p, input.dtype, scale
-    if kind == FIRST:
-        return kept(keys[:samples], tuple(shape[1:]), *of)
+    own = _of_sample(kind, shape, rows, samples)
+    if now.looks:
+        known = kinds[number] = _seen(known, kind, own)
+    of = own, p, input.dtype, scale, () if now.part[1] == 1 else _first(known, own)
+    if kind == SHARED:
+        return kept(keys[samples:], *of)[0]
+    drawn = kept(keys[:samples], *of)
     if kind == SECOND:
-        return kept(keys[:samples], (rows, *shape[2:]), *of).transpose(0, 1)
-    if kind == FOLDED:
-        return kept(keys[:samples], (rows // samples, *shape[1:]), *of).flatten(0, 1)
-    return kept(keys[samples:], tuple(shape), *of)[0]
+        return drawn.transpose(0, 1)
+    return drawn.flatten(0, 1) if kind == FOLDED else drawn
+
+
+def _of_sample(kind: int, shape: tuple[int, ...], rows: int, samples: int) -> tuple[int, ...]:
+    """The shape of what belongs to a sample."""
+    if kind == FIRST:
+        return tuple(shape[1:])
+    if kind == SECOND:
+        return (rows, *shape[2:])
+    return (rows // samples, *shape[1:]) if kind == FOLDED else tuple(shape)
+
+
+def _seen(known: Kind | None, kind: int, own: tuple[int, ...]) -> Kind:
+    """The kind of a draw at the first samples: of the whole model, and then again of this rank's part, `own`."""
+    rank, ranks = now.part
+    if ranks == 1:
+        return Kind(kind, own)
+    if known is not None and len(known.shape) == len(own):
+        differs = [i for i, (whole, mine) in enumerate(zip(known.shape, own, strict=True)) if whole != mine]
+        if not differs:
+            return Kind(kind, own)
+        if len(differs) == 1 and own[differs[0]] == len(part_of(known.shape[differs[0]], rank, ranks)):
+            return Kind(kind, known.shape, differs[0])
+    raise ConfigError(
+        f"train.draws: got dropout of {list(own)} numbers a sample on one of {ranks} tensor ranks{_where()}, where the "
+        f"whole model has {None if known is None else list(known.shape)}, expected the same, or a part of one "
+        f"dimension; name the layer around it otherwise in the table of what is split, or leave it out there"
+    )
+
+
+def _first(known: Kind | None, own: tuple[int, ...]) -> tuple[int, ...]:
+    """Where this rank's part of a draw begins in that of the whole model; nothing where it has all."""
+    rank, ranks = now.part
+    if known is None:
+        raise ConfigError(
+            f"train.draws: got dropout{_where()} that the first samples did not come to, on one of {ranks} tensor "
+            f"ranks, so that nobody knows of which part it is, expected a task that calls the model, and the same "
+            f"layers at every step; write dropout 0, or --backend.mesh.tensor 1"
+        )
+    if known.split is None:
+        return ()
+    whole, mine = known.shape[known.split], own[known.split]
+    part = part_of(whole, rank, ranks)
+    begin = part.start if mine == len(part) else rank * mine  # of samples of another length, in equal parts
+    return tuple(begin if i == known.split else 0 for i in range(len(own)))
+
+
+def part_of(size: int, rank: int, ranks: int) -> range:
+    """What one of several ranks has of a dimension, as torch shares it out: the last ones may have less."""
+    each = -(-size // ranks)
+    return range(min(size, rank * each), min(size, (rank + 1) * each))
 
 
 def _fits(kind: int, shape: tuple[int, ...], rows: int, samples: int) -> bool:

@@ -11,6 +11,7 @@ generator keeps its state and puts it back, and our count goes along: it is the 
 
 from collections import Counter
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +21,20 @@ from dist_train.models.draw_bits import ODD, mixed
 MARK = 0x5EED << 15  # in the upper half of a seed of ours, above the count
 
 
+class Kind(NamedTuple):
+    """Of a draw.
+
+    Args:
+        samples: where they are in what is drawn for.
+        shape: of what belongs to a sample, in the whole model at the first samples.
+        split: the dimension of it of which each tensor rank has a part; None where all have the same.
+    """
+
+    samples: int
+    shape: tuple[int, ...]
+    split: int | None = None
+
+
 class Frame:
     """A part of a forward.
 
@@ -27,12 +42,12 @@ class Frame:
         keys: of the samples, and the one that they share, int64 [n + 1]; None until somebody asks for them.
         outer: the frame that was left for it.
         module: whose forward it is.
-        kinds: where the samples are in what is drawn for, by the number of the draw.
+        kinds: of its draws, by their number.
     """
 
     def __init__(
         self, keys: torch.Tensor | None, outer: "Frame | None" = None, module: nn.Module | None = None,
-        kinds: dict[int, int] | None = None,
+        kinds: dict[int, Kind] | None = None,
     ):  # fmt: skip
         self.keys, self.outer, self.module, self.kinds = keys, outer, module, {} if kinds is None else kinds
         self.count = 0
@@ -47,18 +62,19 @@ class Now:
     past: list[tuple[Frame, int]]  # the frame and its count at each event so far
     make: Callable[[], torch.Tensor]
     own = 0  # the lower half of the seeds, for a model that draws from torch's generator itself
+    part = (0, 1)  # this rank's of the layers, and of how many ranks that split them
 
-    def begin(self, make: Callable[[], torch.Tensor], own: int) -> None:
+    def begin(self, make: Callable[[], torch.Tensor], own: int, part: tuple[int, int]) -> None:
         """A forward of other samples, whose keys `make` gives."""
         self.frame, self.make = Frame(None), make
-        self.past, self.own = [(self.frame, 0)], own
+        self.past, self.own, self.part = [(self.frame, 0)], own, part
         self._tell(0)
 
     def end(self) -> None:
         """Of forward and backward."""
         self.frame = None
 
-    def next(self) -> tuple[torch.Tensor, dict[int, int], int]:
+    def next(self) -> tuple[torch.Tensor, dict[int, Kind], int]:
         """The keys of the place that comes next; the kinds of its frame, and its number there."""
         frame = self.frame
         assert frame is not None
@@ -81,7 +97,7 @@ class Now:
         self.past[0][0].keys = keys = self.make()
         return keys
 
-    def enter(self, module: nn.Module, kinds: dict[int, int]) -> None:
+    def enter(self, module: nn.Module, kinds: dict[int, Kind]) -> None:
         """A frame begins."""
         keys, _, _ = self.next()
         self.frame = Frame(keys, self.frame, module, kinds)

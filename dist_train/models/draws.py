@@ -21,12 +21,12 @@ from torch.utils.hooks import RemovableHandle
 from dist_train.models.blocks import LISTS, blocks
 from dist_train.models.draw_bits import mixed, mixed_number, sample_keys, wrapped
 from dist_train.models.draw_functions import replacements
-from dist_train.models.draw_places import now
+from dist_train.models.draw_places import Kind, now
 
 CPU = torch.device("cpu")
 FUNCTIONS = (FunctionType, BuiltinFunctionType)
 # Modules that are a frame of their own (draw_places.py), with the hooks that say so, and the kinds of their draws.
-FRAMES: WeakKeyDictionary[nn.Module, tuple[list[RemovableHandle], dict[int, int]]] = WeakKeyDictionary()
+FRAMES: WeakKeyDictionary[nn.Module, tuple[list[RemovableHandle], dict[int, Kind]]] = WeakKeyDictionary()
 
 
 class Draws:
@@ -38,12 +38,14 @@ class Draws:
         model: its layers' modules of Python are looked through for functions that are replaced.
         kind: of train.draws; "torch" leaves all as it is.
         device: of the model.
+        part: this rank's of the layers, and of how many ranks that split them; see Now.
     """
 
     def __init__(
         self, seed: int, rank: int, model: nn.Module, kind: Literal["keyed", "torch"] = "keyed",
-        device: torch.device = CPU,
+        device: torch.device = CPU, part: tuple[int, int] = (0, 1),
     ):  # fmt: skip
+        self.part = part
         self.seed, self.keyed, self.device = mixed_number(seed), kind == "keyed", device
         self.own = mixed_number(wrapped(self.seed + rank + 1))
         self.places = list(_places(model)) if self.keyed else []
@@ -92,7 +94,7 @@ class _Drawing:
 
     def __enter__(self) -> None:
         draws, samples, step, again, on_device = self.of
-        now.begin(partial(draws.keys, samples, step, again, on_device), draws.own_seed(step))
+        now.begin(partial(draws.keys, samples, step, again, on_device), draws.own_seed(step), draws.part)
         if draws.ahead:
             now.ask()
         for module, name, ours, _ in draws.places:
@@ -124,7 +126,7 @@ def frame_as(model: nn.Module, other: nn.Module) -> None:
             _frame(module, FRAMES[like][1])
 
 
-def _frame(module: nn.Module, kinds: dict[int, int]) -> None:
+def _frame(module: nn.Module, kinds: dict[int, Kind]) -> None:
     def enter(module: nn.Module, args: Any) -> None:
         if now.frame is not None:
             now.enter(module, kinds)

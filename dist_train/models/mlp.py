@@ -7,6 +7,8 @@ from torch import nn
 
 from dist_train.errors import ConfigError
 
+WORDS = ("columns", "rows")  # of two layers, how tensor ranks split them
+
 
 class MLP(nn.Module):
     """Flatten, then linear layers with an activation between them.
@@ -40,6 +42,9 @@ class MLP(nn.Module):
             size = width
         layers.append(nn.Linear(size, outputs))
         self.layers = nn.Sequential(*layers)
+        linear = [name for name, layer in self.layers.named_children() if isinstance(layer, nn.Linear)]
+        pairs = zip(linear[::2], linear[1::2], strict=False)  # one that is left is computed by all ranks
+        self.split = {f"layers.{name}": word for pair in pairs for name, word in zip(pair, WORDS, strict=True)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Outputs [batch, outputs], such as logits, of samples [batch, *input_shape]."""

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dist_train.config import arguments
 from dist_train.config.tree import Config
 from dist_train.config.values import no_share
+from dist_train.errors import ConfigError
 from dist_train.models import MODELS
+from dist_train.models.split_words import word_of
 from dist_train.ranks.launcher import Launcher
 
 FIELDS = ("hidden", "activation", "dropout")
@@ -23,6 +25,11 @@ def problems(config: Config, _: Launcher) -> Iterator[str]:
         if key in model.args:
             yield f"model.args.{key}: got {model.args[key]!r}, expected it as model.{key}; write --model.{key}"
     yield from _statistics(config)
+    for pattern, text in model.split.items():
+        try:
+            word_of(f"model.split: {pattern}", text)
+        except ConfigError as error:
+            yield from error.lines
     facts = arguments.facts_of(config)
     yield from arguments.problems(MODELS, model.name, "model", {**fields, **model.args}, given, facts=facts)
 

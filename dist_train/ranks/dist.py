@@ -58,6 +58,11 @@ class World:
         """How many share out samples."""
         return self.size // self.tensor
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """This rank's place among those that split layers between them, and how many these are."""
+        return self.rank % self.tensor, self.tensor
+
 
 def resolve_device(name: str, local_rank: int) -> torch.device:
     """The device of a rank: `auto` is the accelerator that torch finds, else the CPU. Raises ConfigError."""

@@ -53,9 +53,10 @@ def joined(config: Config, launcher: Launcher, own_loop: bool = False) -> Iterat
             )
         backend = chosen(config.backend.name, launcher.name)
         fit.check_model(backend, parts.findings, parts.model, config.backend.zero_stage)
+        tensor = mesh.of(config, launcher.world_size).tensor
+        fit.check_split(config, parts.model, parts.findings, tensor, parts.data.known().get("block"))
         fit.check_sparse(config, backend, device, parts.findings)
         audit.check(config, parts.findings, own_loop)
-        tensor = mesh.of(config, launcher.world_size).tensor
         check_shares(config, parts.findings, len(parts.data.train), launcher.world_size // tensor)
         hooks = own_hooks.build(config, parts)
         facts = resume.facts_of(parts.model, parts.data)

@@ -76,7 +76,7 @@ BAD = {
         "draws.sample_keys", lambda step, samples: draw_bits.mixed(torch.full((len(samples) + 1,), step)),
     ),
     "the position left out": (
-        "draw_bits._numbers", lambda length, device: torch.zeros(length, dtype=torch.int32, device=device),
+        "draw_bits._numbers", lambda length, first, device: torch.zeros(length, dtype=torch.int32, device=device),
     ),
 }  # fmt: skip
 
