@@ -48,7 +48,7 @@ class FSDP2(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.bare, self.buffers = model, self.buffers_of(model)
+        self.take(model)
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         offload = OffloadPolicy()
         if self.config.backend.offload:
