@@ -60,7 +60,7 @@ class Accelerate(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.bare, self.buffers = model, self.buffers_of(model)
+        self.take(model)
         compile_(model, self.config.compile)
         self.model = self.accelerator.prepare(model)
         # Where it misreads the environment it returns the model as it was, and the ranks drift apart without a word.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from dist_train.backends import recompute
 from dist_train.backends.buffers import Buffers
 from dist_train.backends.initial import Initial, differences
 from dist_train.backends.local import See, aside, seen
@@ -55,12 +56,20 @@ class Backend(ABC):
         self.skips = config.train.nonfinite == "skip"
         self.journal: Journal | None = None  # of the layers, where each is gathered as it is entered
 
-    def buffers_of(self, model: nn.Module) -> Buffers:
-        """Those of the model, before it is compiled or wrapped; to be settled after every step. Its norms over a batch
-        take their statistics from now on as model.batch_statistics says."""
+    def take(self, model: nn.Module, hooked: bool = False) -> None:
+        """Begins with a model as it was given, before it is compiled or wrapped. Its buffers are to be settled after
+        every step. Its norms over a batch take their statistics from now on as model.batch_statistics says, and its
+        blocks are computed again as backend.recompute says.
+
+        Args:
+            model: of the run.
+            hooked: see recompute.apply.
+        """
         config, ranks = self.config, self.world.data_size
         statistics = exchange(model, group_of(config.model), ranks, compiles=config.compile.mode != "off")
-        return Buffers(model, self.findings, ranks, self.skips or self.scale is not None, statistics)
+        self.bare = model
+        self.buffers = Buffers(model, self.findings, ranks, self.skips or self.scale is not None, statistics)
+        recompute.apply(model, config, self.buffers.changing, hooked)
 
     @abstractmethod
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:

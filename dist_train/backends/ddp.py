@@ -33,7 +33,7 @@ class DDP(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.bare, self.buffers = model, self.buffers_of(model)
+        self.take(model)
         compile_(model, self.config.compile)  # inside DDP, which then sees one graph and overlaps as before
         self.ordered = ordered(self.config, self.findings, model.named_parameters())
         self.model = model if self.ordered else self._wrapped(model)

@@ -70,7 +70,7 @@ class DeepSpeed(Backend):
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         fit.check_model("deepspeed", self.findings, model, self.stage)
-        self.bare, self.buffers = model, self.buffers_of(model)
+        self.take(model, hooked=self.stage == 3)
         # Stage 3 gathers the weights of a layer in hooks around its forward, which a graph of the whole would break at.
         for part in (list(blocks(model, self.config.model.blocks)) if self.stage == 3 else []) or [model]:
             compile_(part, self.config.compile)

@@ -65,7 +65,7 @@ class FSDP2(Backend):
             from dist_train.backends.tensor import split  # many modules, which a run without it does not need
 
             split(model, devices["tensor"], self.config, self.findings)
-        self.bare, self.buffers = model, self.buffers_of(model)
+        self.take(model)
         over = devices["replicate", "shard"] if self.mesh.replicate > 1 else devices["shard"]
         offload = OffloadPolicy()
         if self.config.backend.offload:

@@ -51,6 +51,8 @@ def local_of(tensor: torch.Tensor) -> torch.Tensor:
 def mesh_of(tensor: torch.Tensor) -> Any:
     """The mesh of a DTensor; None of a plain tensor. torch takes no list of tensors that differ in that."""
     return None if _is_plain(tensor) else tensor.device_mesh
+
+
 def whole_of(tensor: torch.Tensor) -> torch.Tensor:
     """All of a DTensor, on every rank; a plain tensor itself. Collective for a DTensor."""
     return tensor if _is_plain(tensor) else tensor.full_tensor()

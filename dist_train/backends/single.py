@@ -30,7 +30,7 @@ class Single(Backend):
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.bare, self.buffers = model, self.buffers_of(model)
+        self.take(model)
         compile_(model, self.config.compile)
         self.model, self.parameters = model, list(model.parameters())
         self.ordered = ordered(self.config, self.findings, model.named_parameters())

@@ -86,8 +86,8 @@ class ModelConfig:
     """Of which samples a BatchNorm takes its statistics: global, all samples of the step, on all ranks; or {group: 32},
     of each 32 in the step's order, which neither ranks nor micro-batches cut through (null: global)."""
     blocks: list[str] | None = None
-    """Layers that fsdp2 and ZeRO 3 gather and compile each by itself, by patterns of their names or classes (null: the
-    members of the outermost nn.Sequential and nn.ModuleList)."""
+    """Layers that fsdp2 and ZeRO 3 gather and compile each by itself, and that backend.recompute computes again, by
+    patterns of their names or classes (null: the members of the outermost nn.Sequential and nn.ModuleList)."""
     split: dict[str, str] = field(default_factory=dict)
     """How layers are split over the tensor ranks of backend.mesh, by patterns of their names: columns, rows, sequence,
     gather or cut, such as {"*.q_proj": columns, "*.o_proj": rows} (none: the model's own attribute split)."""
@@ -241,6 +241,10 @@ class BackendConfig:
     reduce: Literal["fast", "ordered"] = "fast"
     """How gradients are summed: fast, as the library does it; ordered, in an order that is the same at any number of
     ranks, so that single, ddp and fsdp2 give the same bits. It takes more time and memory."""
+    recompute: str | dict[str, Any] = "none"
+    """Activations that are not kept for the backward, but computed again there, to the same bits. none; blocks: all
+    within the model's blocks (model.blocks); selective: what is cheap within them, while matrix products and attention
+    are kept; {budget: 0.5}: as the compiler likes, within that share of what it would keep (with compile.mode)."""
     config: str | None = field(default=None, metadata=PATH)
     """deepspeed: JSON file with more of its own settings, for what has no place in this config."""
 
@@ -361,6 +365,12 @@ def group_of(model: ModelConfig) -> int | None:
     """The samples of a group that a BatchNorm takes its statistics of; None where they are of the whole step."""
     asked = model.batch_statistics
     return asked["group"] if isinstance(asked, dict) else None
+
+
+def budget_of(backend: BackendConfig) -> float | None:
+    """The share of activations that the compiler may keep; None where it is not told any."""
+    asked = backend.recompute
+    return float(asked["budget"]) if isinstance(asked, dict) else None
 
 
 def run_folder(config: Config) -> Path | None:

@@ -10,7 +10,8 @@ generator keeps its state and puts it back, and our count goes along: it is the 
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -53,10 +54,19 @@ class Frame:
         self.count = 0
 
 
+class Mark(NamedTuple):
+    """A place that a forward has come to: the frame, its count, and whether heads are folded there."""
+
+    frame: Frame | None
+    count: int
+    folds: bool
+
+
 class Now:
     """The forward under way."""
 
     frame: Frame | None = None  # outside of a forward that is trained on
+    again = False  # from a mark
     looks = False  # at the first samples, to see where they are in what is drawn for
     folds = False  # within attention, whose heads lie with the samples in one dimension
     past: list[tuple[Frame, int]]  # the frame and its count at each event so far
@@ -86,7 +96,9 @@ class Now:
             if at == len(self.past) - 1:
                 frame.count = count + 1
                 self.past.append((frame, frame.count))
-            else:  # again
+            elif self.again:
+                frame.count = count + 1
+            else:
                 frame, count = self.past[at]
             self._tell(at + 1)
         keys = self.ask() if frame.keys is None else frame.keys
@@ -110,6 +122,31 @@ class Now:
         self.frame = self.frame.outer
         if not torch.compiler.is_compiling():
             self._happened()
+
+    def mark(self) -> Mark:
+        """The place that the forward has come to."""
+        return Mark(self.frame, 0 if self.frame is None else self.frame.count, self.folds)
+
+    @contextmanager
+    def from_(self, mark: Mark) -> Iterator[None]:
+        """Around what is computed again from a place on: it counts as it did, also where it is compiled, and also where
+        it breaks off in the middle of a layer, as nothing after that is needed. What goes on after it counts on."""
+        before, again = self.mark(), self.again
+        left = 0 if mark.frame is None else mark.frame.count
+        self._stand(mark)
+        self.again = True
+        try:
+            yield
+        finally:
+            if mark.frame is not None:
+                mark.frame.count = left
+            self._stand(before)
+            self.again = again
+
+    def _stand(self, mark: Mark) -> None:
+        self.frame, self.folds = mark.frame, mark.folds
+        if mark.frame is not None:
+            mark.frame.count = mark.count
 
     def drawn(self) -> set[nn.Module]:
         """The modules of the frames in which the last forward drew."""
