@@ -24,6 +24,7 @@ from dist_train.data.randomness import kept_apart, seed_for
 # How a forward reads a tensor's values on the host, where it may decide by them what to compute next.
 READS = {"__bool__", "__float__", "__index__", "__int__", "equal", "item", "nonzero", "numpy", "tolist"}
 PIECE = 1 << 20  # numbers
+ON_HOST = "a generator of random or NumPy"
 TORCH = Path(torch.__file__).parent
 
 
@@ -81,13 +82,13 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
     """
     parameters = dict(model.named_parameters())
     before = {name: _digest(p) for name, p in parameters.items()}
-    with _drawing_apart(next(iter(parameters.values()), torch.empty(0)).device), _state_kept(model) as changed:
-        drawn = _host_generators()
-        with _Reads() as reads, _Draws(model) as draws:
+    with drawing_apart(next(iter(parameters.values()), torch.empty(0)).device), _state_kept(model) as changed:
+        drawn = host_generators()
+        with Reads() as reads, Draws(model) as draws:
             loss = loss_of()
-        on_host = drawn != _host_generators()
+        on_host = drawn != host_generators()
         varies = reads.seen or on_host
-        got = _gradients(loss, parameters) if trains else dict.fromkeys(parameters, torch.strided)
+        got = gradients(loss, parameters) if trains else dict.fromkeys(parameters, torch.strided)
         buffers = tuple(changed())
     return Findings(
         unused=tuple(name for name, p in parameters.items() if p.requires_grad and name not in got),
@@ -95,7 +96,7 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
         written=tuple(name for name, p in parameters.items() if trains and _digest(p) != before[name]),
         buffers=buffers,
         varies=varies,
-        draws=(*draws.seen, *(["a generator of random or NumPy"] if on_host else [])),
+        draws=(*draws.seen, *([ON_HOST] if on_host else [])),
     )
 
 
@@ -111,12 +112,12 @@ def changed_to(
         draws: a seed of what the forward draws.
     """
     device = next(iter(model.parameters()), torch.empty(0)).device
-    with _drawing_apart(device, draws), _state_kept(model), torch.no_grad():
+    with drawing_apart(device, draws), _state_kept(model), torch.no_grad():
         forward()
         return {name: value.clone() for name, value in model.named_buffers() if name in names}
 
 
-class _Reads(TorchFunctionMode):
+class Reads(TorchFunctionMode):
     """Notices values that are read on the host."""
 
     seen = False
@@ -126,7 +127,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Draws(TorchDispatchMode):
+class Draws(TorchDispatchMode):
     """Notices operators that draw from torch's generators, with the layer and the line that they are called in."""
 
     def __init__(self, model: nn.Module):
@@ -145,8 +146,12 @@ class _Draws(TorchDispatchMode):
         before = _torch_generators()
         found = func(*args, **(kwargs or {}))
         if not all(torch.equal(a, b) for a, b in zip(before, _torch_generators(), strict=True)):
-            self.seen[f"{func.overloadpacket.__name__}{self._where()}"] = None
+            self.seen[self.named(func)] = None
         return found
+
+    def named(self, func: Any) -> str:
+        """The operator, and where it was called."""
+        return f"{func.overloadpacket.__name__}{self._where()}"
 
     def _where(self) -> str:
         layer = ""
@@ -165,7 +170,7 @@ def _torch_generators() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *devices]
 
 
-def _gradients(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.layout]:
+def gradients(loss: torch.Tensor, parameters: dict[str, nn.Parameter]) -> dict[str, torch.layout]:
     """The parameters that a backward gives a gradient, with its layout. Each gradient goes as soon as it has come, so
     that they take no memory together."""
     got: dict[str, torch.layout] = {}
@@ -200,7 +205,7 @@ def _digest(parameter: nn.Parameter) -> tuple[str, int]:
 
 
 @contextmanager
-def _drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
+def drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
     """The same draws at every look, on every rank; then puts all generators back that a model may draw from."""
     devices = [device] if device.type == "cuda" else []
     with kept_apart(), torch.random.fork_rng(devices):
@@ -210,7 +215,7 @@ def _drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
         yield
 
 
-def _host_generators() -> tuple[Any, ...]:
+def host_generators() -> tuple[Any, ...]:
     """Where the generators of `random` and NumPy stand."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, keys.tobytes(), *rest
@@ -226,22 +231,31 @@ def _state_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         if value is not None
         for name in [f"{prefix}.{own}" if prefix else own]
     ]
+
+    def changed() -> list[str]:
+        return [name for name, module, own, value, *was in places if _differs(module._buffers.get(own), value, *was)]
+
+    with extra_kept(model):
+        try:
+            yield changed
+        finally:
+            with torch.no_grad():
+                for _, module, own, value, _, kept in places:
+                    value.copy_(kept)
+                    module._buffers[own] = value
+
+
+@contextmanager
+def extra_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back extra state."""
     extra = [
         (module, copy.deepcopy(module.get_extra_state()))
         for module in model.modules()
         if type(module).get_extra_state is not nn.Module.get_extra_state
     ]
-
-    def changed() -> list[str]:
-        return [name for name, module, own, value, *was in places if _differs(module._buffers.get(own), value, *was)]
-
     try:
-        yield changed
+        yield
     finally:
-        with torch.no_grad():
-            for _, module, own, value, _, kept in places:
-                value.copy_(kept)
-                module._buffers[own] = value
         for module, state in extra:
             module.set_extra_state(state)
 

@@ -1,9 +1,9 @@
 """A model whose weights are made later, one storage at a time, to the same bits as if it had been built at once.
 
-Its constructor is recorded (recording.py). When the weights are wanted, the steps are taken for real in their order, with
-torch's generator as it would have been. A storage is allocated when a step first needs it, is handed over after the last
-step that it has part in, and is freed. What is written over before anybody reads it is not kept: of a draw only the
-numbers are consumed.
+Its constructor is recorded (recording.py). When the weights are wanted, the steps are taken for real in their order,
+with torch's generator as it would have been. A storage is allocated when a step first needs it, handed over after the
+last step that has to do with it, and freed. What is written over before it is read is not kept: of a draw only the
+random numbers are consumed.
 """
 
 import gc

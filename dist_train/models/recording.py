@@ -1,9 +1,8 @@
 """What a constructor does to tensors, recorded without doing it: its model is on the meta device, and takes no memory.
 
-Everything on tensors that a constructor calls comes to one place of torch, each operation with its tensors. A tensor is
-noted as a view of a numbered storage, so that aliases need no care: `nn.Parameter(t)`, `.data` and slices are views of
-the storage of `t`. The constructor is told that its tensors are on the CPU. Where it reads a value, that is computed, as
-far as it takes no more than what it did last.
+Torch shows each operation, with its tensors, to a dispatch mode. A tensor is noted as a view of a numbered storage, so
+that aliases need no care: `nn.Parameter(t)`, `.data` and slices are views of the storage of `t`. The constructor is
+told that its tensors are on the CPU. A value that it reads is computed, from the steps since the last such value.
 """
 
 from collections.abc import Callable, Iterator
@@ -297,7 +296,7 @@ def _like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
-    """Arguments or results of an operation, with other leaves."""
+    """Arguments or results of an operation: a like tree with other leaves."""
     if isinstance(tree, (list, tuple)):
         return type(tree)(mapped(value, function) for value in tree)
     if isinstance(tree, dict):
@@ -306,6 +305,7 @@ def mapped(tree: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def leaves(tree: Any) -> Iterator[Any]:
+    """Of arguments or results of an operation, in order."""
     if isinstance(tree, dict):
         tree = list(tree.values())
     if isinstance(tree, (list, tuple, Iterator)):
