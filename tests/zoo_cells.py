@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from dist_train import backends
 from dist_train.backends.base import Backend
 from dist_train.checkpoint import storage
-from dist_train.checkpoint.resume import read_weights
+from dist_train.checkpoint.resume import load_model, read_weights
 from dist_train.config.tree import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
 from dist_train.errors import ConfigError
 from dist_train.loop import optim
@@ -66,6 +66,8 @@ def config(
     precision: str = "float32",
 ) -> Config:
     """Two epochs; with n = 28 of 12, 12 and 4 samples, with 24 of full steps alone."""
+    start = "sharded" if backend == "fsdp2:sharded" else "auto"
+    backend = backend.removesuffix(":sharded")
     name, _, stage = backend.partition(":") if backend.startswith("deepspeed") else (backend, "", "")
     data = DataConfig(name="synthetic", args={"n": n, "n_test": 5, "shape": SHAPE, "classes": CLASSES})
     model = ModelConfig(name=kind if ":" in kind else f"zoo:{kind}")
@@ -86,7 +88,7 @@ def config(
             device="cpu",
             eval_every_epochs=None,
         ),
-        backend=BackendConfig(name=name, zero_stage=int(stage) if stage else None),
+        backend=BackendConfig(name=name, zero_stage=int(stage) if stage else None, start=start),
         track=TrackConfig(every_steps=1),
     )
 
@@ -128,12 +130,12 @@ def _outcome(cell: Config, resumes: bool, place: Path) -> Outcome:
 def _run(cell: Config, place: Path, saves: bool = False, resumed: bool = False) -> tuple[Trajectory, Backend]:
     """From the start, saved after SAVED_AT steps; or from there."""
     world = this_world()
-    parts = assemble.build(cell, world.device)
+    parts = assemble.build(cell, world.device, defers=True)
     middle, progress = place / "middle", None
     if resumed:
-        read_weights(middle, parts.model.state_dict())
-    start = weights_of(parts.model)
-    backend = backends.create(cell, world, parts.findings)
+        load_model(middle, parts.model, parts.start)
+    start = weights_of(parts.model if parts.start is None else assemble.build(cell, world.device).model)
+    backend = backends.create(cell, world, parts.findings, parts.start)
     model, optimizer = backend.prepare(parts.model, optim.factory(cell.optim, parts.model, bool(parts.findings.sparse)))
     if resumed:
         backend.load(storage.tensors(middle), lambda shards: storage.read(middle, shards))

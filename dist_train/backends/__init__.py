@@ -9,6 +9,7 @@ from dist_train.config.lookup import load
 if TYPE_CHECKING:
     from dist_train.backends.base import Backend
     from dist_train.backends.probe import Findings
+    from dist_train.backends.start import Start
     from dist_train.config.tree import Config
     from dist_train.ranks.dist import World
 
@@ -41,13 +42,16 @@ def chosen(name: str, starter: str) -> str:
     return AUTO[starter] if name == "auto" else name
 
 
-def create(config: "Config", world: "World", findings: "Findings | None" = None) -> "Backend":
+def create(
+    config: "Config", world: "World", findings: "Findings | None" = None, start: "Start | None" = None
+) -> "Backend":
     """The backend of a run, in a process whose group has started.
 
     Args:
         config: of the run.
         world: this rank's place.
         findings: what a first forward and backward of the model showed; None where nothing is trained.
+        start: gives the model its weights once it is sharded; None where it has them.
 
     Raises:
         ConfigError: this model cannot be trained under it.
@@ -59,4 +63,6 @@ def create(config: "Config", world: "World", findings: "Findings | None" = None)
     findings = findings or probe.NOTHING
     fit.check_model(name, findings)
     fit.check_sparse(config, name, world.device, findings)
-    return load(BACKENDS, name, "backend.name")(config, world, findings)
+    backend = load(BACKENDS, name, "backend.name")(config, world, findings)
+    backend.start = start
+    return backend

@@ -18,6 +18,7 @@ from dist_train.backends.ordered import Ordered
 from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, local_of, mesh_of, shards_as, shards_of
+from dist_train.backends.start import Start
 from dist_train.config.tree import CompileConfig, Config, group_of
 from dist_train.models.statistics import exchange
 from dist_train.ranks.dist import World
@@ -46,6 +47,7 @@ class Backend(ABC):
     optimizer: torch.optim.Optimizer
     parameters: list[nn.Parameter]
     buffers: Buffers
+    start: Start | None = None  # gives the model its weights, where it is on the meta device until it is sharded
     ordered: Ordered | None = None  # adds up the gradients, where backend.reduce is ordered
     taken = True  # the last step changed the weights: it was not left out
     updates_all = True  # each rank updates all weights, and not its part of them

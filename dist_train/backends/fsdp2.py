@@ -84,6 +84,8 @@ class FSDP2(Backend):
         for layer in layers:
             fully_shard(layer, mesh=over, offload_policy=offload, ignored_params=whole)
         self.model = fully_shard(model, mesh=over, offload_policy=offload, ignored_params=whole)
+        if self.start is not None:
+            self.start.fill(model, torch.device("cpu") if self.config.backend.offload else self.world.device)
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.set_gradient_divide_factor(1.0)

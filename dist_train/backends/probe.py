@@ -25,6 +25,7 @@ from dist_train.data.randomness import kept_apart, seed_for
 # How a forward reads a tensor's values on the host, where it may decide by them what to compute next.
 READS = {"__bool__", "__float__", "__index__", "__int__", "equal", "item", "nonzero", "numpy", "tolist"}
 PIECE = 1 << 20  # numbers
+ON_HOST = "a generator of random or NumPy"
 TORCH = Path(torch.__file__).parent
 
 
@@ -101,13 +102,13 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
     """
     parameters = dict(model.named_parameters())
     before = {name: _digest(p) for name, p in parameters.items()}
-    with _drawing_apart(next(iter(parameters.values()), torch.empty(0)).device), _state_kept(model) as changed:
-        drawn = _host_generators()
-        with _Reads() as reads, _Draws(model) as draws:
+    with drawing_apart(next(iter(parameters.values()), torch.empty(0)).device), _state_kept(model) as changed:
+        drawn = host_generators()
+        with Reads() as reads, Draws(model) as draws:
             loss = loss_of()
-        on_host = drawn != _host_generators()
+        on_host = drawn != host_generators()
         varies = reads.seen or on_host
-        got = _gradients(loss, parameters) if trains else dict.fromkeys(parameters, torch.strided)
+        got = gradients(loss, parameters) if trains else dict.fromkeys(parameters, torch.strided)
         buffers = tuple(changed())
     return Findings(
         unused=tuple(name for name, p in parameters.items() if p.requires_grad and name not in got),
@@ -115,7 +116,7 @@ def probe(model: nn.Module, loss_of: Callable[[], torch.Tensor], trains: bool = 
         written=tuple(name for name, p in parameters.items() if trains and _digest(p) != before[name]),
         buffers=buffers,
         varies=varies,
-        draws=(*draws.seen, *(["a generator of random or NumPy"] if on_host else [])),
+        draws=(*draws.seen, *([ON_HOST] if on_host else [])),
     )
 
 
@@ -124,10 +125,10 @@ def signs_of(model: nn.Module, loss_of: Callable[[], torch.Tensor]) -> Signs:
     `probe`. Collective where gradients are shared out among ranks."""
     parameters = dict(model.named_parameters())
     found: Signs = {}
-    with _drawing_apart(next(iter(parameters.values())).device), _state_kept(model):
+    with drawing_apart(next(iter(parameters.values())).device), _state_kept(model):
         loss = loss_of()
         found[""] = sign_of(loss.detach())
-        _gradients(loss, parameters, lambda name, gradient: found.update({name: sign_of(gradient)}))
+        gradients(loss, parameters, lambda name, gradient: found.update({name: sign_of(gradient)}))
     return found
 
 
@@ -152,12 +153,12 @@ def changed_to(
         draws: a seed of what the forward draws.
     """
     device = next(iter(model.parameters()), torch.empty(0)).device
-    with _drawing_apart(device, draws), _state_kept(model), torch.no_grad():
+    with drawing_apart(device, draws), _state_kept(model), torch.no_grad():
         forward()
         return {name: value.clone() for name, value in model.named_buffers() if name in names}
 
 
-class _Reads(TorchFunctionMode):
+class Reads(TorchFunctionMode):
     """Notices values that are read on the host."""
 
     seen = False
@@ -167,7 +168,7 @@ class _Reads(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class _Draws(TorchDispatchMode):
+class Draws(TorchDispatchMode):
     """Notices operators that draw from torch's generators, with the layer and the line that they are called in."""
 
     def __init__(self, model: nn.Module):
@@ -186,8 +187,12 @@ class _Draws(TorchDispatchMode):
         before = _torch_generators()
         found = func(*args, **(kwargs or {}))
         if not all(torch.equal(a, b) for a, b in zip(before, _torch_generators(), strict=True)):
-            self.seen[f"{func.overloadpacket.__name__}{self._where()}"] = None
+            self.seen[self.named(func)] = None
         return found
+
+    def named(self, func: Any) -> str:
+        """The operator, and where it was called."""
+        return f"{func.overloadpacket.__name__}{self._where()}"
 
     def _where(self) -> str:
         layer = ""
@@ -206,7 +211,7 @@ def _torch_generators() -> list[torch.Tensor]:
     return [torch.get_rng_state(), *devices]
 
 
-def _gradients(
+def gradients(
     loss: torch.Tensor, parameters: dict[str, nn.Parameter],
     see: Callable[[str, torch.Tensor], None] = lambda name, gradient: None,
 ) -> dict[str, torch.layout]:  # fmt: skip
@@ -245,7 +250,7 @@ def _digest(parameter: nn.Parameter) -> tuple[str, int]:
 
 
 @contextmanager
-def _drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
+def drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
     """The same draws at every look, on every rank; then puts all generators back that a model may draw from."""
     devices = [device] if device.type == "cuda" else []
     with kept_apart(), torch.random.fork_rng(devices):
@@ -255,7 +260,7 @@ def _drawing_apart(device: torch.device, seed: int = 0) -> Iterator[None]:
         yield
 
 
-def _host_generators() -> tuple[Any, ...]:
+def host_generators() -> tuple[Any, ...]:
     """Where the generators of `random` and NumPy stand."""
     kind, keys, *rest = np.random.get_state()
     return random.getstate(), kind, keys.tobytes(), *rest
@@ -271,22 +276,31 @@ def _state_kept(model: nn.Module) -> Iterator[Callable[[], list[str]]]:
         if value is not None
         for name in [f"{prefix}.{own}" if prefix else own]
     ]
+
+    def changed() -> list[str]:
+        return [name for name, module, own, value, *was in places if _differs(module._buffers.get(own), value, *was)]
+
+    with extra_kept(model):
+        try:
+            yield changed
+        finally:
+            with torch.no_grad():
+                for _, module, own, value, _, kept in places:
+                    value.copy_(kept)
+                    module._buffers[own] = value
+
+
+@contextmanager
+def extra_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back extra state."""
     extra = [
         (module, copy.deepcopy(module.get_extra_state()))
         for module in model.modules()
         if type(module).get_extra_state is not nn.Module.get_extra_state
     ]
-
-    def changed() -> list[str]:
-        return [name for name, module, own, value, *was in places if _differs(module._buffers.get(own), value, *was)]
-
     try:
-        yield changed
+        yield
     finally:
-        with torch.no_grad():
-            for _, module, own, value, _, kept in places:
-                value.copy_(kept)
-                module._buffers[own] = value
         for module, state in extra:
             module.set_extra_state(state)
 

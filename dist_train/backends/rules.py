@@ -97,6 +97,7 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
     yield from _stage(config, backend)
     yield from mesh.problems(config, backend, launcher)
     yield from _offload(config, backend)
+    yield from _start(config, backend)
     yield from _extra(config, backend)
     yield from _combination(config, backend)
     yield from _whole_step(config, backend)
@@ -124,6 +125,14 @@ def _offload(config: Config, backend: str) -> Iterator[str]:
         yield (
             "backend.offload: got true at ZeRO stage 0, which shares out no optimizer state, expected stage 1, 2 or 3; "
             "for example --backend.zero_stage 1"
+        )
+
+
+def _start(config: Config, backend: str) -> Iterator[str]:
+    if config.backend.start == "sharded" and backend != "fsdp2":
+        yield (
+            f"backend.start: got sharded, but backend {backend} takes a whole model on every rank; leave it out, or "
+            f"write --backend.name fsdp2"
         )
 
 

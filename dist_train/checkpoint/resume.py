@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from dist_train.backends.base import Backend
-from dist_train.backends.shards import shards_of
+from dist_train.backends.shards import Shards, shards_of
+from dist_train.backends.start import Source, Start
 from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.allowed import AVERAGE, BY_NAME, LENGTH
 from dist_train.checkpoint.manifest import Damaged, Manifest, Tensor
@@ -158,16 +159,26 @@ def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]
         )
 
 
-def load_model(found: Found, model: nn.Module) -> None:
-    """Fills the weights of a model that no backend has prepared."""
-    read_weights(found.folder, model.state_dict())
+def load_model(folder: Path, model: nn.Module, start: Start | None = None) -> None:
+    """Fills the weights of a model that no backend has prepared from a checkpoint; has those filled later that are not
+    there yet."""
+    state = model.state_dict()
+    read_weights(folder, {name: value for name, value in state.items() if not value.is_meta})
+    if start is not None:
+        later = {name for name, value in state.items() if value.is_meta}
+        start.source = Source(later, functools.partial(read_boxes, folder))
 
 
 def read_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     """Fills tensors from a checkpoint, by the model's names. Raises Damaged."""
+    read_boxes(folder, {name: shards_of(value) for name, value in weights.items()})
+
+
+def read_boxes(folder: Path, weights: Mapping[str, Shards]) -> None:
+    """Fills boxes of tensors from a checkpoint, by the model's names. Raises Damaged."""
     from dist_train.checkpoint import storage
 
-    storage.read(folder, {f"model.{name}": shards_of(value) for name, value in weights.items()})
+    storage.read(folder, {f"model.{name}": shards for name, shards in weights.items()})
 
 
 def load_state(

@@ -8,13 +8,14 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
 from dist_train.backends.precision import cast
 from dist_train.checkpoint import manifest
+from dist_train.checkpoint.manifest import Manifest
 from dist_train.checkpoint.rules import PRETRAINED, SHARDED, WEIGHTS
 from dist_train.errors import ConfigError
 from dist_train.whole import whole
@@ -24,6 +25,7 @@ NAMES_SHOWN = 10
 NESTED = ("model", "state_dict")
 
 State = dict[str, torch.Tensor]
+Used = TypeVar("Used")
 
 
 def save_weights(folder: Path | None, state: State) -> None:
@@ -101,19 +103,37 @@ def _read_shards(folder: Path, option: str) -> State:
     return found
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether `read` takes a checkpoint there."""
+    return path.is_dir() and not any((path / name).is_file() for name in (WEIGHTS, SHARDED, PRETRAINED))
+
+
 def _read_checkpoint(place: Path, option: str) -> State:
     from dist_train.checkpoint.resume import read_weights
 
+    def use(folder: Path, what: Manifest) -> State:
+        state = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in what.model.items()}
+        read_weights(folder, state)
+        return state
+
+    return newest(place, option, use)
+
+
+def newest(place: Path, option: str, use: Callable[[Path, Manifest], Used]) -> Used:
+    """What is made of the newest whole checkpoint. Raises ConfigError.
+
+    Args:
+        place: see `read`.
+        option: see `read`.
+        use: is given its folder and its manifest; it may raise Damaged, as what it reads may be.
+    """
     found, damaged = manifest.listed(place)
     for folder, what in found:
-        state = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in what.model.items()}
         try:
             manifest.verify(folder, what, what.files)
-            read_weights(folder, state)
+            return use(folder, what)
         except manifest.Damaged as error:
             damaged.append(error)
-        else:
-            return state
     raise ConfigError(*(f"{option}: got a damaged checkpoint: {error}" for error in damaged))
 
 
@@ -259,6 +279,11 @@ def warm_start(
         ConfigError: the file cannot be read, or nothing in it fits, or with `strict` anything does not.
     """
     model, found = fill(make, dtype, read(path))
+    return model, said(path, found, strict)
+
+
+def said(path: Path, found: Match, strict: bool) -> tuple[str, ...]:
+    """Lines that say what of a file fits the model. Raises ConfigError; see `warm_start`."""
     differences = list(found.differences())
     if differences and (strict or not found.found):
         some = len(found.found)
@@ -267,7 +292,7 @@ def warm_start(
         raise ConfigError(f"model.init_from: got {path}, {fits}; {'; '.join(differences)}; {mend}")
     renamed = f", {found.stripped} of them without module. or _orig_mod. in their names" if found.stripped else ""
     total = len(found.found) + len(found.missing) + len(found.unfit)
-    return model, (f"model.init_from {path}: {len(found.found)} of {total} tensors loaded{renamed}", *differences)
+    return f"model.init_from {path}: {len(found.found)} of {total} tensors loaded{renamed}", *differences
 
 
 def trained(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Path) -> nn.Module:

@@ -238,6 +238,9 @@ class BackendConfig:
     out a copy; tensor, ranks that split each layer. -1 is what is left (none: shard alone)."""
     offload: bool = False
     """fsdp2, and deepspeed at stages 1 to 3: keep the optimizer's state on the CPU, and compute its step there."""
+    start: Literal["auto", "whole", "sharded"] = "auto"
+    """fsdp2: whole builds the model on every rank before it is sharded; sharded fills each rank's shards, so that no
+    rank ever holds the whole of it; the weights are the same. auto is sharded from 100 million weights on."""
     reduce: Literal["fast", "ordered"] = "fast"
     """How gradients are summed: fast, as the library does it; ordered, in an order that is the same at any number of
     ranks, so that single, ddp and fsdp2 give the same bits. It takes more time and memory."""

@@ -5,6 +5,8 @@ of the hash's state at each, and saves an operation.
 """
 
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -17,6 +19,18 @@ NOT_ZERO, ALSO_NOT_ZERO = 0x2545F491, 0x1F123BB5  # as what is multiplied stays 
 LOW, HIGH = -(1 << 31), 1 << 32
 TABLES: dict[tuple[tuple[int, ...], tuple[int, ...], torch.device], torch.Tensor] = {}
 TABLES_KEPT, LARGEST_TABLE = 64, 1 << 20
+
+
+@contextmanager
+def tables_apart() -> Iterator[None]:
+    """Forgets the tables that are made meanwhile, as where tensors have no values."""
+    kept = dict(TABLES)
+    TABLES.clear()
+    try:
+        yield
+    finally:
+        TABLES.clear()
+        TABLES.update(kept)
 
 
 def mixed(keys: torch.Tensor) -> torch.Tensor:

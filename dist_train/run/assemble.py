@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
+from dist_train.backends.start import Start
 from dist_train.checkpoint import weights
 from dist_train.checkpoint.manifest import Best
 from dist_train.config.arguments import asked, placed
@@ -36,6 +37,7 @@ from dist_train.models.blocks import blocks
 from dist_train.models.frozen import freeze
 from dist_train.models.llama import DECODER, filled
 from dist_train.ranks.dist import World
+from dist_train.run import deferral
 from dist_train.run.batch_statistics import LOOKED_AT, trained_norms
 from dist_train.run.look import look
 from dist_train.tasks import TASKS
@@ -53,12 +55,13 @@ class Parts:
     Args:
         data: the data set.
         task: what the model is trained for.
-        model: on the device, with the weights that training starts from.
+        model: on the device, with the weights that training starts from; see `start`.
         feeds: batches of each split, by the names of data.splits.
         precision: the formats of the run.
         loaded: lines about what was loaded from model.init_from.
         findings: what a first forward and backward of the model showed.
         optims: of the parts of a model that have an optimizer each, by their name.
+        start: gives the model its weights once it is sharded, where it is on the meta device until then.
     """
 
     data: Data
@@ -69,6 +72,7 @@ class Parts:
     loaded: tuple[str, ...]
     findings: Findings = NOTHING
     optims: Mapping[str, OptimConfig] = field(default_factory=dict)
+    start: Start | None = None
 
     @property
     def feed(self) -> Feed:
@@ -123,7 +127,9 @@ class Parts:
         return (pixels - low) / (high - low).clamp(min=1e-12)
 
 
-def build(config: Config, device: torch.device, trained: Path | None = None, warm: bool = True) -> Parts:
+def build(
+    config: Config, device: torch.device, trained: Path | None = None, warm: bool = True, defers: bool = False
+) -> Parts:
     """Reads the data and builds the model. Raises ConfigError for what only doing so can show.
 
     Args:
@@ -131,6 +137,7 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
         device: of this rank.
         trained: the folder of a finished run, or of a checkpoint, whose weights the model gets.
         warm: start from model.init_from; false where a checkpoint's weights follow.
+        defers: the model may get its weights once it is sharded, as backend.start says.
     """
     precision = Precision(config.train.precision, device)
     precision.apply()
@@ -143,32 +150,67 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
             f"expected at least one whole batch; for example --train.global_batch_size {max(1, len(data.train))}"
         )
     task = make_task(config, data)
-    model, loaded = build_model(config, data, dtype, trained, warm)
     per_epoch = steps_per_epoch(len(data.train), config.train.global_batch_size, config.train.drop_last)
-    optim.check(config.optim, model, total_steps(config.train, per_epoch))
     of_all = device, dtype, cfg.normalize, cfg.one_hot, cfg.workers, config.train.seed, task.loss_of_vectors
     feeds = {
         name: Feed(split, data, *of_all, mixed if name == "train" else None) for name, split in data.splits.items()
     }
-    if config.compile.scope == "step" and trained is None:
-        _check_captured(task, data, feeds["train"], device)
-    model = model.to(device)
-    if trained is None and config.train.draws == "keyed":
+
+    def whole() -> nn.Module:
+        return build_model(config, data, dtype, trained, warm)[0].to(device)
+
+    def seen(model: nn.Module, start: Start | None, loaded: tuple[str, ...]) -> Parts:
+        optim.check(config.optim, model, total_steps(config.train, per_epoch))
+        if config.compile.scope == "step" and trained is None:
+            _check_captured(task, data, feeds["train"], device)
+        parts = Parts(data, task, model, feeds, precision, loaded, start=start)
+        return _looked_at(config, parts, trained is None, whole)
+
+    why = None
+    if defers and deferral.defers(config):
+        try:
+            begun = deferral.begun(config, maker(config, data), dtype, device, warm)
+            if begun is not None:
+                return seen(*begun)
+        except deferral.Whole as error:
+            why = deferral.said(str(error))
+    model, loaded = build_model(config, data, dtype, trained, warm)
+    return seen(model.to(device), None, loaded if why is None else (*loaded, why))
+
+
+def _looked_at(config: Config, parts: Parts, trains: bool, whole: Callable[[], nn.Module]) -> Parts:
+    """The parts with what a first look at the model shows.
+
+    Args:
+        config: the run.
+        parts: without that.
+        trains: false where the model is only evaluated.
+        whole: builds the model again.
+
+    Raises:
+        ConfigError: of what is seen.
+        deferral.Whole: the look needs values, which the model does not have yet.
+    """
+    data, task, model = parts.data, parts.task, parts.model
+    if trains and config.train.draws == "keyed":
         draws.frame(model, config.model.blocks, parts=not task.evaluates)
     if not task.evaluates:
-        unseen = replace(UNSEEN, norms=tuple(trained_norms(model)))
-        return Parts(data, task, model, feeds, precision, loaded, unseen)
+        return replace(parts, findings=replace(UNSEEN, norms=tuple(trained_norms(model))))
     with blamed("task.name", config.task.name, "shown the model", ours=config.task.name in TASKS):
         task.begin(model)
-    with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
-        findings = look(config, model, task, feeds["train"], data, precision, trains=trained is None)
+    of = task, parts.feed, data, parts.precision, trains
+    if parts.start is not None:
+        findings = deferral.looked(config, model, *of)
+    else:
+        with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
+            findings = look(config, model, *of)
     for _ in blocks(model, config.model.blocks):  # are found, or that is said now
         pass
     _check_best(config, data, findings.metrics)
-    if findings.written:  # which the first samples have done now, so again from the start
-        looked_at, model = model, build_model(config, data, dtype, trained, warm)[0].to(device)
+    if findings.written and parts.start is None:  # which the first samples have done now, so again from the start
+        looked_at, model = model, whole()
         draws.frame_as(model, looked_at)
-    return Parts(data, task, model, feeds, precision, loaded, findings)
+    return replace(parts, model=model, findings=findings)
 
 
 def _check_best(config: Config, data: Data, metrics: tuple[str, ...]) -> None:

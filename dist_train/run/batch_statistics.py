@@ -51,8 +51,9 @@ def rows_checked(config: Config, trained: Mapping[str, nn.Module], count: int) -
 
 
 def by_samples(
-    config: Config, model: nn.Module, changing: tuple[str, ...], forward: Callable[[np.ndarray], Any], feed: Feed
-) -> tuple[str, ...]:
+    config: Config, model: nn.Module, changing: tuple[str, ...], forward: Callable[[np.ndarray], Any], feed: Feed,
+    changed_to: Callable[..., dict[str, torch.Tensor]] = changed_to,
+) -> tuple[str, ...]:  # fmt: skip
     """The buffers, of those that forward changes, that another rank's samples change otherwise: as other samples in
     another number do, and other draws."""
     own = {f"{name}.{buffer}" if name else buffer for name, norm in norms(model).items() for buffer in norm._buffers}

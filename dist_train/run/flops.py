@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.backends.precision import Precision
+from dist_train.backends.pretended import fake_of
 from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import like
 from dist_train.data.order import largest_piece
@@ -71,11 +72,9 @@ def of_batch(model: nn.Module, loss_of: Callable[[nn.Module], torch.Tensor], pre
     level, fake = log.level, FakeTensorMode(allow_non_fake_inputs=True)
     log.setLevel(logging.CRITICAL)  # it shows a traceback before it raises
     try:
-        made: dict[int, torch.Tensor] = {id(b): fake.from_tensor(b) for b in model.buffers()}
+        tensors = [*model.buffers(), *model.parameters()]
         with kept_apart():
-            with fake:
-                for p in model.parameters():
-                    made[id(p)] = nn.Parameter(fake.from_tensor(p.detach()), p.requires_grad)
+            made = {id(tensor): fake_of(fake, tensor, precision.device) for tensor in tensors}
             twin = copy.deepcopy(model, made).train()  # with the fakes for its tensors
             with fake, FlopCounterMode(display=False) as counter:
                 loss_of(precision.called(twin)).backward()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from dist_train.backends.precision import Precision
-from dist_train.backends.probe import Findings, First, Signs, probe, signs_of
+from dist_train.backends.pretended import Pretended
+from dist_train.backends.probe import Findings, First, Signs, changed_to, probe, signs_of
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import Batch
@@ -28,7 +29,8 @@ LOOKS = "called on the first samples"
 
 
 def look(
-    config: Config, model: nn.Module, task: Task, feed: Feed, data: Data, precision: Precision, trains: bool
+    config: Config, model: nn.Module, task: Task, feed: Feed, data: Data, precision: Precision, trains: bool,
+    pretended: Pretended | None = None,
 ) -> Findings:  # fmt: skip
     """Trains on the first samples once, and forgets it: what a model shows only then is told before any rank is joined.
 
@@ -40,6 +42,7 @@ def look(
         data: that it is of.
         precision: the formats of the run.
         trains: false where the model is only evaluated, so that its gradients take no memory.
+        pretended: of a model without values; None of one that has them.
 
     Raises:
         ConfigError: its outputs are not what the loss takes.
@@ -53,22 +56,27 @@ def look(
     own_model = partial(blamed, "model.name", config.model.name, LOOKS, ours=config.model.name in MODELS)
     own_task = partial(blamed, "task.name", config.task.name, LOOKS, ours=config.task.name in TASKS)
     sample_bytes = []
+    probed, real = (probe, nullcontext) if pretended is None else (pretended.probe, pretended.outside)
     trained = trained_norms(model)
     drawing = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device)
 
+    def held(outputs: Any) -> None:
+        with real():
+            task.check(batch, outputs)
+
     def loss() -> torch.Tensor:
-        checked = Checked(called, lambda outputs: task.check(batch, outputs), own_model)
+        checked = Checked(called, held, own_model)
         with own_task(), rows_checked(config, trained, count):
             total = _sum_of(task.sums(checked, batch), config.task.name)
         sample_bytes.append((nbytes(batch.tree) + nbytes(called.outputs)) // count)
         return total / count
 
     with draws.looking(drawing, batch.ids):
-        found = probe(model, loss, trains)
+        found = probed(model, loss, trains)
     if drawing.keyed:
         draws.settle(model)
     of_whole = None
-    if trains and config.backend.mesh.get("tensor", 1) != 1:
+    if trains and pretended is None and config.backend.mesh.get("tensor", 1) != 1:
 
         def again(part: tuple[int, int]) -> Signs:
             of_part = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device, part)
@@ -79,14 +87,16 @@ def look(
     with own_task():
         notes = tuple(task.notes(batch, called.outputs))
         _check_units(units_of(task, batch), config.task.name)
-        sums = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch)
+        sums = _evaluated(model, task, Checked(called, lambda outputs: None, own_model), batch, probed)
+        sums = {name: value.cpu() for name, value in sums.items()} if pretended is None else pretended.sums(sums)
         metrics = tuple(task.metrics(sums))
     if trains:
         panels_of(task, config.task.name, sums, data)
     alone = feed.of(first[:1])
     with own_task():
-        needs_two = bool(found.buffers or trained) and _needs_two(model, lambda: task.sums(called, alone))
-        others = by_samples(config, model, found.buffers, lambda some: task.sums(called, feed.of(some)), feed)
+        needs_two = bool(found.buffers or trained) and _needs_two(model, lambda: task.sums(called, alone), probed)
+        again = changed_to if pretended is None else pretended.changed_to
+        others = by_samples(config, model, found.buffers, lambda some: task.sums(called, feed.of(some)), feed, again)
     return dataclasses.replace(
         found,
         by_samples=others,
@@ -100,7 +110,9 @@ def look(
     )
 
 
-def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
+def _evaluated(
+    model: nn.Module, task: Task, called: nn.Module, batch: Batch, probed: Callable[..., Findings]
+) -> dict[str, torch.Tensor]:
     """The sums of an evaluation: what a metric refuses, it refuses now."""
     modes = [(module, module.training) for module in model.modules()]
     total = Sums(batch.ids.device)
@@ -119,11 +131,11 @@ def _evaluated(model: nn.Module, task: Task, called: nn.Module, batch: Batch) ->
 
     model.eval()
     try:
-        probe(model, sums, trains=False)
+        probed(model, sums, trains=False)
     finally:
         for module, training in modes:
             module.training = training
-    return {name: value.cpu() for name, value in total.tensors.items()}
+    return total.tensors
 
 
 class Checked:
@@ -166,7 +178,7 @@ def _check_units(units: Any, name: str) -> None:
         )
 
 
-def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
+def _needs_two(model: nn.Module, forward: Callable[[], Any], probed: Callable[..., Findings]) -> bool:
     """Whether a forward of one sample fails, where that of several did not."""
 
     def alone() -> torch.Tensor:
@@ -175,7 +187,7 @@ def _needs_two(model: nn.Module, forward: Callable[[], Any]) -> bool:
         return torch.zeros(())
 
     try:
-        probe(model, alone, trains=False)
+        probed(model, alone, trains=False)
     except ValueError:  # torch's: expected more than 1 value per channel when training
         return True
     return False

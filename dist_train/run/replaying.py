@@ -196,7 +196,7 @@ def replay(
         The steps that were looked at, the same on all ranks; and the lines of metrics of all that were taken.
     """
     if found:
-        resume.load_model(found, parts.model)
+        resume.load_model(found.folder, parts.model)
     task, lines, taken = Watched(parts.task), Recorder(), list[Step]()
     backend = backends.create(config, world, parts.findings)
     model, optimizer = backend.prepare(parts.model, optim.factory(config.optim, parts.model, parts.unfused(config)))

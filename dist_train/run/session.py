@@ -221,7 +221,7 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     for error in run.damaged:
         trackers.say(f"passed over a damaged checkpoint: {error}")
     if found:
-        resume.load_model(found, parts.model)  # before it is sharded
+        resume.load_model(found.folder, parts.model, parts.start)  # before it is sharded
     flops = profiling.flops_of_step(config, world, parts)
     peak_s = peak_s_of_sample(config, world, parts.model)
     said = [f"backend {trackers.backend}, {parts.describe()}", *parts.about()]  # before the weights are shared out
@@ -250,11 +250,11 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
 
 def _backend(config: Config, world: World, parts: Parts) -> Backend:
     if not parts.optims:
-        return backends.create(config, world, parts.findings)
+        return backends.create(config, world, parts.findings, parts.start)
     from dist_train.backends.several import Several
 
     def make(name: str) -> Backend:
-        return backends.create(replace(config, optim=parts.optims[name]), world, parts.findings)
+        return backends.create(replace(config, optim=parts.optims[name]), world, parts.findings, parts.start)
 
     children = dict(parts.model.named_children())
     factories = {name: optim.factory(cfg, children.get(name)) for name, cfg in parts.optims.items()}

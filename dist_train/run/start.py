@@ -45,7 +45,7 @@ def joined(config: Config, launcher: Launcher, own_loop: bool = False) -> Iterat
     threads = torch.get_num_threads()
     dist.set_threads(config.train.threads, launcher.local_world_size)
     try:
-        parts = assemble.build(config, device, warm=not resumes(config))
+        parts = assemble.build(config, device, warm=not resumes(config), defers=True)
         if not (parts.task.evaluates or own_loop):
             raise ConfigError(
                 f"task.name: got {config.task.name}, which has no loss, for a loop of your own in dist_train.session; "
