@@ -15,6 +15,7 @@ from torch import nn
 
 from dist_train.backends.precision import cast
 from dist_train.checkpoint import manifest
+from dist_train.checkpoint.places import Folder
 from dist_train.checkpoint.rules import PRETRAINED, SHARDED, WEIGHTS
 from dist_train.errors import ConfigError
 from dist_train.whole import whole
@@ -33,16 +34,16 @@ def save_weights(folder: Path | None, state: State) -> None:
             torch.save(state, beside)
 
 
-def load_weights(folder: Path) -> State:
+def load_weights(folder: Folder) -> State:
     """The weights of a finished run or of a checkpoint, on the CPU; see `read`. Raises ConfigError."""
-    if not (folder / WEIGHTS).is_file() and not (folder / manifest.NAME).is_file():
+    if isinstance(folder, Path) and not (folder / WEIGHTS).is_file() and not (folder / manifest.NAME).is_file():
         raise ConfigError(
             f"run.dir: got {folder}, expected the folder of a finished run, with {WEIGHTS} and config.yaml in it"
         )
     return read(folder, "run.dir")
 
 
-def read(path: Path, option: str = "model.init_from") -> State:
+def read(path: Folder, option: str = "model.init_from") -> State:
     """The tensors of a file by the names that it gives them, on the CPU. The one place that knows the sources.
 
     The tensors are mapped from the file where it can be mapped (not a .pt of before torch 1.6): they take memory as
@@ -50,14 +51,16 @@ def read(path: Path, option: str = "model.init_from") -> State:
 
     Args:
         path: a run's folder, finished or with checkpoints, of which the newest whole one is read; the folder of a
-            checkpoint; one that save_pretrained has left, with one file of weights or several; or a file:
-            .safetensors, or a state dict that torch.save wrote, also below "model" or
+            checkpoint, or the URL of one or several; a folder that save_pretrained has left, with one file of weights
+            or several; or a file: .safetensors, or a state dict that torch.save wrote, also below "model" or
             "state_dict" in it.
         option: the config path that an error names.
 
     Raises:
         ConfigError: the file is damaged, or holds anything but tensors.
     """
+    if not isinstance(path, Path):
+        return _read_checkpoint(path, option)
     if path.is_dir() and not (path / WEIGHTS).is_file():
         if (path / SHARDED).is_file():
             return _read_shards(path, option)
@@ -101,7 +104,7 @@ def _read_shards(folder: Path, option: str) -> State:
     return found
 
 
-def _read_checkpoint(place: Path, option: str) -> State:
+def _read_checkpoint(place: Folder, option: str) -> State:
     from dist_train.checkpoint.resume import read_weights
 
     found, damaged = manifest.listed(place)
@@ -251,7 +254,7 @@ def _form(value: torch.Tensor) -> str:
 
 
 def warm_start(
-    make: Callable[[], nn.Module], dtype: torch.dtype, path: Path, strict: bool
+    make: Callable[[], nn.Module], dtype: torch.dtype, path: Folder, strict: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model that `make` builds, in `dtype`, with what of a file fits it; and lines that say what did.
 
@@ -270,7 +273,7 @@ def warm_start(
     return model, (f"model.init_from {path}: {len(found.found)} of {total} tensors loaded{renamed}", *differences)
 
 
-def trained(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Path) -> nn.Module:
+def trained(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Folder) -> nn.Module:
     """The model that `make` builds, in `dtype`, with the weights of a finished run. Raises ConfigError."""
     model, found = fill(make, dtype, load_weights(folder))
     differences = "; ".join(found.differences())
