@@ -246,10 +246,10 @@ def found_at(folder: Folder) -> Place:
     """The checkpoints of what a user names: a run's folder, or a folder of checkpoints. Raises ConfigError."""
     if not isinstance(folder, Path):
         return Remote(folder)
-    kept = _kept(folder)
-    if kept is None and not (folder / FOLDER).exists() and Local(folder).folders():
-        return Local(folder)
-    return Local(folder / FOLDER) if kept is None else place(at(kept))
+    kept, within = _kept(folder), Local(folder / FOLDER)
+    if kept is not None:
+        return place(at(kept))
+    return Local(folder) if not within.folders() and Local(folder).folders() else within
 
 
 def _kept(run: Path) -> str | None:

@@ -64,8 +64,9 @@ def problem(text: str) -> str | None:
     except ValueError:
         return f"whose {name}:// fsspec does not know, expected s3://bucket/path, gs://bucket/path or a folder"
     except ImportError as error:
-        extra = " (pip install 'dist-train[remote]' installs s3fs, for s3://)"
-        return f"whose library is not installed, expected what fsspec asks for: {error}{extra}"
+        return (
+            f"whose library is not installed ({error}), expected it; for s3:// write pip install 'dist-train[remote]'"
+        )
     return None
 
 
