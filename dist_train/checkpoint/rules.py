@@ -20,27 +20,18 @@ PRETRAINED, SHARDED = "model.safetensors", "model.safetensors.index.json"
 def problems(config: Config, _: Launcher) -> Iterator[str]:
     """A line for every mistake."""
     unfit = list(_urls(config))
-    try:
-        yield from unfit or [*_init_from(config), *_saving(config)]
-    except urls.Unreachable as error:
-        key = next(
-            key for key, text in _named(config).items() if text and str(error.place).startswith(text.rstrip("/"))
-        )
-        yield f"{key}: {error}"
+    yield from unfit or [*_init_from(config), *_saving(config)]
 
 
 def _urls(config: Config) -> Iterator[str]:
     """What is wrong with them as they are written: nothing else can be asked of the place then."""
-    for key, text in _named(config).items():
+    cfg = config.checkpoint
+    of_keys = {places.KEY: cfg.dir, "checkpoint.resume": cfg.resume, "model.init_from": config.model.init_from}
+    for key, text in of_keys.items():
         if text == "":
             yield f"{key}: got {text!r}, expected a folder, or a URL such as s3://bucket/path"
         elif text is not None and urls.is_url(text) and (found := urls.problem(text)):
             yield f"{key}: got {text}, {found}"
-
-
-def _named(config: Config) -> dict[str, str | None]:
-    cfg = config.checkpoint
-    return {places.KEY: cfg.dir, "checkpoint.resume": cfg.resume, "model.init_from": config.model.init_from}
 
 
 def resumes(config: Config) -> bool:
