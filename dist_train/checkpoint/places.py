@@ -174,8 +174,6 @@ class Remote(Place):
             raise ConfigError(
                 f"{KEY}: got {self.folder}, which cannot be written to ({error}), expected a bucket that is there"
             ) from None
-        except Unreachable as error:
-            raise ConfigError(f"{KEY}: {error}") from error
 
     def clean(self) -> None:
         """See Place."""

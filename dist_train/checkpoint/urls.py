@@ -30,8 +30,8 @@ class Unreachable(ConfigError):
 
     def __init__(self, place: "Url", problem: str):
         super().__init__(
-            f"{place}: cannot be reached ({problem}); expected a bucket that is there, credentials for it and a "
-            f"network, as fsspec finds them; if it is a passing fault, start again"
+            f"checkpoint: got {place}, which cannot be reached ({problem}), expected a bucket that is there, "
+            f"credentials for it and a network, as fsspec finds them; if it is a passing fault, start again"
         )
         self.place, self.problem = place, problem
 
