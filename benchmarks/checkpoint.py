@@ -19,6 +19,7 @@ from torch import nn
 from dist_train import backends
 from dist_train.backends.shards import HostCopy
 from dist_train.checkpoint.manifest import Best
+from dist_train.checkpoint.places import Local
 from dist_train.checkpoint.save import Checkpoints, Facts
 from dist_train.config.tree import CheckpointConfig, Config, RunConfig
 from dist_train.data.order import Plan
@@ -56,7 +57,7 @@ def main() -> None:
         savers = {}
         for asynchronous in (False, True):
             saving = Config(checkpoint=CheckpointConfig(every_steps=1, keep_last=1, asynchronous=asynchronous))
-            place = folder / str(asynchronous)
+            place = Local(folder / str(asynchronous))
             savers[asynchronous] = Checkpoints(
                 saving, world, place, Facts({}, 1, 1, lambda: ""), backend, Best("eval/loss", True)
             )

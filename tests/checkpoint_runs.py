@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dist_train.checkpoint import manifest
+from dist_train.checkpoint import manifest, places
 
 from faults import Event, traced
 from zygote import Ended, Run, Zygote
@@ -89,7 +89,7 @@ def steps(folder: Path) -> list[int]:
 def leftovers(folder: Path) -> list[str]:
     """What is in the folder of checkpoints beside whole ones."""
     there = (folder / manifest.FOLDER).iterdir()
-    return [path.name for path in there if path not in manifest.folders(folder)]
+    return [path.name for path in there if path not in places.found_at(folder).folders()]
 
 
 def checkpoint(folder: Path, step: int) -> Path:

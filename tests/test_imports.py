@@ -59,7 +59,9 @@ LIGHT = {
     "loop.rules",
     "checkpoint.allowed",
     "checkpoint.manifest",
+    "checkpoint.places",
     "checkpoint.rules",
+    "checkpoint.urls",
     "track.rules",
     "track.status",
     "bench.lead",  # which must not take the cores from the ranks, nor memory

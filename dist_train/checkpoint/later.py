@@ -1,7 +1,6 @@
 """Weights of a file or a checkpoint for a model that is sharded before it has any: each rank reads its own boxes."""
 
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -9,11 +8,12 @@ from torch import nn
 from dist_train.backends.start import Source, Start, mapped_source
 from dist_train.checkpoint import weights
 from dist_train.checkpoint.manifest import Manifest
+from dist_train.checkpoint.places import Folder
 from dist_train.checkpoint.resume import read_boxes, read_weights
 from dist_train.models.recording import Unrecordable
 
 
-def warm_start(model: nn.Module, start: Start, path: Path, strict: bool) -> tuple[str, ...]:
+def warm_start(model: nn.Module, start: Start, path: Folder, strict: bool) -> tuple[str, ...]:
     """What weights.warm_start does, for a model whose parameters are on the meta device: buffers are loaded now, and
     the parameters when they are there. Gives lines that say what fits.
 
@@ -44,7 +44,7 @@ def warm_start(model: nn.Module, start: Start, path: Path, strict: bool) -> tupl
     return lines
 
 
-def _forms(folder: Path, what: Manifest) -> tuple[Path, weights.State]:
+def _forms(folder: Folder, what: Manifest) -> tuple[Folder, weights.State]:
     """A checkpoint's folder, and its tensors without values."""
     forms = {
         name: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype), device="meta")

@@ -1,6 +1,6 @@
 """What a checkpoint says of itself, in `manifest.json`: read and checked without torch.
 
-RUN/checkpoints/step-00000100/     absent, or whole: it gets this name by one rename
+RUN/checkpoints/step-00000100/     absent, or whole; see places
     manifest.json                  this file: what was saved, with size and SHA-256 of every other file
     .metadata  __0_0.distcp  ...   the tensors, as torch.distributed.checkpoint stores them
 """
@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import types
 import typing
 from collections.abc import Iterable
@@ -18,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dist_train.checkpoint import places
+from dist_train.checkpoint.places import FOLDER, STEP, Folder, Place
+from dist_train.checkpoint.places import MANIFEST as NAME
 from dist_train.errors import ConfigError
 
 SCHEMA = 1
-NAME = "manifest.json"
 METADATA = ".metadata"
-FOLDER = "checkpoints"
-_STEP = re.compile(r"step-\d{8,}(\.\d+)?")
 _BLOCK = 1 << 20
 _LARGEST = 2**63 - 1
 # Of the progress, which is the meter's, what must be there: counts, and seconds.
@@ -41,7 +40,7 @@ class Damaged(ConfigError):
         problem: what is wrong.
     """
 
-    def __init__(self, folder: Path, problem: str):
+    def __init__(self, folder: Folder, problem: str):
         super().__init__(f"{folder}: {problem}")
         self.folder, self.problem = folder, problem
 
@@ -148,8 +147,8 @@ def dumps(manifest: Manifest) -> str:
     return json.dumps(tree | {"sha256": _digest(tree)}, indent=1) + "\n"
 
 
-def read(folder: Path) -> Manifest:
-    """The manifest of a checkpoint. Raises Damaged, also where there is none."""
+def read(folder: Folder) -> Manifest:
+    """The manifest of a checkpoint. Raises Damaged, also where there is none; Unreachable."""
     path = folder / NAME
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
@@ -238,14 +237,15 @@ def _sensible(m: Manifest) -> Manifest:
     return m
 
 
-def verify(folder: Path, manifest: Manifest, names: Iterable[str]) -> None:
-    """Compares files of a checkpoint with its manifest: there, of the right size, of the right hash. Raises Damaged."""
+def verify(folder: Folder, manifest: Manifest, names: Iterable[str]) -> None:
+    """Compares files of a checkpoint with its manifest: there, of the right size, of the right hash. Raises Damaged,
+    Unreachable."""
     for name in names:
         verify_file(folder, name, manifest.files[name])
 
 
-def verify_file(folder: Path, name: str, expected: File) -> None:
-    """Compares a file with what was written. Raises Damaged."""
+def verify_file(folder: Folder, name: str, expected: File) -> None:
+    """Compares a file with what was written. Raises Damaged, Unreachable."""
     try:
         with (folder / name).open("rb") as file:
             got = file.seek(0, 2)
@@ -263,29 +263,25 @@ def verify_file(folder: Path, name: str, expected: File) -> None:
         raise Damaged(folder, f"the content of {name} does not fit its hash")
 
 
-def folders(run: Path) -> list[Path]:
-    """The checkpoints of a run folder, damaged ones among them, in no order that means anything."""
-    try:
-        return sorted(path for path in (run / FOLDER).iterdir() if _STEP.fullmatch(path.name))
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # no file has a NUL in its name
-        return []
-    except OSError as error:  # to go on as if there were none would start anew
-        raise ConfigError(
-            f"checkpoint.resume: got {run / FOLDER}, which cannot be listed ({error.strerror}), expected a folder that "
-            f"can be read"
-        ) from None
-
-
-def listed(place: Path) -> tuple[list[tuple[Path, Manifest]], list[Damaged]]:
-    """The checkpoints of a run folder, or the one that `place` is: newest first, and what is wrong with the others."""
+def listed(where: Folder | Place) -> tuple[list[tuple[Folder, Manifest]], list[Damaged]]:
+    """The checkpoints of a place, of a run's folder or of a folder of checkpoints, or the one that it is: newest first,
+    and what is wrong with the others. Raises ConfigError where it cannot be looked at."""
     found, damaged = [], []
-    one = os.path.exists(place / NAME) or (_STEP.fullmatch(place.name) and place.absolute().parent.name == FOLDER)
-    for folder in [place] if one else folders(place):
+    for folder in where.folders() if isinstance(where, Place) else _meant(where):
         try:
             found.append((folder, read(folder)))
         except Damaged as error:
             damaged.append(error)
     return sorted(found, key=lambda pair: pair[1].sequence, reverse=True), damaged
+
+
+def _meant(folder: Folder) -> list[Folder]:
+    if isinstance(folder, Path):
+        of_run = STEP.fullmatch(folder.name) and folder.absolute().parent.name == FOLDER
+        one = os.path.exists(folder / NAME) or of_run
+    else:
+        one = STEP.fullmatch(folder.name)
+    return [folder] if one else places.found_at(folder).folders()
 
 
 @dataclass(frozen=True)
@@ -300,7 +296,7 @@ class Best:
     metric: str
     lowest: bool
 
-    def of(self, found: list[tuple[Path, Manifest]]) -> tuple[Path, Manifest] | None:
+    def of(self, found: list[tuple[Folder, Manifest]]) -> tuple[Folder, Manifest] | None:
         """The best checkpoint, the newest of equals; None if none was evaluated."""
         rated = [pair for pair in found if self.metric in pair[1].evaluation]
         sign = -1 if self.lowest else 1

@@ -13,9 +13,10 @@ from torch import nn
 from dist_train.backends.base import Backend
 from dist_train.backends.shards import Shards, shards_of
 from dist_train.backends.start import Source, Start
-from dist_train.checkpoint import manifest, randomness
+from dist_train.checkpoint import manifest, places, randomness
 from dist_train.checkpoint.allowed import AVERAGE, BY_NAME, LENGTH
 from dist_train.checkpoint.manifest import Damaged, Manifest, Tensor
+from dist_train.checkpoint.places import Folder, Place
 from dist_train.checkpoint.save import Facts
 from dist_train.config.tree import Config, to_tree
 from dist_train.data.order import steps_per_epoch
@@ -31,7 +32,7 @@ from dist_train.ranks.dist import World
 class Found:
     """The checkpoint that a run goes on from."""
 
-    folder: Path
+    folder: Folder
     manifest: Manifest
 
     def describe(self) -> str:
@@ -49,11 +50,12 @@ def facts_of(model: nn.Module, data: Data) -> Facts:
     return Facts(tensors, len(data.train), sum(map(len, data.tests.values())), data.fingerprint)
 
 
-def choose(place: Path, world: World, before: float = math.inf) -> tuple[Found | None, list[Damaged]]:
-    """The newest whole checkpoint of a run folder, or the one that `place` is, read by all ranks. Collective.
+def choose(place: Place | Folder, world: World, before: float = math.inf) -> tuple[Found | None, list[Damaged]]:
+    """The newest whole checkpoint of a place or a run's folder, or the one that `place` is, read by all ranks.
+    Collective.
 
     Args:
-        place: the folder.
+        place: where to look.
         world: this rank's place.
         before: of those with fewer steps than this.
 
@@ -61,20 +63,23 @@ def choose(place: Path, world: World, before: float = math.inf) -> tuple[Found |
         It, None if there is none at all, and what is wrong with those that were passed over.
 
     Raises:
-        ConfigError: there are some, and all are damaged.
+        ConfigError: there are some, and all are damaged; or it cannot be looked at, so that nothing is known of them.
     """
     found, damaged = dist.on_main(functools.partial(manifest.listed, place))
     for folder, what in (one for one in found if one[1].step < before):
         from dist_train.checkpoint import storage  # many modules, which a run from the start does not need
 
         mine = sorted(what.files)[world.rank :: world.size]
-        error: Damaged | None = None
+        error: ConfigError | None = None
         try:
             manifest.verify(folder, what, mine)
             storage.check(folder, what.files)
-        except Damaged as caught:
+        except ConfigError as caught:
             error = caught
         errors = [e for e in dist.gather(error) if e is not None]
+        for other in errors:
+            if not isinstance(other, Damaged):
+                raise other
         if not errors:
             return Found(folder, what), damaged
         damaged.append(errors[0])
@@ -82,7 +87,7 @@ def choose(place: Path, world: World, before: float = math.inf) -> tuple[Found |
         raise ConfigError(
             *(f"checkpoint: {line}" for error in damaged for line in error.lines),
             f"checkpoint.resume: got {place}, whose checkpoints are all damaged, as the lines above say, expected a "
-            f"whole one; to start anew, give another --run.dir",
+            f"whole one; to start anew, give another --run.dir or --{places.KEY}",
         )
     return None, []
 
@@ -92,7 +97,7 @@ def find(config: Config, world: World, folder: Path, facts: Facts) -> tuple[Foun
     asked = config.checkpoint.resume
     if asked == "never":
         return None, []
-    found, damaged = choose(folder if asked == "auto" else Path(asked), world)
+    found, damaged = choose(_asked(config, folder), world)
     lines = differences(found, config, facts) if found else []
     if lines:
         raise ConfigError(*lines)
@@ -102,12 +107,17 @@ def find(config: Config, world: World, folder: Path, facts: Facts) -> tuple[Foun
 def check_newest(config: Config, folder: Path | None, facts: Facts) -> None:
     """Holds the checkpoint that a run will most likely go on from against the run, before the ranks are joined: the
     newest that a manifest tells of, its other files unread. Raises ConfigError."""
-    asked = config.checkpoint.resume
-    place = folder if asked == "auto" else Path(asked)
-    found = manifest.listed(place)[0] if place is not None and asked != "never" else []
+    place = None if config.checkpoint.resume == "never" else _asked(config, folder)
+    found = manifest.listed(place)[0] if place is not None else []
     lines = differences(Found(*found[0]), config, facts) if found else []
     if lines:
         raise ConfigError(*lines)
+
+
+def _asked(config: Config, folder: Path | None) -> Place | Folder | None:
+    """Where to look for what `checkpoint.resume`, if it is not never, asks for."""
+    asked = config.checkpoint.resume
+    return places.of_config(config, folder) if asked == "auto" else places.at(asked)
 
 
 def differences(found: Found, config: Config, facts: Facts) -> list[str]:
@@ -159,7 +169,7 @@ def _unless_allowed(found: Found, config: Config, facts: Facts) -> Iterator[str]
         )
 
 
-def load_model(folder: Path, model: nn.Module, start: Start | None = None) -> None:
+def load_model(folder: Folder, model: nn.Module, start: Start | None = None) -> None:
     """Fills the weights of a model that no backend has prepared from a checkpoint; has those filled later that are not
     there yet."""
     state = model.state_dict()
@@ -169,13 +179,13 @@ def load_model(folder: Path, model: nn.Module, start: Start | None = None) -> No
         start.source = Source(later, functools.partial(read_boxes, folder))
 
 
-def read_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
-    """Fills tensors from a checkpoint, by the model's names. Raises Damaged."""
+def read_weights(folder: Folder, weights: Mapping[str, torch.Tensor]) -> None:
+    """Fills tensors from a checkpoint, by the model's names. Raises Damaged, Unreachable."""
     read_boxes(folder, {name: shards_of(value) for name, value in weights.items()})
 
 
-def read_boxes(folder: Path, weights: Mapping[str, Shards]) -> None:
-    """Fills boxes of tensors from a checkpoint, by the model's names. Raises Damaged."""
+def read_boxes(folder: Folder, weights: Mapping[str, Shards]) -> None:
+    """Fills boxes of tensors from a checkpoint, by the model's names. Raises Damaged, Unreachable."""
     from dist_train.checkpoint import storage
 
     storage.read(folder, {f"model.{name}": shards for name, shards in weights.items()})

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from dist_train.checkpoint import manifest
+from dist_train.checkpoint import manifest, places, urls
 from dist_train.checkpoint.allowed import ALLOWED
 from dist_train.config.tree import Config, run_folder
 from dist_train.config.values import not_finite, too_small, unknown
@@ -19,16 +19,28 @@ PRETRAINED, SHARDED = "model.safetensors", "model.safetensors.index.json"
 
 def problems(config: Config, _: Launcher) -> Iterator[str]:
     """A line for every mistake."""
-    yield from _init_from(config)
-    yield from _saving(config)
+    unfit = list(_urls(config))
+    yield from unfit or [*_init_from(config), *_saving(config)]
+
+
+def _urls(config: Config) -> Iterator[str]:
+    """What is wrong with them as they are written: nothing else can be asked of the place then."""
+    cfg = config.checkpoint
+    of_keys = {places.KEY: cfg.dir, "checkpoint.resume": cfg.resume, "model.init_from": config.model.init_from}
+    for key, text in of_keys.items():
+        if text == "":
+            yield f"{key}: got {text!r}, expected a folder, or a URL such as s3://bucket/path"
+        elif text is not None and urls.is_url(text) and (found := urls.problem(text)):
+            yield f"{key}: got {text}, {found}"
 
 
 def resumes(config: Config) -> bool:
     """Whether a run goes on from a checkpoint, as far as its folder shows."""
     if config.checkpoint.resume == "never":
         return False
-    folder = run_folder(config) if config.checkpoint.resume == "auto" else Path(config.checkpoint.resume)
-    return folder is not None and bool(manifest.listed(folder)[0])
+    asked = config.checkpoint.resume
+    place = places.of_config(config, run_folder(config)) if asked == "auto" else places.at(asked)
+    return place is not None and bool(manifest.listed(place)[0])
 
 
 def _init_from(config: Config) -> Iterator[str]:
@@ -41,6 +53,13 @@ def _init_from(config: Config) -> Iterator[str]:
     path = Path(name)
     if resumes(config):
         return  # from a checkpoint, which has all the weights; the file may be gone
+    if urls.is_url(name):
+        if not manifest.listed(places.at(name))[0]:
+            yield (
+                f"model.init_from: got {name}, where no checkpoint is; expected the URL of a checkpoint or of a run's "
+                f"checkpoint.dir; copy a file of weights to a disk first"
+            )
+        return
     if not os.path.exists(name):  # False as well for a name that no file can have
         yield f"model.init_from: got {name!r}, which is not there; expected {sources}"
     elif path.name == SHARDED:
@@ -86,13 +105,15 @@ def _saving(config: Config) -> Iterator[str]:
             f"leave it out"
         )
     folder = run_folder(config)
-    if cfg.resume == "never" and folder is not None and manifest.folders(folder):
+    place = places.of_config(config, folder)
+    if cfg.resume == "never" and place is not None and place.folders():
+        holds, another = (folder, "--run.dir") if cfg.dir is None else (cfg.dir, "--checkpoint.dir")
         yield (
-            f"checkpoint.resume: got never, but {folder} holds checkpoints of a run that did not finish; write "
-            f"--checkpoint.resume auto to go on from them, or give another --run.dir"
+            f"checkpoint.resume: got never, but {holds} holds checkpoints of a run that did not finish; write "
+            f"--checkpoint.resume auto to go on from them, or give another {another}"
         )
     if cfg.resume not in ("auto", "never"):
-        found, damaged = manifest.listed(Path(cfg.resume))
+        found, damaged = manifest.listed(places.at(cfg.resume))
         if not found and not damaged:
             yield (
                 f"checkpoint.resume: got {cfg.resume}, expected auto, never, or the folder of a checkpoint or of a run "

@@ -1,24 +1,17 @@
 """Saving: when, whole or not at all, and what stays.
 
-checkpoints/.writing-START-step-00000100  every rank writes its file and syncs it
-checkpoints/.writing-.../manifest.json    rank 0, when all have: sizes and hashes
-checkpoints/step-00000100                 one rename by rank 0, synced: from here on it exists
-checkpoints/.removing-step-00000050       then an older one goes, also by a rename first
-checkpoints/suspect-step-00000100         an audit has found that a device computes wrongly; see set_aside
+Every rank writes its file, sizes and hashes are gathered, and rank 0 makes the checkpoint exist; see places.
 """
 
 import contextlib
 import functools
 import itertools
-import os
 import secrets
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta, timezone
-from pathlib import Path
 
 import torch.distributed as torch_dist
 
@@ -27,6 +20,7 @@ from dist_train.backends.base import Backend
 from dist_train.backends.shards import HostCopy, Shards, shards_of
 from dist_train.checkpoint import manifest, randomness
 from dist_train.checkpoint.manifest import Damaged, DataFacts, Manifest, Scale, Tensor
+from dist_train.checkpoint.places import Folder, Place
 from dist_train.config.tree import CheckpointConfig, Config, to_tree
 from dist_train.data.order import falls_on
 from dist_train.errors import OtherRankError
@@ -38,7 +32,6 @@ from dist_train.versions import versions
 
 # Ranks come to a save together, out of the exchange of the step's gradients; one that does not come is elsewhere.
 TOGETHER_S = 10.0
-WRITING, REMOVING, SUSPECT = ".writing-", ".removing-", "suspect-"
 
 
 @dataclass(frozen=True)
@@ -81,11 +74,11 @@ class Checkpoints:
     Args:
         config: of the run.
         world: this rank's place.
-        folder: of the run, the same on all ranks.
+        place: where they are, the same on all ranks.
         facts: of the run.
         backend: has prepared the model.
         best: what decides which is the best.
-        damaged: checkpoints in the folder that were found damaged, to be removed when a newer one stands.
+        damaged: checkpoints that were found damaged, to be removed when a newer one stands.
         wandb_id: of the run at W&B; on rank 0.
     """
 
@@ -93,7 +86,7 @@ class Checkpoints:
         self,
         config: Config,
         world: World,
-        folder: Path,
+        place: Place,
         facts: Facts,
         backend: Backend,
         best: manifest.Best,
@@ -102,9 +95,9 @@ class Checkpoints:
     ):
         self.config, self.world, self.facts, self.backend = config, world, facts, backend
         self.best, self.wandb_id = best, wandb_id
-        self.folder = folder / manifest.FOLDER
+        self.place = place
         # Those of another run, from which this one goes on, are not ours to remove.
-        self.damaged = {error.folder for error in damaged if error.folder.parent == self.folder}
+        self.damaged = {error.folder for error in damaged if error.folder.parent == place.folder}
         self.stalls_s: list[float] = []
         self.saved_at = time.monotonic()
         self.saved_step: int | None = None
@@ -167,23 +160,18 @@ class Checkpoints:
         meter.requests.saving = meter.requests.save_agreed = False
         meter.event({"checkpoint/stall_s": self.stalls_s[-1]})
 
-    def set_aside(self, after: int) -> tuple[Path | None, list[str]]:
-        """Gives the checkpoints of steps after this one names from which no run resumes.
+    def set_aside(self, after: int) -> tuple[Folder | None, list[str]]:
+        """Takes care that no run resumes from the checkpoints of steps after this one.
 
         Returns:
-            The newest checkpoint that is left, and the new names of the others.
+            The newest checkpoint that is left, and the names under which the others are kept.
         """
         self._wait()
         return dist.on_main(lambda: self._set_aside(after))
 
-    def _set_aside(self, after: int) -> tuple[Path | None, list[str]]:
-        found, names = manifest.listed(self.folder.parent)[0], []
-        for folder in [folder for folder, what in found if what.step > after]:
-            target = next(t for t in _names(folder.with_name(f"{SUSPECT}{folder.name}")) if not t.exists())
-            folder.rename(target)
-            names.append(target.name)
-        if names:
-            sync_folder(self.folder)
+    def _set_aside(self, after: int) -> tuple[Folder | None, list[str]]:
+        found = manifest.listed(self.place)[0]
+        names = [self.place.set_aside(folder) for folder, what in found if what.step > after]
         return next((folder for folder, what in found if what.step <= after), None), sorted(names)
 
     def close(self) -> None:
@@ -242,7 +230,7 @@ class Checkpoints:
         from dist_train.checkpoint import storage
 
         name = f"step-{what.step:08d}"
-        beside = self.folder / f"{WRITING}{self.start}-{name}"
+        beside = self.place.beside(self.start, name)
         with self._failing_together(beside):
             files = storage.write(beside, state, self.group)
         with self._failing_together(beside):
@@ -251,7 +239,7 @@ class Checkpoints:
                 self._commit(beside, name, replace(what, files=dict(itertools.chain(*(f.items() for f in every)))))
 
     @contextlib.contextmanager
-    def _failing_together(self, beside: Path) -> Iterator[None]:
+    def _failing_together(self, beside: Folder) -> Iterator[None]:
         """What fails on one rank fails on all, and what was written is removed."""
         error: BaseException | None = None
         try:
@@ -263,33 +251,22 @@ class Checkpoints:
         if error is None and not failed:
             return
         if self.world.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
+            self.place.discard(beside)
         if own or not failed:
             raise SaveError(f"{beside}: cannot be written, earlier checkpoints stand: {error}") from error
         raise OtherRankError(f"rank {failed[0]} could not write {beside}")
 
-    def _commit(self, beside: Path, name: str, what: Manifest) -> None:
-        """Gives the checkpoint its name, then removes those that the config does not keep. On rank 0."""
-        older, _ = manifest.listed(self.folder.parent)
+    def _commit(self, beside: Folder, name: str, what: Manifest) -> None:
+        """Makes the checkpoint exist, then removes those that the config does not keep. On rank 0."""
+        older, _ = manifest.listed(self.place)
         what = replace(what, sequence=1 + max((m.sequence for _, m in older), default=0), data=self.facts.data)
-        with (beside / manifest.NAME).open("x", encoding="utf-8") as file:
-            file.write(manifest.dumps(what))
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(beside)
-        # A damaged one of the same step may stand there, or one of a run that was resumed from before it.
-        target = next(t for t in _names(self.folder / name) if not t.exists())
-        beside.rename(target)
-        sync_folder(self.folder)
-        sync_folder(self.folder.parent)  # the first checkpoint's folder of checkpoints is new there
-        keep = self._kept([(target, what), *older])
-        for folder in [*(f for f, _ in older), *self.damaged]:
-            if folder not in keep and folder.exists():
-                gone = folder.with_name(f"{REMOVING}{folder.name}")
-                folder.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)  # the new one stands; what is left goes at the next start
+        folder = self.place.commit(beside, name, manifest.dumps(what))
+        keep = self._kept([(folder, what), *older])
+        for old in dict.fromkeys([*(f for f, _ in older), *self.damaged]):
+            if old not in keep:
+                self.place.remove(old)
 
-    def _kept(self, newest_first: list[tuple[Path, Manifest]]) -> set[Path]:
+    def _kept(self, newest_first: list[tuple[Folder, Manifest]]) -> set[Folder]:
         cfg = self.config.checkpoint
         whole = [(folder, m) for folder, m in newest_first if folder not in self.damaged]
         keep = {folder for folder, _ in whole[: cfg.keep_last]}
@@ -324,25 +301,3 @@ class SaveError(OSError):
 def saves(cfg: CheckpointConfig) -> bool:
     """Whether a run saves checkpoints."""
     return any(every is not None for every in (cfg.every_steps, cfg.every_epochs, cfg.every_s))
-
-
-def clean(run: Path) -> None:
-    """Removes what a killed run left half-written or half-removed. By the holder of the run's lock."""
-    folder = run / manifest.FOLDER
-    for path in [*folder.glob(f"{WRITING}*"), *folder.glob(f"{REMOVING}*")]:
-        shutil.rmtree(path, ignore_errors=True)  # a rank of the killed run may be in it still
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _names(path: Path) -> Iterator[Path]:
-    yield path
-    for i in itertools.count(2):
-        yield path.with_name(f"{path.name}.{i}")

@@ -20,7 +20,7 @@ import torch.distributed as torch_dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemBase, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,17 +33,21 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from dist_train.backends.shards import Box, Shards
 from dist_train.checkpoint.manifest import METADATA, NAME, Damaged, File
+from dist_train.checkpoint.places import Folder
+from dist_train.checkpoint.urls import Unreachable, Url
 from dist_train.errors import OtherRankError
 
 
-def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGroup | None) -> dict[str, File]:
+def write(folder: Folder, state: Mapping[str, Shards], group: torch_dist.ProcessGroup | None) -> dict[str, File]:
     """Writes what this rank holds; a box that several ranks hold is written by one of them. Collective in `group`.
 
     Returns:
-        Size and hash of the files that this rank wrote, by name. They are synced, the folder is not.
+        Size and hash of the files that this rank wrote, by name. They are synced, the folder is not; of an object
+        store, they are there.
 
     Raises:
         OSError: a file could not be written here.
+        Unreachable: an object could not be sent from here.
         OtherRankError: a file could not be written on another rank.
     """
     writer = _Writer(folder)
@@ -65,25 +69,28 @@ def write(folder: Path, state: Mapping[str, Shards], group: torch_dist.ProcessGr
     return {path.name.removesuffix(".tmp"): file for path, file in writer.files.written.items()}
 
 
-def tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of every tensor in a checkpoint, by name. Raises Damaged."""
+def tensors(folder: Folder) -> dict[str, TensorStorageMetadata]:
+    """Shape and type of every tensor in a checkpoint, by name. Raises Damaged, Unreachable."""
     return _Reader(folder).read_metadata().state_dict_metadata
 
 
-def check(folder: Path, files: Container[str]) -> None:
-    """That the metadata can be read, and names no file but these. Raises Damaged."""
+def check(folder: Folder, files: Container[str]) -> None:
+    """That the metadata can be read, and names no file but these. Raises Damaged, Unreachable."""
     for info in _Reader(folder).read_metadata().storage_data.values():
         if info.relative_path not in files:
             raise Damaged(folder, f"{METADATA}: names the file {info.relative_path!r}, which {NAME} does not")
 
 
-def read(folder: Path, state: Mapping[str, Shards]) -> None:
-    """Fills the boxes of this rank, whatever the ranks that wrote them held. Not collective. Raises Damaged."""
+def read(folder: Folder, state: Mapping[str, Shards]) -> None:
+    """Fills the boxes of this rank, whatever the ranks that wrote them held. Not collective. Raises Damaged,
+    Unreachable."""
     reader = _Reader(folder)
     try:
         with _quiet():
             dcp.load(dict(state), storage_reader=reader, planner=_LoadPlanner(), no_dist=True)
     except (Exception, CheckpointException) as error:  # DCP wraps what was raised, in what is no Exception
+        if isinstance(cause := _cause(error), Unreachable):
+            raise cause from error
         raise Damaged(folder, f"cannot be read: {_root(error)}") from error
 
 
@@ -96,9 +103,13 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _root(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     failures = getattr(error, "failures", None)
-    inner = next(iter(failures.values()))[0] if failures else error
+    return next(iter(failures.values()))[0] if failures else error
+
+
+def _root(error: BaseException) -> str:
+    inner = _cause(error)
     return (str(inner).splitlines() or [type(inner).__name__])[0]
 
 
@@ -202,12 +213,83 @@ class _HashedFiles(FileSystem):
         self.written[Path(path)] = File(raw.size, raw.hash.hexdigest())
 
 
+class _HashedStream(io.RawIOBase):
+    """What is sent to an object store, hashed on its way."""
+
+    def __init__(self, url: Url):
+        self.inner = url.open("wb")
+        self.hash, self.size = hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.size
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.inner.write(view)
+        self.hash.update(view)
+        self.size += len(view)
+        return len(view)
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self.inner.close()
+
+
+class _HashedObjects(FileSystemBase):
+    """Objects as DCP's writer and reader open them. None of the same name is there before: its folder is new."""
+
+    def __init__(self) -> None:
+        self.written: dict[Url, File] = {}
+        self.error: Exception | None = None
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike | Url, mode: str) -> Iterator[Any]:
+        assert isinstance(path, Url)
+        if mode == "rb":
+            yield path  # of which the reader takes parts
+            return
+        try:
+            with _HashedStream(path) as stream:
+                yield stream
+        except Exception as error:
+            self.error = error
+            raise
+        self.written[path] = File(stream.size, stream.hash.hexdigest())
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix.removesuffix(".tmp")  # nothing can be renamed, so it gets its name at once
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        assert path == new_path
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def mkdir(self, path: Any) -> None:
+        return
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
+        return isinstance(checkpoint_id, Url)
+
+    def exists(self, path: Any) -> bool:
+        return False
+
+    def rm_file(self, path: Any) -> None:
+        raise AssertionError("what a checkpoint holds is written once")
+
+
 class _Writer(FileSystemWriter):
     """One file a rank, and the metadata by rank 0, all synced."""
 
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.fs = self.files = _HashedFiles()
+    def __init__(self, folder: Folder):
+        super().__init__(str(folder), sync_files=isinstance(folder, Path))
+        self.path: Any = folder
+        self.fs = self.files = _HashedFiles() if isinstance(folder, Path) else _HashedObjects()
 
     def storage_meta(self) -> None:
         """Nothing: DCP's holds the folder's path as an object."""
@@ -215,14 +297,29 @@ class _Writer(FileSystemWriter):
 
 
 class _Reader(FileSystemReader):
+    """Reads files, and of objects the parts that are asked for, each in one request."""
+
+    def __init__(self, folder: Folder):
+        super().__init__(str(folder))
+        self.path: Any = folder
+        if isinstance(folder, Url):
+            self.fs = _HashedObjects()
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         try:
-            with (Path(self.path) / METADATA).open("rb") as file:
+            with (self.path / METADATA).open("rb") as file:
                 metadata = _Metadata(file).load()
             _check(metadata)
+        except Unreachable:
+            raise
         except Exception as error:  # a damaged pickle raises anything
-            raise Damaged(Path(self.path), f"{METADATA}: {error}") from error
+            raise Damaged(self.path, f"{METADATA}: {error}") from error
         return metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> Any:
+        if isinstance(file, Url):
+            return file.part(sinfo.offset, sinfo.length)
+        return super()._slice_file(file, sinfo)
 
 
 class _Metadata(pickle.Unpickler):

@@ -16,6 +16,7 @@ from torch import nn
 from dist_train.backends.precision import cast
 from dist_train.checkpoint import manifest
 from dist_train.checkpoint.manifest import Manifest
+from dist_train.checkpoint.places import Folder
 from dist_train.checkpoint.rules import PRETRAINED, SHARDED, WEIGHTS
 from dist_train.errors import ConfigError
 from dist_train.whole import whole
@@ -35,16 +36,16 @@ def save_weights(folder: Path | None, state: State) -> None:
             torch.save(state, beside)
 
 
-def load_weights(folder: Path) -> State:
+def load_weights(folder: Folder) -> State:
     """The weights of a finished run or of a checkpoint, on the CPU; see `read`. Raises ConfigError."""
-    if not (folder / WEIGHTS).is_file() and not (folder / manifest.NAME).is_file():
+    if isinstance(folder, Path) and not (folder / WEIGHTS).is_file() and not (folder / manifest.NAME).is_file():
         raise ConfigError(
             f"run.dir: got {folder}, expected the folder of a finished run, with {WEIGHTS} and config.yaml in it"
         )
     return read(folder, "run.dir")
 
 
-def read(path: Path, option: str = "model.init_from") -> State:
+def read(path: Folder, option: str = "model.init_from") -> State:
     """The tensors of a file by the names that it gives them, on the CPU. The one place that knows the sources.
 
     The tensors are mapped from the file where it can be mapped (not a .pt of before torch 1.6): they take memory as
@@ -52,14 +53,16 @@ def read(path: Path, option: str = "model.init_from") -> State:
 
     Args:
         path: a run's folder, finished or with checkpoints, of which the newest whole one is read; the folder of a
-            checkpoint; one that save_pretrained has left, with one file of weights or several; or a file:
-            .safetensors, or a state dict that torch.save wrote, also below "model" or
+            checkpoint, or the URL of one or several; a folder that save_pretrained has left, with one file of weights
+            or several; or a file: .safetensors, or a state dict that torch.save wrote, also below "model" or
             "state_dict" in it.
         option: the config path that an error names.
 
     Raises:
         ConfigError: the file is damaged, or holds anything but tensors.
     """
+    if not isinstance(path, Path):
+        return _read_checkpoint(path, option)
     if path.is_dir() and not (path / WEIGHTS).is_file():
         if (path / SHARDED).is_file():
             return _read_shards(path, option)
@@ -103,15 +106,17 @@ def _read_shards(folder: Path, option: str) -> State:
     return found
 
 
-def is_checkpoint(path: Path) -> bool:
+def is_checkpoint(path: Folder) -> bool:
     """Whether `read` takes a checkpoint there."""
+    if not isinstance(path, Path):
+        return True
     return path.is_dir() and not any((path / name).is_file() for name in (WEIGHTS, SHARDED, PRETRAINED))
 
 
-def _read_checkpoint(place: Path, option: str) -> State:
+def _read_checkpoint(place: Folder, option: str) -> State:
     from dist_train.checkpoint.resume import read_weights
 
-    def use(folder: Path, what: Manifest) -> State:
+    def use(folder: Folder, what: Manifest) -> State:
         state = {name: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for name, t in what.model.items()}
         read_weights(folder, state)
         return state
@@ -119,7 +124,7 @@ def _read_checkpoint(place: Path, option: str) -> State:
     return newest(place, option, use)
 
 
-def newest(place: Path, option: str, use: Callable[[Path, Manifest], Used]) -> Used:
+def newest(place: Folder, option: str, use: Callable[[Folder, Manifest], Used]) -> Used:
     """What is made of the newest whole checkpoint. Raises ConfigError.
 
     Args:
@@ -271,7 +276,7 @@ def _form(value: torch.Tensor) -> str:
 
 
 def warm_start(
-    make: Callable[[], nn.Module], dtype: torch.dtype, path: Path, strict: bool
+    make: Callable[[], nn.Module], dtype: torch.dtype, path: Folder, strict: bool
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model that `make` builds, in `dtype`, with what of a file fits it; and lines that say what did.
 
@@ -295,7 +300,7 @@ def said(path: Path, found: Match, strict: bool) -> tuple[str, ...]:
     return f"model.init_from {path}: {len(found.found)} of {total} tensors loaded{renamed}", *differences
 
 
-def trained(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Path) -> nn.Module:
+def trained(make: Callable[[], nn.Module], dtype: torch.dtype, folder: Folder) -> nn.Module:
     """The model that `make` builds, in `dtype`, with the weights of a finished run. Raises ConfigError."""
     model, found = fill(make, dtype, load_weights(folder))
     differences = "; ".join(found.differences())

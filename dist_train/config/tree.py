@@ -92,8 +92,8 @@ class ModelConfig:
     """How layers are split over the tensor ranks of backend.mesh, by patterns of their names: columns, rows, sequence,
     gather or cut, such as {"*.q_proj": columns, "*.o_proj": rows} (none: the model's own attribute split)."""
     init_from: str | None = field(default=None, metadata=PATH)
-    """Start from these weights: a run's folder, a .pt or .pth file with a state dict, or a .safetensors file. What fits
-    by name and shape is loaded, and what does not is said."""
+    """Start from these weights: a run's folder, a .pt or .pth file with a state dict, a .safetensors file, or the URL
+    of checkpoints. What fits by name and shape is loaded, and what does not is said."""
     init_strict: bool = False
     """Everything in model.init_from and in the model must fit."""
 
@@ -271,6 +271,9 @@ class CompileConfig:
 class CheckpointConfig:
     """Saving during the run, and resuming. The final weights are always saved."""
 
+    dir: str | None = field(default=None, metadata=PATH)
+    """Where checkpoints are: a folder, or an object store's URL such as s3://bucket/path (null: in the run's folder).
+    One run at a time has it."""
     every_steps: int | None = None
     """Save after every so many optimizer steps. With none of the three every_... keys, no checkpoint is saved."""
     every_epochs: int | None = None
@@ -284,7 +287,7 @@ class CheckpointConfig:
     best_metric: str | None = None
     """What the best is decided by, such as eval/loss (null: the first of task.metrics, such as eval/accuracy)."""
     resume: str = field(default="auto", metadata=PATH)
-    """auto: from the newest whole checkpoint in the run's folder, else from the start; never; or the folder of a
+    """auto: from the newest whole checkpoint of the run, else from the start; never; or the folder or URL of a
     checkpoint or of a run."""
     allow: list[str] = field(default_factory=list)
     """Config paths that may differ from the checkpoint's, such as train.seed; data for a changed data set of the same

@@ -1,6 +1,7 @@
-"""The disk that a run writes to: space, speed, the same one for all ranks, and a checkpoint that reads back."""
+"""The disk that a run writes to: space, speed, the same one for all ranks; and a checkpoint that reads back."""
 
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -11,8 +12,10 @@ from pathlib import Path
 import torch
 
 from dist_train.backends.shards import Shards
-from dist_train.checkpoint import manifest, storage
+from dist_train.checkpoint import manifest, places, storage
+from dist_train.checkpoint.places import Folder, Remote
 from dist_train.checkpoint.save import saves
+from dist_train.checkpoint.urls import Unreachable, Url
 from dist_train.config.tree import Config, run_folder
 from dist_train.doctor.peers import Peers
 from dist_train.doctor.report import Line, size
@@ -21,6 +24,7 @@ from dist_train.ranks.dist import World
 from dist_train.run import folder
 
 ANOTHER = "--run.dir FOLDER   on another disk"
+STORE = "with the library's own tools: aws s3 ls URL   tells whether bucket and credentials are there"
 TEST_BYTES = 64_000_000
 BLOCK_BYTES = 4_000_000
 WRITE_S = 5.0
@@ -29,8 +33,9 @@ ROWS = 512  # of the checkpoint's tensor on each rank: 512 x 1024 float32, 2 MB
 
 
 def place_of(config: Config) -> Path:
-    """The run's folder, or what of the way to it exists."""
-    wanted = run_folder(config) or Path("runs")
+    """The folder for checkpoints, or if they go to an object store the run's; or what of the way to it exists."""
+    kept = places.of_config(config, None)
+    wanted = kept.folder if kept and isinstance(kept.folder, Path) else run_folder(config) or Path("runs")
     return next(path for path in (wanted, *wanted.absolute().parents) if path.is_dir())
 
 
@@ -45,7 +50,8 @@ def space(config: Config, state_bytes: int | None) -> Iterator[Line]:
     disk = os.statvfs(place)
     free = disk.f_bavail * disk.f_frsize
     kept = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # the old one goes after the new one stands
-    kept = kept if saves(config.checkpoint) else 1
+    here = saves(config.checkpoint) and not isinstance(places.of_config(config, None), Remote)
+    kept = kept if here else 1
     needed = (state_bytes or 0) * kept
     facts = {"folder": str(place), "free_bytes": free, "needed_bytes": needed}
     what = f"{size(free)} in {place}"
@@ -111,28 +117,42 @@ def _can_write(place: Path) -> bool:
 def checkpoint(config: Config, peers: Peers | None) -> Iterator[Line]:
     """A checkpoint, written as a run writes it and read back from the disk, bit by bit. Collective."""
     rank, ranks, group = (peers.rank, peers.size, peers.hosts) if peers else (0, 1, None)
-    name, problem = None, ""
-    if rank == 0:
-        try:
-            name = tempfile.mkdtemp(dir=place_of(config).absolute(), prefix=".doctor-")
-        except OSError as error:
-            problem = error.strerror
-    name, problem = (peers.gather((name, problem)) if peers else [(name, problem)])[0]
-    if name is None:
-        place = place_of(config)
-        mend = f"df -h {place}   or {ANOTHER}"
-        yield Line("fail", "checkpoint", f"no folder can be made in {place}: {problem}", mend)
+    made, problem = _made(config) if rank == 0 else (None, "")
+    made, problem = (peers.gather((made, problem)) if peers else [(made, problem)])[0]
+    if made is None:
+        yield Line("fail", "checkpoint", problem, _mend(places.of_config(config, None) or place_of(config)))
         return
     try:
-        yield from _there_and_back(Path(name), rank, ranks, group)
+        yield from _there_and_back(made, rank, ranks, group)
     finally:
         if peers:
             peers.gather(None)  # all have read
-        if rank == 0:
-            shutil.rmtree(name, ignore_errors=True)
+        if rank == 0 and isinstance(made, Path):
+            shutil.rmtree(made, ignore_errors=True)
+        elif rank == 0:
+            with suppress(Unreachable):
+                made.remove_below(made.names())
 
 
-def _there_and_back(place: Path, rank: int, ranks: int, group) -> Iterator[Line]:
+def _made(config: Config) -> tuple[Folder | None, str]:
+    """Where a checkpoint can be tried; or None, and why there is none."""
+    kept = places.of_config(config, None)
+    try:
+        if isinstance(kept, Remote):
+            kept.probe()
+            return kept.folder / f".doctor-{secrets.token_hex(4)}", ""
+        return Path(tempfile.mkdtemp(dir=place_of(config).absolute(), prefix=".doctor-")), ""
+    except OSError as error:
+        return None, f"no folder can be made in {place_of(config)}: {error.strerror}"
+    except ConfigError as error:
+        return None, error.lines[0]
+
+
+def _mend(place: Folder | places.Place) -> str:
+    return STORE if isinstance(place, Remote | Url) else f"df -h {place}   or {ANOTHER}"
+
+
+def _there_and_back(place: Folder, rank: int, ranks: int, group) -> Iterator[Line]:
     generator = torch.Generator().manual_seed(rank)
     mine = torch.randn(ROWS, 1024, generator=generator)
     at, shape = (rank * ROWS, 0), (ranks * ROWS, 1024)
@@ -140,20 +160,23 @@ def _there_and_back(place: Path, rank: int, ranks: int, group) -> Iterator[Line]
     try:
         files = storage.write(place, {"doctor": Shards(shape, ((at, mine),))}, group)
     except OSError as error:
-        mend = f"df -h {place.parent}   or {ANOTHER}"
-        yield Line("fail", "checkpoint", f"cannot be written in {place.parent}: {error.strerror}", mend)
+        yield Line("fail", "checkpoint", f"cannot be written in {place.parent}: {error.strerror}", _mend(place.parent))
+        return
+    except Unreachable as error:
+        yield Line("fail", "checkpoint", error.lines[0], _mend(place))
         return
     except OtherRankError:
         return  # which says it
     written_s = time.perf_counter() - start
-    mend = f"dmesg | tail   for errors of the disk; then {ANOTHER}"
+    mend = STORE if isinstance(place, Url) else f"dmesg | tail   for errors of the disk; then {ANOTHER}"
     back = torch.zeros_like(mine)
     try:
         for name, file in files.items():
-            _forget(place / name)
+            if isinstance(place, Path):
+                _forget(place / name)
             manifest.verify_file(place, name, file)
         storage.read(place, {"doctor": Shards(shape, ((at, back),))})
-    except manifest.Damaged as error:
+    except (manifest.Damaged, Unreachable) as error:
         yield Line("fail", "checkpoint", f"does not read back as it was written: {error.problem}", mend)
         return
     if not torch.equal(mine, back):
@@ -161,6 +184,7 @@ def _there_and_back(place: Path, rank: int, ranks: int, group) -> Iterator[Line]
         return
     read_s = time.perf_counter() - start - written_s
     what = f"{size(mine.nbytes)} a rank written in {written_s:.2f} s, read back and compared in {read_s:.2f} s"
+    what += f", in {place.parent}" if isinstance(place, Url) else ""
     yield Line("pass", "checkpoint", what, facts={"bytes": mine.nbytes, "write_s": written_s, "read_s": read_s})
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 
 from dist_train.checkpoint import manifest
+from dist_train.checkpoint.places import FOLDER, Local
 from dist_train.config import strict_yaml
 from dist_train.errors import ConfigError
 from dist_train.report.evaluated import Evaluated
@@ -400,9 +401,9 @@ def _environment(run: Run) -> dict[str, str]:
 
 
 def newest(folder: Path) -> manifest.Manifest | None:
-    """Of its whole checkpoints; None if it has none."""
+    """Of its whole checkpoints in the folder itself, as a report asks no network; None if it has none."""
     try:
-        found, _ = manifest.listed(folder)
+        found, _ = manifest.listed(Local(folder / FOLDER))
     except ConfigError:
         return None
     return found[0][1] if found else None

@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from torch.nn.parameter import is_lazy
 from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.start import Start
-from dist_train.checkpoint import weights
+from dist_train.checkpoint import places, weights
 from dist_train.checkpoint.manifest import Best
+from dist_train.checkpoint.places import Folder
 from dist_train.config.arguments import asked, placed
 from dist_train.config.lookup import load
 from dist_train.config.objects import as_objects
@@ -128,7 +128,7 @@ class Parts:
 
 
 def build(
-    config: Config, device: torch.device, trained: Path | None = None, warm: bool = True, defers: bool = False
+    config: Config, device: torch.device, trained: Folder | None = None, warm: bool = True, defers: bool = False
 ) -> Parts:
     """Reads the data and builds the model. Raises ConfigError for what only doing so can show.
 
@@ -302,7 +302,7 @@ def _evaluated(data: Data, metrics: tuple[str, ...]) -> list[str]:
 
 
 def build_model(
-    config: Config, data: Data, dtype: torch.dtype, trained: Path | None = None, warm: bool = False
+    config: Config, data: Data, dtype: torch.dtype, trained: Folder | None = None, warm: bool = False
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model on the CPU, and lines about what was loaded into it.
 
@@ -312,7 +312,7 @@ def build_model(
     if trained is not None:
         return weights.trained(make, dtype, trained), ()
     if warm and cfg.init_from is not None:
-        return weights.warm_start(make, dtype, Path(cfg.init_from), cfg.init_strict)
+        return weights.warm_start(make, dtype, places.at(cfg.init_from), cfg.init_strict)
     return cast(make(), dtype), ()
 
 

@@ -1,7 +1,6 @@
 """Which runs start without a whole copy of the model on any rank, and how (backends/start.py)."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +10,7 @@ from dist_train.backends.precision import Precision, cast
 from dist_train.backends.pretended import leftovers, pretended
 from dist_train.backends.probe import Findings
 from dist_train.backends.start import Start
-from dist_train.checkpoint import later
+from dist_train.checkpoint import later, places
 from dist_train.config.tree import Config
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
@@ -61,7 +60,7 @@ def begun(
             raise Unrecordable("gives the model's state other names than its parameters have")
         lines: tuple[str, ...] = ()
         if warm and config.model.init_from is not None:
-            lines = later.warm_start(model, start, Path(config.model.init_from), config.model.init_strict)
+            lines = later.warm_start(model, start, places.at(config.model.init_from), config.model.init_strict)
     except Unrecordable as error:
         raise Whole(f"its constructor {error}") from error
     return model, start, lines

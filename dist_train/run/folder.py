@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dist_train.checkpoint import manifest
-from dist_train.checkpoint.save import clean
+from dist_train.checkpoint import places
+from dist_train.checkpoint.places import Local, Place, Remote
 from dist_train.config.given import HOME
 from dist_train.config.load import dump
 from dist_train.config.tree import Config, run_folder
@@ -36,8 +36,11 @@ def opened(config: Config, world: World) -> Iterator[Path]:
     locks: list[Callable[[], None]] = []
     try:
         folder = dist.on_main(lambda: _open(config, locks, prefix(world.rank, world.size)))
-        if world.size > 1:
+        place = place_of(config, folder)
+        if world.size > 1 and isinstance(place, Local):  # else rank 0 alone writes on a disk
             check_shared(folder, world)
+            if config.checkpoint.dir is not None:
+                check_shared(place.folder, world, places.KEY)
         yield folder
     finally:
         for free in locks:
@@ -52,6 +55,7 @@ def _open(config: Config, locks: list[Callable[[], None]], rank: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _take(folder, locks, rank)
+        _take_place(config, folder, locks, rank)
         write_text(folder / "config.yaml", dump(filled(config)))
         if run_folder(config) is None and os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0":
             write_text(_mark(), str(folder))
@@ -85,10 +89,45 @@ def _take(folder: Path, locks: list[Callable[[], None]], rank: str) -> None:
             f"run.dir: got {folder}, which holds a finished run; expected a new folder, for example --run.dir "
             f"{folder}-2"
         )
-    if (folder / "metrics.jsonl").exists() and not manifest.folders(folder):
-        print(f"{rank}{folder} holds a run that did not finish; it starts anew", flush=True)
-    clean(folder)
     (folder / "summary.json").unlink(missing_ok=True)  # of a run that was stopped
+
+
+def place_of(config: Config, folder: Path) -> Place:
+    """Where a run in a folder keeps its checkpoints."""
+    place = places.of_config(config, folder)
+    assert place is not None
+    return place
+
+
+def _take_place(config: Config, folder: Path, locks: list[Callable[[], None]], rank: str) -> None:
+    """Locks where the checkpoints are, if that is elsewhere, and tidies it up."""
+    place = place_of(config, folder)
+
+    def lost(other: str) -> None:
+        sys.stderr.write(f"{rank}{places.KEY}: another run ({other}) has taken this one for dead, so this one ends\n")
+        ending.leave(ending.FAILED)
+
+    try:
+        if isinstance(place, Remote):
+            place.probe()
+            locks.append(lock.take_in_store(place.folder, LOCK_WAIT_S, lost))
+        elif config.checkpoint.dir is not None:
+            place.folder.mkdir(parents=True, exist_ok=True)
+            if not place.folder.samefile(folder):
+                locks.append(lock.take(place.folder, LOCK_WAIT_S, lost)[0])
+    except lock.BusyError as busy:
+        raise ConfigError(
+            f"{places.KEY}: got {place.folder}, in which another run writes ({busy}), expected a place of its own"
+            f"{lock.how_to_end(str(busy))}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{places.KEY}: got {place.folder}, which cannot be written to ({error.strerror}), expected a folder of "
+            f"your own on a disk with space"
+        ) from error
+    if (folder / "metrics.jsonl").exists() and not place.folders():
+        print(f"{rank}{folder} holds a run that did not finish; it starts anew", flush=True)
+    place.clean()
 
 
 def _lock(folder: Path, rank: str) -> Callable[[], None]:
@@ -117,8 +156,14 @@ def _lock(folder: Path, rank: str) -> Callable[[], None]:
     return free
 
 
-def check_shared(folder: Path, world: World) -> None:
-    """Refuses a folder that is another one on another node: a checkpoint there would be a part of one. Collective."""
+def check_shared(folder: Path, world: World, key: str = "run.dir") -> None:
+    """Refuses a folder that is another one on another node: a checkpoint there would be a part of one. Collective.
+
+    Args:
+        folder: made by rank 0.
+        world: this rank's place.
+        key: the config path that named it.
+    """
     name = dist.on_main(lambda: f".seen-{secrets.token_hex(8)}")
     mark = folder / name
     if world.is_main:
@@ -133,7 +178,7 @@ def check_shared(folder: Path, world: World) -> None:
     if blind:
         rank, host = blind[0]
         raise ConfigError(
-            f"run.dir: got {folder}, which rank {rank} on {host} does not share with rank 0, expected a folder on a "
+            f"{key}: got {folder}, which rank {rank} on {host} does not share with rank 0, expected a folder on a "
             f"file system that all nodes mount, as every rank writes its part of a checkpoint there"
         )
 

@@ -3,7 +3,7 @@
 The file system's own lock says so, which ends with the process however it ends. Some file systems have none (NFS
 without its lock daemon, some FUSE and Lustre mounts). There a file says who writes, and is touched by a thread as long
 as the process lives. It no longer counts once the process is gone or, of a process on another machine, once it was not
-touched for a while.
+touched for a while. An object store has none either; there an object says who writes, and is sent again and again.
 """
 
 import contextlib
@@ -15,9 +15,12 @@ import re
 import secrets
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+
+from dist_train.checkpoint.urls import Unreachable, Url
 
 # Locked by the process that writes in a run's folder, which says in it who it is.
 LOCK = ".lock"
@@ -26,6 +29,9 @@ WRITER = ".writer"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP)
 BEAT_S = 2.0
 STALE_S = 30.0
+# In an object store, where each beat is paid for.
+STORE_BEAT_S = 10.0
+STORE_STALE_S = 60.0
 # Of two that take the same stale file at the same moment, the first has seen the other's after this long.
 SETTLE_S = 0.5
 
@@ -64,11 +70,16 @@ def take(folder: Path, wait_s: float, lost: Callable[[str], None]) -> tuple[Call
             if error.errno not in NO_LOCKS:
                 raise
             file.close()
-            return _Beating(folder / WRITER, wait_s, lost).close, os.strerror(error.errno)
+            return _Beating(_OnDisk(folder / WRITER), wait_s, lost).close, os.strerror(error.errno)
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
     return file.close, None
+
+
+def take_in_store(place: Url, wait_s: float, lost: Callable[[str], None]) -> Callable[[], None]:
+    """The same in an object store; see `take`. Raises BusyError, Unreachable."""
+    return _Beating(_InStore(place / WRITER), wait_s, lost).close
 
 
 def holder(folder: Path) -> str | None:
@@ -105,56 +116,144 @@ def said_by_holder(file: IO[str]) -> str:
 # -- without locks -----------------------------------------------------------------------------------------------------
 
 
-class _Beating:
-    """A file that tells who writes, touched until it is closed; see `take`."""
+class _Mark(ABC):
+    """What tells who writes."""
 
-    def __init__(self, path: Path, wait_s: float, lost: Callable[[str], None]):
-        self.path, self.lost = path, lost
-        self.own = f"process {os.getpid()} on {platform.node()}\n{_identity(os.getpid())} {secrets.token_hex(8)}\n"
+    beat_s: float
+    stale_s: float
+
+    @abstractmethod
+    def make(self, text: str) -> bool:
+        """Makes it, by one of several that try; whether by this one."""
+
+    @abstractmethod
+    def replace(self, text: str) -> None:
+        """Takes the place of what is there."""
+
+    @abstractmethod
+    def touch(self, text: str) -> None:
+        """Shows that who made it lives."""
+
+    @abstractmethod
+    def read(self) -> tuple[str, int]:
+        """Its text, and what changes when it is touched; of none, nothing."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Takes it away."""
+
+
+class _OnDisk(_Mark):
+    """A file."""
+
+    def __init__(self, path: Path):
+        self.path, self.beat_s, self.stale_s = path, BEAT_S, STALE_S
+
+    def make(self, text: str) -> bool:
+        """See _Mark."""
         try:
-            with path.open("x", encoding="utf-8") as file:  # one of several makes it
-                file.write(self.own)
+            with self.path.open("x", encoding="utf-8") as file:
+                file.write(text)
         except FileExistsError:
-            _wait_until_dead(path, wait_s)
-            beside = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
-            beside.write_text(self.own, encoding="utf-8")
-            beside.replace(path)
+            return False
+        return True
+
+    def replace(self, text: str) -> None:
+        """See _Mark."""
+        beside = self.path.with_name(f"{self.path.name}.{secrets.token_hex(8)}")
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(self.path)
+
+    def touch(self, text: str) -> None:
+        """See _Mark."""
+        os.utime(self.path)
+
+    def read(self) -> tuple[str, int]:
+        """See _Mark."""
+        return _read(self.path)
+
+    def remove(self) -> None:
+        """See _Mark."""
+        self.path.unlink()
+
+
+class _InStore(_Mark):
+    """An object, whose last line counts the beats."""
+
+    def __init__(self, url: Url):
+        self.url, self.beat_s, self.stale_s, self.beats = url, STORE_BEAT_S, STORE_STALE_S, 0
+
+    def make(self, text: str) -> bool:
+        """See _Mark."""
+        return self.url.create_text(f"{text}0\n")
+
+    def replace(self, text: str) -> None:
+        """See _Mark."""
+        self.url.write_text(f"{text}{self.beats}\n")
+
+    def touch(self, text: str) -> None:
+        """See _Mark."""
+        self.beats += 1
+        self.replace(text)
+
+    def read(self) -> tuple[str, int]:
+        """See _Mark."""
+        try:
+            text, _, beats = self.url.read_text().rstrip("\n").rpartition("\n")
+        except FileNotFoundError:
+            return "", 0
+        return f"{text}\n", int(beats) if beats.isdecimal() else 0
+
+    def remove(self) -> None:
+        """See _Mark."""
+        self.url.remove()
+
+
+class _Beating:
+    """What tells who writes, touched until it is closed; see `take`."""
+
+    def __init__(self, mark: _Mark, wait_s: float, lost: Callable[[str], None]):
+        self.mark, self.lost = mark, lost
+        self.own = f"process {os.getpid()} on {platform.node()}\n{_identity(os.getpid())} {secrets.token_hex(8)}\n"
+        if not mark.make(self.own):
+            _wait_until_dead(mark, wait_s)
+            mark.replace(self.own)
             time.sleep(SETTLE_S)
-            if (now := _read(path)[0]) != self.own:
-                raise BusyError(_who(now)) from None
+            if (now := mark.read()[0]) != self.own:
+                raise BusyError(_who(now))
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True, name="writer")
         self.thread.start()
 
     def _beat(self) -> None:
-        while not self.ended.wait(BEAT_S):
-            with contextlib.suppress(OSError):  # a moment without a server is no reason to end
-                if (now := _read(self.path)[0]) != self.own:
+        while not self.ended.wait(self.mark.beat_s):
+            with contextlib.suppress(OSError, Unreachable):  # a moment without a server is no reason to end
+                if (now := self.mark.read()[0]) != self.own:
                     self.lost(_who(now))
                     return
-                os.utime(self.path)
+                self.mark.touch(self.own)
 
     def close(self) -> None:
         """Gives the folder free."""
         self.ended.set()
         self.thread.join()
-        with contextlib.suppress(OSError):
-            if _read(self.path)[0] == self.own:
-                self.path.unlink()
+        with contextlib.suppress(OSError, Unreachable):
+            if self.mark.read()[0] == self.own:
+                self.mark.remove()
 
 
-def _wait_until_dead(path: Path, wait_s: float) -> None:
-    """Returns when the process that a file tells of is gone. Raises BusyError when it is seen to live."""
-    first = seen = _read(path)
+def _wait_until_dead(mark: _Mark, wait_s: float) -> None:
+    """Returns when the process that a mark tells of is gone. Raises BusyError when it is seen to live."""
+    first = seen = mark.read()
     start = since = time.monotonic()
     while True:
         alive = _lives(seen[0])
-        if alive is False or time.monotonic() - since > STALE_S:
+        if alive is False or time.monotonic() - since > mark.stale_s:
             return
         if time.monotonic() - start > wait_s and (alive or seen != first):
             raise BusyError(_who(seen[0]))
-        time.sleep(0.1)
-        if (now := _read(path)) != seen:
+        time.sleep(mark.beat_s / 20)
+        if (now := mark.read()) != seen:
             seen, since = now, time.monotonic()
 
 

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
@@ -12,7 +13,7 @@ from dist_train import backends
 from dist_train.backends import mesh
 from dist_train.backends.base import Backend
 from dist_train.backends.shards import Shards
-from dist_train.checkpoint import resume, weights
+from dist_train.checkpoint import places, resume, weights
 from dist_train.checkpoint.save import Checkpoints, Facts, Stopped, saves
 from dist_train.config.tree import Config
 from dist_train.data.agree import agree
@@ -90,7 +91,8 @@ def opened(
             dist.on_main(lambda: keep(path))
         found, damaged = resume.find(config, world, path, facts)  # what is wrong here, all ranks say together
         per_epoch = steps_per_epoch(len(parts.data.train), cfg.global_batch_size, cfg.drop_last)
-        at, before = (found.manifest.step, found.folder.parent.parent) if found else (0, None)
+        at = found.manifest.step if found else 0
+        before = _run_of(found.folder) if found else None
         of_results = assemble.results(config, parts)
         steps, unit = total_steps(cfg, per_epoch), parts.task.unit
         course = Course(at, steps, per_epoch, cfg.global_batch_size, before, *of_results, unit)
@@ -103,6 +105,12 @@ def opened(
             control.phases.progressed()
             with watchdog.watching(world, control.phases, cfg.step_timeout_s, requests.orphaned):
                 yield Run(config, world, parts, facts, path, control, found, damaged, course, trackers)
+
+
+def _run_of(checkpoint: places.Folder) -> Path | None:
+    """The folder of the run that a checkpoint is of; None where it is kept elsewhere."""
+    within = isinstance(checkpoint, Path) and checkpoint.parent.name == places.FOLDER
+    return checkpoint.parent.parent if within else None
 
 
 class Ended(Exception):
@@ -127,8 +135,9 @@ class Training:
         self.run, self.hooks = run, Hooks(hooks, run) if hooks or own_loop else None
         best = assemble.best(config, work.task, run.data)
         self.checkpoints = Checkpoints(
-            config, run.world, run.folder, run.facts, work.backend, best, run.damaged, run.trackers.wandb_id
-        )
+            config, run.world, folder.place_of(config, run.folder), run.facts, work.backend, best, run.damaged,
+            run.trackers.wandb_id,
+        )  # fmt: skip
         after_step = self.checkpoints.after_step
         self.checkpoints.beside = self._state
         if self.hooks is not None:

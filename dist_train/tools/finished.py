@@ -13,6 +13,7 @@ from dist_train.errors import ConfigError
 from dist_train.ranks.launcher import Launcher
 
 if TYPE_CHECKING:
+    from dist_train.checkpoint.places import Folder
     from dist_train.data.sets import Data
 
 
@@ -32,7 +33,7 @@ def finished(argv: list[str], command: str) -> tuple[Path, Config]:
     return folder, dataclasses.replace(config, model=own)
 
 
-def source_of(which: str, folder: Path, config: Config, data: "Data | None" = None) -> Path:
+def source_of(which: str, folder: Path, config: Config, data: "Data | None" = None) -> "Folder":
     """The run's folder for its final weights, or its best checkpoint's. Raises ConfigError.
 
     Args:
@@ -45,11 +46,12 @@ def source_of(which: str, folder: Path, config: Config, data: "Data | None" = No
         raise ConfigError(unknown("--which", which, ["final", "best"], "choice"))
     if which == "final":
         return folder
-    from dist_train.checkpoint import manifest
+    from dist_train.checkpoint import manifest, places
     from dist_train.run import assemble
 
     data = data or assemble.read_data(config.data, config.data.download)
-    found = assemble.best(config, assemble.make_task(config, data), data).of(manifest.listed(folder)[0])
+    place = places.of_config(config, folder) or folder
+    found = assemble.best(config, assemble.make_task(config, data), data).of(manifest.listed(place)[0])
     if found is None:
         raise ConfigError(
             f"--which: got best, but {folder} has no checkpoint that was evaluated; expected final, or a run with "

@@ -1,16 +1,17 @@
 """python -m dist_train inspect DIR [--json]: what a checkpoint holds, or which checkpoints a run has.
 
+DIR is a folder, or a URL such as s3://bucket/path.
 Reads and checks every file; changes nothing. Exit code 1 if a checkpoint is damaged.
 """
 
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
-from dist_train.checkpoint import manifest
+from dist_train.checkpoint import manifest, places, urls
 from dist_train.checkpoint.manifest import Damaged, Manifest
+from dist_train.checkpoint.places import Folder
 from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.ranks import ending
@@ -20,13 +21,15 @@ from dist_train.ranks.launcher import Launcher
 def run(argv: list[str], launcher: Launcher) -> int:
     """Prints a table of a run's checkpoints, newest first, or the content of one."""
     as_json = "--json" in argv
-    places = [word for word in argv if word != "--json"]
-    if len(places) != 1 or places[0].startswith("-"):
+    words = [word for word in argv if word != "--json"]
+    if len(words) != 1 or words[0].startswith("-"):
         raise ConfigError(
             f"command line: got {' '.join(argv) or 'nothing'}, expected the folder of a checkpoint or of a run; write "
             f"inspect DIR, or inspect DIR --json"
         )
-    place = Path(places[0])
+    if urls.is_url(words[0]) and (problem := urls.problem(words[0])):
+        raise ConfigError(f"command line: got {words[0]}, {problem}")
+    place = places.at(words[0])
     found, damaged = manifest.listed(place)
     if not found and not damaged:
         raise ConfigError(f"command line: got {place}, expected the folder of a checkpoint, or of a run that has some")
@@ -48,11 +51,11 @@ def run(argv: list[str], launcher: Launcher) -> int:
     return ending.FAILED if damaged else ending.OK
 
 
-def _tree(folder: Path, what: Manifest) -> dict[str, Any]:
+def _tree(folder: Folder, what: Manifest) -> dict[str, Any]:
     return {"folder": str(folder), "tensors": _tensors(folder), **dataclasses.asdict(what)}
 
 
-def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
+def _tensors(folder: Folder) -> dict[str, dict[str, Any]]:
     from dist_train.checkpoint import storage  # torch, which the table does not need
 
     return {
@@ -61,7 +64,7 @@ def _tensors(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def _print_table(whole: list[tuple[Path, Manifest]]) -> None:
+def _print_table(whole: list[tuple[Folder, Manifest]]) -> None:
     rows = [("checkpoint", "step", "epoch", "written by", "ranks", "MB", "evaluation", "at")]
     for folder, what in whole:
         metrics = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in what.evaluation.items())
@@ -85,7 +88,7 @@ def _epochs(what: Manifest) -> str:
     return f"{what.epoch} + {what.step_in_epoch} steps" if what.step_in_epoch else str(what.epoch)
 
 
-def _print_one(folder: Path, what: Manifest) -> None:
+def _print_one(folder: Folder, what: Manifest) -> None:
     config, tensors = what.config, _tensors(folder)
     facts = {
         "step": what.step,

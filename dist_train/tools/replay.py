@@ -139,11 +139,11 @@ def _recorded(folder: Path) -> dict[int, Line]:
 
 def _checkpoint(config: Config, folder: Path, first: int, world: Any) -> Any:
     """The newest whole checkpoint before a step: the run's own, or of the one that it went on from. Collective."""
-    from dist_train.checkpoint import resume
+    from dist_train.checkpoint import places, resume
 
     asked = config.checkpoint.resume
-    places = [folder, *([Path(asked)] if asked not in ("auto", "never") else [])]
-    for place in places:
+    own = places.of_config(config, folder) or folder
+    for place in [own, *([places.at(asked)] if asked not in ("auto", "never") else [])]:
         found, _ = resume.choose(place, world, before=first)
         if found is not None:
             return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.checkpoint import manifest
+from dist_train.checkpoint import manifest, places
 
 from checkpoint_runs import (
     DDP,
@@ -152,7 +152,7 @@ def test_damaged_checkpoints_of_another_run_stay(zygote: Zygote, cut, tmp_path: 
     (checkpoint(other, 9) / ".metadata").write_bytes(b"")
     ended = zygote.run(SINGLE.run(tmp_path / "new", "--checkpoint.resume", str(other)))[0].check()
     assert resumed_from(ended) == 6
-    assert sorted(path.name for path in manifest.folders(other)) == ["step-00000006", "step-00000009"]
+    assert sorted(path.name for path in places.found_at(other).folders()) == ["step-00000006", "step-00000009"]
 
 
 def test_a_run_is_not_resumed_beyond_its_end(zygote: Zygote, cut, tmp_path: Path):

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from dist_train.checkpoint import manifest, storage
+from dist_train.checkpoint import manifest, places, storage
 from dist_train.checkpoint.manifest import METADATA, NAME, Damaged
 from dist_train.errors import ConfigError
 
@@ -84,7 +84,7 @@ def test_what_is_damaged_is_named_and_the_one_before_it_is_used(zygote: Zygote, 
         assert str(checkpoint(folder, 9)) in line and any(said in line for said in SAID[harm, name]), line
         assert resumed_from(ended) == 6 and same(weights(folder), references(SINGLE).weights)
         # It went when a newer one stood.
-        names = [path.name for path in manifest.folders(folder)]
+        names = [path.name for path in places.found_at(folder).folders()]
         assert sorted(names) == ["step-00000009.2", "step-00000012"], (harm, name)
 
 
