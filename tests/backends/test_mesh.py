@@ -69,6 +69,13 @@ def test_the_same_in_float64(alone, tmp_path: Path):
     agree([FOUR[2]], 4, "MUON", alone("MUON", precision="float64"), tmp_path, precision="float64")
 
 
+@pytest.mark.parametrize("mesh", [FOUR[2], pytest.param(FOUR[3], marks=pytest.mark.full)])
+def test_an_audit_of_split_layers_finds_nothing(mesh: dict[str, int], alone, tmp_path: Path):
+    (found,) = run_ranks(run_all, 4, [(config(mesh, audit_every_steps=3), tmp_path)])[0]
+    assert found.lines == ["audited 3 steps: something was found in none"]
+    assert far(found, alone("ADAMW"))[0] < TOLERANCE["float32"]
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("optim", ["ADAMW", "MUON"])
 def test_the_same_on_eight(optim: str, alone, tmp_path: Path):
