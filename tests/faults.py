@@ -557,7 +557,7 @@ taken: list[socket.socket] = []
 def speaks_soon() -> None:
     """Who waits for ranks says so after a moment."""
     rendezvous.SPEAKS_AFTER_S = (0.3, 60.0)
-    dist.joined.__wrapped__.__defaults__ = (1.5,)
+    dist.joined.__wrapped__.__defaults__ = (1.5, 1)
 
 
 # -- what the doctor is to find ----------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ class Outcome:
         state: weights, buffers, averages and optimizer state of its newest checkpoint, by name.
         left: weights.pt; empty if it was cut off.
         metrics: of each step, by name.
-        lines: what was said of state that was not loaded.
+        lines: what was said of state that was not loaded, and of audits.
     """
 
     state: dict

@@ -22,6 +22,8 @@ from dist_train.track.trackers import Trackers
 
 from parity_cells import world_of
 
+HEARD = ("optimizer state", "optim.ema", "audited ")  # how the lines begin that a test sees
+
 
 class CutOff(Exception):
     """Stands for a kill between two steps: nothing of the process goes on."""
@@ -35,7 +37,7 @@ class Outcome:
         weights: by name, of rank 0; empty if it was cut off.
         ledger: this rank's samples of each step that it began, in order.
         metrics: lines of metrics.jsonl, times left out.
-        state_lines: what was said of state that was not loaded.
+        state_lines: what was said of state that was not loaded, and of audits.
     """
 
     weights: dict[str, np.ndarray]
@@ -74,7 +76,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
             raise CutOff
 
     def heard(self, text):
-        said.extend(line for line in text.splitlines() if line.startswith(("optimizer state", "optim.ema")))
+        said.extend(line for line in text.splitlines() if line.startswith(HEARD))
 
     def noted(self, batches, *more):
         for batch in batches:

@@ -14,6 +14,7 @@ from dist_train.backends.mesh import DIMENSIONS, Mesh, problems
 from dist_train.backends.mesh import of as mesh_of
 from dist_train.ranks.dist import GROUP_TIMEOUT_S, PATIENCE_DAYS
 from dist_train.ranks.launcher import Launcher
+from dist_train.report.read import read
 
 import mesh_cells
 from mesh_cells import ADAMW, Outcome, config, far, grouped, refused, run, run_all, timeouts, with_fault, written
@@ -66,6 +67,13 @@ def test_the_same_with_micro_batches(alone, tmp_path: Path):
 
 def test_the_same_in_float64(alone, tmp_path: Path):
     agree([FOUR[2]], 4, "MUON", alone("MUON", precision="float64"), tmp_path, precision="float64")
+
+
+@pytest.mark.parametrize("mesh", [FOUR[2], pytest.param(FOUR[3], marks=pytest.mark.full)])
+def test_an_audit_of_split_layers_finds_nothing(mesh: dict[str, int], alone, tmp_path: Path):
+    (found,) = run_ranks(run_all, 4, [(config(mesh, audit_every_steps=3), tmp_path)])[0]
+    assert found.lines == ["audited 3 steps: something was found in none"]
+    assert far(found, alone("ADAMW"))[0] < TOLERANCE["float32"]
 
 
 @pytest.mark.full
@@ -150,6 +158,8 @@ def test_the_table_of_ranks_and_the_checkpoint_tell_of_the_mesh(recorded: tuple[
     assert all(f" {r} {r // 2} {r % 2} 0 " in f" {line} " for r, line in enumerate(found)), found
     (shown,) = zygote.run(Run(["inspect", str(folder / "checkpoints" / "step-00000012")]))
     assert "fsdp2 on 4 ranks (replicate 2 x shard 2), " in shown.check().out[0]
+    (event,) = read([folder])[0].events
+    assert event.facts["mesh"] == "replicate 2 x shard 2"
 
 
 @pytest.mark.parametrize(
