@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from dist_train.backends import recompute
 from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.checkpoint import weights
@@ -153,6 +154,8 @@ def build(config: Config, device: torch.device, trained: Path | None = None, war
     if config.compile.scope == "step" and trained is None:
         _check_captured(task, data, feeds["train"], device)
     model = model.to(device)
+    if trained is None:
+        recompute.check(model, config)
     if trained is None and config.train.draws == "keyed":
         draws.frame(model, config.model.blocks, parts=not task.evaluates)
     if not task.evaluates:
