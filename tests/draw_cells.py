@@ -124,5 +124,5 @@ def cell(backend: str = "single", micro_batch_size: int | None = None, name: str
     """
     args, precision = given.pop("args", {}), given.pop("precision", "float32")
     made = config(backend, "SGD", micro_batch_size, precision=precision)
-    train = dataclasses.replace(made.train, max_steps=STEPS, global_batch_size=44, **given)
+    train = dataclasses.replace(made.train, **{"max_steps": STEPS, "global_batch_size": 44} | given)
     return dataclasses.replace(made, model=ModelConfig(name=f"draw_cells:{name}", args=args), train=train)

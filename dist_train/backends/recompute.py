@@ -40,25 +40,29 @@ KEPT = {
 
 
 def layers(model: nn.Module, config: Config) -> list[nn.Module]:
-    """The layers that are computed again. Raises ConfigError where there are none.
+    """The layers that are computed again.
 
     Args:
         model: before it is sharded or wrapped.
         config: of the run.
     """
-    asked = config.backend.recompute
-    if asked not in ("blocks", "selective"):
+    if config.backend.recompute not in ("blocks", "selective"):
         return []
-    found = [layer for layer in blocks(model, config.model.blocks) if _gains(layer)]
-    if not found:
-        of = "no blocks of several layers" if config.model.blocks is None else f"none of them in {config.model.blocks}"
-        kinds = dict.fromkeys(type(m).__name__ for m in model.modules() if m is not model and _gains(m))
-        raise ConfigError(
-            f"backend.recompute: got {asked}, but the model has {of}, expected layers that keep more than what they "
-            f"are called with; name some as --model.blocks, by names or classes"
-            f"{': it has ' + ', '.join(kinds) if kinds else ''}; or write --backend.recompute none"
-        )
-    return found
+    return [layer for layer in blocks(model, config.model.blocks) if _gains(layer)]
+
+
+def check(model: nn.Module, config: Config) -> None:
+    """Raises ConfigError where a model has no layers that are worth to be computed again; see `layers`."""
+    asked, named = config.backend.recompute, config.model.blocks
+    if asked not in ("blocks", "selective") or layers(model, config):
+        return
+    kinds = ", ".join(dict.fromkeys(type(m).__name__ for m in model.modules() if m is not model and _gains(m)))
+    raise ConfigError(
+        f"backend.recompute: got {asked}, but the model has {'no blocks' if named is None else f'none in {named}'} that "
+        f"keep more than what they are called with, as a single layer of torch.nn does not; name larger ones as "
+        f"--model.blocks, by names or classes{f' (it has {kinds})' if kinds else ''}, or write "
+        f"--backend.recompute none"
+    )
 
 
 def _gains(layer: nn.Module) -> bool:
@@ -69,7 +73,7 @@ def _gains(layer: nn.Module) -> bool:
 
 def apply(model: nn.Module, config: Config, changing: Iterable[Place], hooked: bool) -> None:
     """Has a model compute again what backend.recompute says. Names and hooks stay as they are; what is compiled or
-    sharded after it goes around it. Raises ConfigError.
+    sharded after it goes around it.
 
     Args:
         model: before it is compiled, sharded or wrapped.

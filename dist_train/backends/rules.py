@@ -21,6 +21,7 @@ UNFIT_OPTIMIZERS = {
 # compile.scope step: those whose update is one kernel on CUDA, and the arguments that would make another of it.
 CAPTURED_OPTIMIZERS = ("SGD", "Adam", "AdamW")
 CAPTURED_DECIDES = {"fused", "foreach", "differentiable", "capturable"}
+RECOMPUTED = ("none", "blocks", "selective")
 # backend.reduce ordered: who sums by itself.
 NOT_ORDERED = {
     "accelerate": "whose DistributedDataParallel sums as it likes",
@@ -102,6 +103,7 @@ def problems(config: Config, launcher: Launcher, env: Mapping[str, str] = os.env
     yield from _combination(config, backend)
     yield from _whole_step(config, backend)
     yield from _ordered(config, backend)
+    yield from _recompute(config)
     yield from _accelerate(config, env)
 
 
@@ -255,6 +257,26 @@ def _ordered(config: Config, backend: str) -> Iterator[str]:
         yield f"{path} with float16, whose loss scale depends on what overflows first; write --train.precision bfloat16"
     if config.backend.offload:
         yield f"{path} with backend.offload, expected gradients on the device; leave one of them out"
+
+
+def _recompute(config: Config) -> Iterator[str]:
+    path, asked, example = "backend.recompute", config.backend.recompute, "for example --backend.recompute blocks"
+    if isinstance(asked, dict):
+        budget = asked.get("budget")
+        if asked.keys() != {"budget"} or type(budget) not in (int, float) or not 0 <= budget <= 1:
+            yield f"{path}: got {asked}, expected {{budget: SHARE}} with a share from 0 to 1; {example}"
+        elif config.compile.mode == "off":
+            yield (
+                f"{path}: got {asked} with compile.mode off, but it is the compiler that keeps to a budget; write "
+                f"--compile.mode default, or --{path} selective"
+            )
+    elif asked not in RECOMPUTED:
+        yield f"{path}: got {asked!r}, expected {', '.join(RECOMPUTED)}, or {{budget: SHARE}}; {example}"
+    elif asked != "none" and config.compile.scope == "step":
+        yield (
+            f"{path}: got {asked} with compile.scope step, whose graph is not taken apart into blocks; write "
+            f"--compile.scope model, or --{path} '{{budget: 0.5}}' with a compile.mode"
+        )
 
 
 def _accelerate(config: Config, env: Mapping[str, str]) -> Iterator[str]:

@@ -233,7 +233,7 @@ class _Normalized(torch.autograd.Function):
         var: torch.Tensor, count: torch.Tensor, counted: bool, eps: float,
     ) -> torch.Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.counted, ctx.eps = counted, eps
+        ctx.counted, ctx.eps, ctx.dtype = counted, eps, x.dtype
         wide = [None if p is None else p.to(mean.dtype) for p in (weight, bias)]
         return F.batch_norm(x, mean, var, *wide, training=False, eps=eps)
 
@@ -259,7 +259,7 @@ def _of_values(
     ctx: Any, gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, mean: torch.Tensor,
     invstd: torch.Tensor, count: torch.Tensor, of_weight: torch.Tensor, of_bias: torch.Tensor,
 ) -> torch.Tensor | None:  # fmt: skip
-    """The gradient of the values. Collective, where they have one."""
+    """The gradient of the values, in their own type. Collective, where they have one."""
     if not ctx.needs_input_grad[0]:
         return None
     sums = torch.cat([of_weight, of_bias]).double()
@@ -269,7 +269,7 @@ def _of_values(
     scale = invstd if weight is None else invstd * weight.to(mean.dtype)
     shape = [-1] + [1] * (x.dim() - 2)
     if not ctx.counted:  # no statistics are of these values
-        return (gradient * scale.view(shape)).to(ctx.saved_tensors[0].dtype)
+        return (gradient * scale.view(shape)).to(ctx.dtype)
     found = (x - mean.view(shape)).mul_((-scale * invstd * along).view(shape))
     found.addcmul_(gradient, scale.view(shape)).sub_((scale * across).view(shape))
-    return found.to(ctx.saved_tensors[0].dtype)
+    return found.to(ctx.dtype)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from dist_train.backends import recompute
 from dist_train.backends.precision import Precision, cast
 from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.start import Start
@@ -192,6 +193,8 @@ def _looked_at(config: Config, parts: Parts, trains: bool, whole: Callable[[], n
         deferral.Whole: the look needs values, which the model does not have yet.
     """
     data, task, model = parts.data, parts.task, parts.model
+    if trains:
+        recompute.check(model, config)
     if trains and config.train.draws == "keyed":
         draws.frame(model, config.model.blocks, parts=not task.evaluates)
     if not task.evaluates:

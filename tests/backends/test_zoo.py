@@ -306,8 +306,9 @@ class BuffersOfEachRank(FSDP2):
 
 
 class StatisticsOfEachShare(DDP):
-    def buffers_of(self, model):
-        return Buffers(model, self.findings, self.world.size, skips=False, statistics=Statistics({}, []))
+    def take(self, model, hooked=False):
+        self.bare = model
+        self.buffers = Buffers(model, self.findings, self.world.size, skips=False, statistics=Statistics({}, []))
 
 
 class WholeWeightsNotExchanged(FSDP2):

@@ -132,10 +132,11 @@ CASES = {
     "own units": ("--data.name", "user_tasks:sentences", "--data.args", "{}", "--task.name", "user_tasks:NextWord")
     + ("--model.name", "user_tasks:Words", "--train.micro_batch_size", "2"),
     "mixed samples": (*MLP, "--data.batch_transforms", "[{name: MixUp, alpha: 0.3}]"),
+    "computed again": ("--model.name", "recompute_cells:Normed", "--backend.recompute", "selective"),
     "skips": (*MLP, "--train.nonfinite", "skip", "--train.precision", "float16", "--model.dropout", "0.3"),
 }
 EVERY_DAY = {("ddp", "statistics"), ("ddp", "of groups"), ("ddp", "own units"), ("ddp", "ordered")}
-EVERY_DAY |= {("fsdp2", "statistics"), ("fsdp2", "ordered"), ("fsdp2", "odd weights")}
+EVERY_DAY |= {("fsdp2", "statistics"), ("fsdp2", "ordered"), ("fsdp2", "odd weights"), ("ddp", "computed again")}
 
 
 @pytest.mark.parametrize(
