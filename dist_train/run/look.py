@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dist_train.backends.precision import Precision
-from dist_train.backends.probe import Findings, First, Signs, probe, signs_of
+from dist_train.backends.probe import Findings, Signs, probe, signs_of
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import Batch
@@ -67,15 +67,12 @@ def look(
         found = probe(model, loss, trains)
     if drawing.keyed:
         draws.settle(model)
-    of_whole = None
-    if trains and config.backend.mesh.get("tensor", 1) != 1:
 
-        def again(part: tuple[int, int]) -> Signs:
-            of_part = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device, part)
-            with draws.looking(of_part, batch.ids):
-                return signs_of(model, loss)
+    def again(part: tuple[int, int]) -> Signs:
+        of_part = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device, part)
+        with draws.looking(of_part, batch.ids):
+            return signs_of(model, loss)
 
-        of_whole = First(again((0, 1)), again)
     with own_task():
         notes = tuple(task.notes(batch, called.outputs))
         _check_units(units_of(task, batch), config.task.name)
@@ -96,7 +93,7 @@ def look(
         mixes_samples=task.mixes_samples,
         metrics=metrics,
         notes=notes,
-        first=of_whole,
+        first=again if config.backend.mesh.get("tensor", 1) != 1 else None,
     )
 
 
