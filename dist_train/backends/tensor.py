@@ -5,6 +5,7 @@ In training each rank may have a part of the tokens between layers; in evaluatio
 any length can be read.
 """
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -216,6 +217,9 @@ def _compare(
     """Has the split model take the first samples. Raises ConfigError on all ranks where one has another result than
     the whole model."""
     path, _ = table_of(model, config.model)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it shows a traceback before it raises
     try:
         found = first((mesh.get_local_rank(), mesh.size()))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # torch's, of shapes that do not fit

@@ -133,23 +133,14 @@ def test_a_split_decoder_writes_with_a_cache():
 
 def test_a_run_goes_on(zygote: Zygote, tmp_path: Path):
     """With weights that the first samples were not looked at with."""
-    argv = [
-        "--model.hidden",
-        "[16, 8]",
-        "--model.activation",
-        "Tanh",
-        "--model.dropout",
-        "0.2",
-        "--train.device",
-        "cpu",
-    ]
-    argv += ["--checkpoint.every_steps", "2", "--train.threads", "1", "--run.dir"]
+    argv = ["--model.hidden", "[16, 8]", "--model.activation", "Tanh", "--model.dropout", "0.2", "--train.threads", "1"]
+    argv += ["--train.device", "cpu", "--train.max_steps", "12", "--run.dir"]
     split_run = [*argv, str(tmp_path / "run"), "--backend.name", "fsdp2", "--backend.mesh.tensor", "2"]
-    for steps in "8", "12":
-        (ended,) = zygote.run(Run([*split_run, "--train.max_steps", steps], 2))
-        ended.check()
-    assert "step-00000008: step 8" in ended.out[0]
-    zygote.run(Run([*argv, str(tmp_path / "one"), "--train.max_steps", "12"]))[0].check()
+    split_run += ["--checkpoint.every_steps", "4"]
+    kill = dict.fromkeys(range(2), ("at_phase", "forward", 10, "kill"))
+    assert set(zygote.run(Run(split_run, 2, kill, kill_all=True))[0].codes) == {-9}
+    assert "step-00000008: step 8" in zygote.run(Run(split_run, 2))[0].check().out[0]
+    zygote.run(Run([*argv, str(tmp_path / "one")]))[0].check()
     found, expected = (weights(tmp_path / name) for name in ("run", "one"))
     assert found.keys() == expected.keys()
     for name in found:
@@ -331,4 +322,4 @@ def test_a_table_that_computes_something_else_is_refused(zygote: Zygote, tmp_pat
     table = '{"layers.3": rows}'
     argv = ["--backend.name", "fsdp2", "--backend.mesh.tensor", "2", "--model.split", table, "--run.dir", str(tmp_path)]
     (ended,) = zygote.run(Run(argv, 2))
-    assert set(ended.codes) == {2} and "model.split: got a model that fails on the first samples" in ended.err[0]
+    assert set(ended.codes) == {2} and ended.err[0].startswith("dist_train: model.split: got a model that fails on")
