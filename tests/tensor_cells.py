@@ -2,6 +2,7 @@
 so that both can import it."""
 
 import dataclasses
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -200,7 +201,7 @@ def run_cells(cells: list[Config], fault: str | None = None, unseen: bool = Fals
                 try:
                     found.append(trajectory(one, world_of(one)))
                 except Exception as error:
-                    found.append(str(error))
+                    found.append("".join(traceback.format_exception(error)))
     return found
 
 

@@ -7,8 +7,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from dist_train.backends.shards import local_of
-
 See = Callable[[str, torch.Tensor, torch.Tensor], None]  # of a parameter: its name, itself and its gradient
 
 
@@ -17,7 +15,7 @@ def told(name: str, see: See) -> Callable[[torch.Tensor], None]:
 
     def come(parameter: torch.Tensor) -> None:
         if parameter.grad is not None:
-            see(name, parameter, local_of(parameter.grad))
+            see(name, parameter, parameter.grad)
 
     return come
 

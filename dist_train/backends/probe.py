@@ -33,20 +33,6 @@ Signs = dict[str, tuple[float, float]]  # of gradients, by the parameters' names
 
 
 @dataclass(frozen=True)
-class First:
-    """What the whole model gives on the first samples.
-
-    Args:
-        signs: of its gradients and its loss.
-        again: has the model, which is split by now, do the same as one of several tensor ranks, and gives its signs.
-            Collective.
-    """
-
-    signs: Signs
-    again: Callable[[tuple[int, int]], Signs]
-
-
-@dataclass(frozen=True)
 class Findings:
     """What was seen. Names are the model's own.
 
@@ -66,7 +52,8 @@ class Findings:
         draws: what forward draws from a generator, and where; so not what is keyed (models/draws.py).
         mixes_samples: the loss of a sample depends on the others of its batch.
         notes: what people may want to know of it, a line each.
-        first: for a model whose layers are split over ranks.
+        first: has the model take the first samples again, as this one of so many tensor ranks, (0, 1) before its layers
+            are split; and tells what its gradients and its loss are then. Collective where layers are split.
     """
 
     unused: tuple[str, ...] = ()
@@ -82,7 +69,7 @@ class Findings:
     metrics: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     draws: tuple[str, ...] = ()
-    first: First | None = None
+    first: Callable[[tuple[int, int]], Signs] | None = None
 
 
 NOTHING = Findings()

@@ -5,8 +5,9 @@ In training each rank may have a part of the tokens between layers; in evaluatio
 any length can be read.
 """
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def split(model: nn.Module, mesh: DeviceMesh, config: Config, findings: Findings
     """
     words = words_of(model, config.model)
     tokens = TOKENS if cuts(words) else WHOLE
+    whole = findings.first((0, 1)) if findings.first is not None else {}  # with the weights that training starts from
     modules = dict(model.named_modules())
     before = {module: dict(module._parameters) for module in modules.values()}
     for name, word in words.items():
@@ -65,7 +67,7 @@ def split(model: nn.Module, mesh: DeviceMesh, config: Config, findings: Findings
             parallelize_module(modules[name], mesh, style, src_data_rank=None)  # which all ranks have drawn alike
     _tie(before)
     if findings.first is not None:
-        _compare(config, model, mesh, findings)
+        _compare(config, model, mesh, whole, findings.first)
 
 
 def _style(model: nn.Module, name: str, word: Word, gets: tuple, gives: tuple) -> ParallelStyle:
@@ -209,22 +211,24 @@ def _tie(before: Mapping[nn.Module, Mapping[str, nn.Parameter | None]]) -> None:
                 module.register_parameter(name, found.requires_grad_(parameter.requires_grad))
 
 
-def _compare(config: Config, model: nn.Module, mesh: DeviceMesh, findings: Findings) -> None:
+def _compare(
+    config: Config, model: nn.Module, mesh: DeviceMesh, whole: Signs, first: Callable[[tuple[int, int]], Signs]
+) -> None:  # fmt: skip
     """Has the split model take the first samples. Raises ConfigError on all ranks where one has another result than
     the whole model."""
-    assert findings.first is not None
     path, _ = table_of(model, config.model)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it shows a traceback before it raises
     try:
-        found = findings.first.again((mesh.get_local_rank(), mesh.size()))
+        found = first((mesh.get_local_rank(), mesh.size()))
     except (RuntimeError, ValueError, TypeError, IndexError) as error:  # torch's, of shapes that do not fit
         why = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ConfigError(
             f"{path}: got a model that fails on the first samples as it is split: {why}; {MEND}"
         ) from error
     tolerance = TOLERANCE_SHORT if config.train.precision in SHORT else TOLERANCE
-    # A loss that compares samples with each other has those of all ranks now.
-    other = "" if findings.mixes_samples else _others(findings.first.signs, found, tolerance)
-    by_rank = [said for said in dist.gather(other) if said]
+    by_rank = [said for said in dist.gather(_others(whole, found, tolerance)) if said]
     if by_rank:
         raise ConfigError(
             f"{path}: got a model that computes another {by_rank[0]} on the first samples as it is split than whole; "

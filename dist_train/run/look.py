@@ -11,7 +11,7 @@ from torch import nn
 
 from dist_train.backends.precision import Precision
 from dist_train.backends.pretended import Pretended
-from dist_train.backends.probe import Findings, First, Signs, changed_to, probe, signs_of
+from dist_train.backends.probe import Findings, Signs, changed_to, probe, signs_of
 from dist_train.config.own_code import blamed
 from dist_train.config.tree import Config, group_of
 from dist_train.data.batch import Batch
@@ -75,15 +75,12 @@ def look(
         found = probed(model, loss, trains)
     if drawing.keyed:
         draws.settle(model)
-    of_whole = None
-    if trains and pretended is None and config.backend.mesh.get("tensor", 1) != 1:
 
-        def again(part: tuple[int, int]) -> Signs:
-            of_part = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device, part)
-            with draws.looking(of_part, batch.ids):
-                return signs_of(model, loss)
+    def again(part: tuple[int, int]) -> Signs:
+        of_part = draws.Draws(config.train.seed, 0, model, config.train.draws, precision.device, part)
+        with draws.looking(of_part, batch.ids):
+            return signs_of(model, loss)
 
-        of_whole = First(again((0, 1)), again)
     with own_task():
         notes = tuple(task.notes(batch, called.outputs))
         _check_units(units_of(task, batch), config.task.name)
@@ -106,7 +103,7 @@ def look(
         mixes_samples=task.mixes_samples,
         metrics=metrics,
         notes=notes,
-        first=of_whole,
+        first=again if pretended is None and config.backend.mesh.get("tensor", 1) != 1 else None,
     )
 
 
