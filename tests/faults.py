@@ -32,7 +32,7 @@ import torch.distributed as torch_dist
 from dist_train import versions
 from dist_train.backends import BACKENDS, rules
 from dist_train.backends.shards import local_of, shards_of
-from dist_train.checkpoint import save, storage
+from dist_train.checkpoint import save, storage, urls
 from dist_train.config.lookup import load
 from dist_train.data import vision
 from dist_train.data.batch import Batch
@@ -44,7 +44,7 @@ from dist_train.loop.evaluate import Sums
 from dist_train.models.mlp import MLP
 from dist_train.ranks import dist, ending, orphan, rendezvous, watchdog
 from dist_train.ranks.phases import Phases
-from dist_train.run import assemble, folder, session
+from dist_train.run import assemble, folder, lock, session
 from dist_train.run.early_stopping import EarlyStopping
 
 
@@ -990,3 +990,122 @@ def audits_itself(step: int | None = None) -> None:
 def other_processor() -> None:
     """This rank is on a machine of another kind."""
     audit.hardware = lambda device: "Another CPU (DEFAULT), 1 thread, torch 0.1"
+
+
+# -- object stores -----------------------------------------------------------------------------------------------------
+
+
+def watch_store(then: Callable[[str, str], None]) -> None:
+    """Calls `then` with what and where before everything that this process changes in an object store: open and send of
+    an upload, write of a small object, remove of one, and empty, of all below. Who has the place is left out."""
+    opens, closes = urls.Url.open, urls._Stream.close
+    verbs = {"write": "write_text", "remove": "remove", "empty": "remove_below"}
+
+    def opened(self: urls.Url, mode: str) -> Any:
+        if mode == "wb":
+            then("open", self.text)
+        return opens(self, mode)
+
+    def closed(self: urls._Stream) -> None:
+        if not self.closed and self.inner.writable():
+            then("send", self.url.text)
+        closes(self)
+
+    def told(what: str, verb: Callable) -> Callable:
+        def first(self: urls.Url, *arguments: Any) -> Any:
+            if self.name != ".writer":
+                then(what, self.text)
+            return verb(self, *arguments)
+
+        return first
+
+    urls.Url.open, urls._Stream.close = opened, closed
+    for what, name in verbs.items():
+        setattr(urls.Url, name, told(what, getattr(urls.Url, name)))
+
+
+def trace_store(path: str) -> None:
+    """Writes what this process does in an object store to a file."""
+    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    watch_store(lambda what, where: os.write(out, f"{what} {where}\n".encode()))
+
+
+def kill_in_store(step: int, count: int) -> None:
+    """Kills this process in the save of a step, when it has done so many things in the object store."""
+    begun: list[str] = []
+
+    def maybe(what: str, where: str) -> None:
+        if begun or f"/step-{step:08d}" in where:
+            if len(begun) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)  # the signal comes when it comes
+            begun.append(what)
+
+    watch_store(maybe)
+
+
+def wait_in_store(step: int, paused: str, go: str) -> None:
+    """Makes the file `paused` in the save of a step, before anything of it is sent, and waits for the file `go`."""
+
+    def wait(_: str, where: str) -> None:
+        if f"/step-{step:08d}" in where and not Path(paused).exists():
+            Path(paused).touch()
+            _await(go)
+
+    watch_store(wait)
+
+
+def kill_between_parts(step: int) -> None:
+    """Kills this process when a part of its upload of a step has arrived, and the rest has not."""
+    import s3fs
+
+    s3fs.S3FileSystem.default_block_size = 5 << 20  # the least that S3 takes
+    sends = s3fs.core.S3File._upload_chunk
+
+    def sent(self: Any, final: bool = False) -> bool:
+        done = sends(self, final)
+        if f"/step-{step:08d}" in self.path and self.parts and not final:
+            os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return done
+
+    s3fs.core.S3File._upload_chunk = sent
+
+
+def manifest_first(step: int) -> None:
+    """The manifest of a checkpoint is sent before its files, and the process is killed between the two."""
+    write, commit = storage.write, save.Checkpoints._commit
+    held: list[Any] = []
+
+    def hashed(folder: Any, state: Any, group: Any) -> Any:
+        if f"step-{step:08d}" not in folder.name:
+            return write(folder, state, group)
+        held.append((folder, state, group))
+        with tempfile.TemporaryDirectory() as place:
+            return write(Path(place) / "beside", state, group)
+
+    def committed(self: save.Checkpoints, *arguments: Any) -> None:
+        commit(self, *arguments)
+        if held:
+            os.kill(os.getpid(), signal.SIGKILL)
+            write(*held[0])
+
+    storage.write, save.Checkpoints._commit = hashed, committed
+
+
+def store_is_gone(step: int | None = None) -> None:
+    """Nothing of a rank's file can be sent from the save of a step on; or, without one, nothing can be read."""
+    opens = urls.Url.open
+
+    def gone(self: urls.Url, mode: str) -> Any:
+        if mode == ("rb" if step is None else "wb") and (step is None or f"/step-{step:08d}" in self.text):
+            with urls._answering(self):
+                raise ConnectionError("planted: no route to host")
+        return opens(self, mode)
+
+    urls.Url.open = gone
+
+
+def stale_soon(seconds: float) -> None:
+    """Who has taken a place in an object store, and does not beat, is taken for dead after so long."""
+    lock.STORE_BEAT_S, lock.STORE_STALE_S = 0.2, seconds

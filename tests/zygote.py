@@ -28,7 +28,7 @@ TIMEOUT_S = 40.0
 WARM = ("dist_train.run.session", "dist_train.backends.single", "dist_train.backends.ddp", "dist_train.backends.fsdp2")
 WARM += ("dist_train.data.synthetic", "dist_train.models.mlp", "torch._dynamo", "torch.distributed.fsdp", "faults")
 WARM += ("torch._inductor", "torch._subclasses.fake_tensor", "torch.utils.flop_counter", "torch.utils.serialization")
-WARM += ("dist_train.__main__", "dist_train.run.start", "dist_train.tasks.classification")
+WARM += ("dist_train.__main__", "dist_train.run.start", "dist_train.tasks.classification", "s3fs")
 # What runs with the libraries need beside it.
 LIBRARIES = (
     *("deepspeed", "deepspeed.runtime.zero.muon.original_muon", "accelerate", "peft", "torchvision.models"),

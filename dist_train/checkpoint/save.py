@@ -252,6 +252,7 @@ class Checkpoints:
             return
         if self.world.is_main:
             self.place.discard(beside)
+        dist.gather(None, self.group)  # until that is done: the first rank that ends ends the others
         if own or not failed:
             raise SaveError(f"{beside}: cannot be written, earlier checkpoints stand: {error}") from error
         raise OtherRankError(f"rank {failed[0]} could not write {beside}")

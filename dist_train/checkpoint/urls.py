@@ -135,7 +135,6 @@ class Url:
         """What is below, one level, sorted; empty where nothing is. Raises Unreachable."""
         with _answering(self), contextlib.suppress(FileNotFoundError):
             fs, path = _at(self)
-            fs.invalidate_cache()
             found = (item.rstrip("/").rpartition("/")[2] for item in fs.ls(path, detail=False))
             return sorted(name for name in found if name and name != self.name)
         return []
@@ -197,7 +196,7 @@ def _at(url: Url) -> tuple[Any, str]:
     """fsspec's file system, of which a process has one for each place, and the path there."""
     from fsspec.core import url_to_fs
 
-    return url_to_fs(url.text)
+    return url_to_fs(url.text, use_listings_cache=False)
 
 
 @contextlib.contextmanager
