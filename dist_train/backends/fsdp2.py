@@ -28,9 +28,12 @@ from dist_train.backends.matrices import lay_out
 from dist_train.backends.ordered import ordered
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
+from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, real_of
+from dist_train.config.tree import Config
 from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
+from dist_train.ranks.dist import World
 from dist_train.ranks.journal import Journal
 
 
@@ -46,10 +49,15 @@ class FSDP2(Backend):
 
     updates_all = False
 
+    def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
+        super().__init__(config, world, findings)
+        # Here, as it reads the numbers of ranks: prepare may be called with tensors without values.
+        self.mesh = init_device_mesh(world.device.type, (world.size,))
+
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
         self.bare, self.buffers = model, self.buffers_of(model)
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        mesh = self.mesh
         offload = OffloadPolicy()
         if self.config.backend.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device
