@@ -58,6 +58,11 @@ class Ledger(TorchDispatchMode):
         self.patched = ExitStack()
         self.paused = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: torch would import its compiler for that, which takes as long as importing torch does."""
+        return False
+
     def enter(self, phase: str) -> None:
         """A phase begins, and ends that before it."""
         kind = KEPT.get(self.phase)
@@ -184,4 +189,3 @@ def _place(value: Any) -> int | None:
 
 def _is_sharded(types: Any) -> bool:
     return any(issubclass(kind, DTensor) for kind in types)
-

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -26,7 +26,8 @@ from dist_train.data.batch import Batch, like, mapped
 from dist_train.data.feed import Feed
 from dist_train.data.order import evaluated_at_once, largest_piece, pieces
 from dist_train.data.sets import Columns, Data, Samples
-from dist_train.doctor.ledger import Ledger, Moment
+from dist_train.doctor.estimate import MICRO_BATCH, Estimate
+from dist_train.doctor.ledger import Ledger
 from dist_train.doctor.stand_in import BUCKETED, TRACED_AS_SINGLE, Buckets, zero
 from dist_train.doctor.traffic import Route, Sent, route
 from dist_train.loop import optim
@@ -37,44 +38,12 @@ from dist_train.models import draws
 from dist_train.models.running import running
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
+from dist_train.ranks.launcher import Launcher
 from dist_train.run import assemble
 from dist_train.tasks.base import nbytes, units_per_sample
 
 CPU = torch.device("cpu")
 PIECES = 2  # micro-batches that are traced of a step: those between the first and the last are as the first
-MICRO_BATCH = ("data", "forward", "backward")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Of a rank.
-
-    Args:
-        peak: the moment of the training or of an evaluation with the most bytes.
-        samples: at once, then; 0 while weights are updated.
-        micro_batches: of a step.
-        held: bytes of all weights with buffers, of all gradients and of the optimizer's state that a rank has.
-        state: bytes of weights and optimizer state of the whole model, as a checkpoint holds them.
-        data: bytes of the data set, where it is held in memory.
-        start: the most bytes until the first step.
-        sent: bytes that a rank sends in a step, by where they go.
-        formula: the backend is not traced, but computed from one that is.
-    """
-
-    peak: Moment
-    samples: int
-    micro_batches: int
-    held: dict[str, int]
-    state: int
-    data: int
-    start: int
-    sent: dict[Route, int]
-    formula: bool = False
-
-    @property
-    def busiest(self) -> str:
-        """When the peak is: in a micro-batch, an evaluation, or an update of the weights."""
-        return "micro-batch" if self.peak.phase in MICRO_BATCH else self.peak.phase
 
 
 def traced(config: Config, data: Data, ranks: int, of_node: int) -> Estimate:
@@ -98,8 +67,15 @@ def traced(config: Config, data: Data, ranks: int, of_node: int) -> Estimate:
             trace.step(1)
             trace.step(min(PIECES, trace.micro_batches))
             trace.evaluate()
-            found = trace.estimate(shape)
+            found = trace.estimate(shape if name == "fsdp2" else None)
     return zero(found, config, ranks, of_node) if name == "deepspeed" else found
+
+
+def of_run(config: Config, launcher: Launcher) -> Estimate:
+    """The estimate of a run as it was started. Reads its data. Raises as `traced`, and ConfigError."""
+    data = assemble.read_data(config.data, False)
+    backend = replace(config.backend, name=backends.chosen(config.backend.name, launcher.name))
+    return traced(replace(config, backend=backend), data, launcher.world_size, launcher.local_world_size)
 
 
 def _traceable(config: Config) -> Config:
@@ -172,11 +148,12 @@ class Trace:
     def build(self) -> None:
         """Makes the model, and has the backend prepare it."""
         cfg, ledger = self.config, self.ledger
-        ledger.enter("start")
+        ledger.enter("build")
         model = assemble.maker(cfg, self.data)()
         self.task.begin(model)
         if cfg.train.draws == "keyed":
             draws.frame(model, cfg.model.blocks, parts=not self.task.evaluates)
+        ledger.enter("prepare")
         self.model, self.optimizer = self.backend.prepare(model, _stepping(optim.factory(cfg.optim, model)))
         if self.bucketed:
             self.buckets = Buckets(self.backend.parameters)
@@ -232,19 +209,19 @@ class Trace:
             self.task.sums(called, self._batch(self.evaluated))
         ledger.enter("")
 
-    def estimate(self, shape: mesh.Mesh) -> Estimate:
-        """Of what was counted."""
+    def estimate(self, shape: mesh.Mesh | None) -> Estimate:
+        """Of what was counted. `shape` is that of a backend with a mesh."""
         peak = self.ledger.peak(*MICRO_BATCH, "update", "evaluation")
         samples = {"update": 0, "evaluation": self.evaluated}.get(peak.phase, self.micro)
         whole = sum(t.numel() * t.itemsize for t in chain(self.model.state_dict().values(), self._state()))
-        columns = [split for split in self.data.splits.values() if isinstance(split, Columns)]
+        data = sum(nbytes(split.tree) for split in self.data.splits.values() if isinstance(split, Columns))
         sent: Counter[Route] = Counter()
         for times, one in self.sent:
             if len(one.ranks) > 1:
                 sent[route(one.ranks, shape, self.world.local_size)] += times * one.bytes
         return Estimate(
-            peak, samples, self.micro_batches, self.held, whole, sum(nbytes(split.tree) for split in columns),
-            self.ledger.peak("start").total, dict(sent),
+            peak, samples, self.micro, self.micro_batches, self.held, whole, data,
+            self.ledger.peak("build", "prepare").total, dict(sent),
         )  # fmt: skip
 
     def _batch(self, count: int) -> Batch:

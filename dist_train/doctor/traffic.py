@@ -50,8 +50,8 @@ class Route:
     """Where bytes go.
 
     Args:
-        over: the dimensions of the mesh that the ranks differ in, such as `shard` or `replicate x shard`.
-        between: nodes, and not inside one.
+        over: the dimensions of the mesh that the ranks differ in, such as `shard` or `replicate x shard`; or all ranks.
+        between: nodes, and not inside one: some of the ranks are on another.
     """
 
     over: str
@@ -81,12 +81,20 @@ def passed_on(kind: str, payload: int, ranks: int) -> int:
     return payload * (ranks - 1) // ranks * (2 if kind == "all_reduce" else 1)
 
 
-def route(ranks: Iterable[int], mesh: Mesh, of_node: int) -> Route:
-    """Where the bytes of a collective among these ranks go. One node has `of_node` ranks that follow each other."""
-    places = [mesh.place(rank) for rank in ranks]
-    over = [name for name, *each in zip(DIMENSIONS, *places, strict=True) if len(set(each)) > 1]
-    nodes = {rank // of_node for rank in ranks}
-    return Route(" x ".join(over) or "none", len(nodes) > 1)
+def route(ranks: Iterable[int], mesh: Mesh | None, of_node: int) -> Route:
+    """Where the bytes of a collective among these ranks go.
+
+    Args:
+        ranks: that take part.
+        mesh: of all ranks; None where they are in none.
+        of_node: ranks of a node, which follow each other.
+    """
+    ranks = tuple(ranks)
+    over = "all ranks"
+    if mesh is not None:
+        places = [mesh.place(rank) for rank in ranks]
+        over = " x ".join(name for name, *at in zip(DIMENSIONS, *places, strict=True) if len(set(at)) > 1)
+    return Route(over, len({rank // of_node for rank in ranks}) > 1)
 
 
 def _group(value: Any) -> torch_dist.ProcessGroup | None:

@@ -150,11 +150,14 @@ def imagined(size: int, local_size: int, tensor: int = 1) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the kind of group as well
 
     torch_dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
-    if tensor > 1:
-        _data = torch_dist.new_group(list(range(0, size, tensor)))
-    yield World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
-    torch_dist.destroy_process_group()
-    _data = None
+    try:
+        if tensor > 1:
+            _data = torch_dist.new_group(list(range(0, size, tensor)))
+        yield World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
+    finally:
+        torch_dist.destroy_process_group()
+        _data = None
+        _hosts.cache_clear()
 
 
 # -- among the ranks that share out samples ----------------------------------------------------------------------------
