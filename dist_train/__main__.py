@@ -16,8 +16,8 @@ from dist_train.ranks.speech import escape_unprintable, mark_warnings
 from dist_train.run.check import check
 
 TOOLS = (
-    *("bench", "doctor", "eval", "explain", "export", "generate", "inspect", "parity", "replay", "report", "runs"),
-    "tokenize",
+    *("bench", "doctor", "eval", "explain", "export", "generate", "inspect", "parity", "plan", "replay", "report"),
+    *("runs", "tokenize"),
 )
 
 

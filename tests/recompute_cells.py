@@ -4,7 +4,9 @@ import it."""
 import dataclasses
 from typing import Any
 
+import draw_cells
 import numpy as np
+import token_cells
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -17,9 +19,7 @@ from dist_train.loop.units import loss_sum
 from dist_train.models.draws import Draws
 from dist_train.run import assemble
 
-import draw_cells
 import parity_cells
-import token_cells
 
 STEPS = 4
 KINDS = ("none", "blocks", "selective")

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dist_train.backends import deepspeed
+from dist_train.backends import rules
 from dist_train.config.tree import Config, DataConfig, ModelConfig, OptimConfig, TaskConfig
 from dist_train.models import chunked_loss
 from dist_train.tasks.language_modelling import LanguageModelling
@@ -33,12 +33,12 @@ def config(
 
 def run_cells(cells: list[Config]) -> list[Trajectory]:
     """In a worker: each config's run, with logits of a few rows at a time; ZeRO 3 parts embedding and output."""
-    before = chunked_loss.AT_ONCE, deepspeed.SMALL
-    chunked_loss.AT_ONCE, deepspeed.SMALL = 257 * 7, 1000
+    before = chunked_loss.AT_ONCE, rules.SMALL
+    chunked_loss.AT_ONCE, rules.SMALL = 257 * 7, 1000
     try:
         return parity_cells.run_cells(cells)
     finally:
-        chunked_loss.AT_ONCE, deepspeed.SMALL = before
+        chunked_loss.AT_ONCE, rules.SMALL = before
 
 
 class CountedByRank(LanguageModelling):

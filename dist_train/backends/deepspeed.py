@@ -15,7 +15,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 
-from dist_train.backends import fit
+from dist_train.backends import fit, rules
 from dist_train.backends.base import (
     Backend,
     Copies,
@@ -47,9 +47,6 @@ from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.ranks.journal import Journal
-
-# Weights of a model that is small: what is gathered or reduced of it at once takes no memory to speak of.
-SMALL = 1 << 21
 
 
 class DeepSpeed(Backend):
@@ -427,10 +424,7 @@ def engine_config(config: Config, weights: int, world: World) -> dict[str, Any]:
         world: this rank's place.
     """
     stage = config.backend.zero_stage or 0
-    # A small model whole; of a large one a part that is little beside what a rank holds of it. The library's defaults,
-    # of up to a billion, are allocated for any model, and keep all layers gathered from forward to backward.
-    aligned = 2 * world.size  # ZeRO 1 and 2 cut a bucket into the ranks' parts
-    part = -(-min(weights, max(SMALL, weights // 32)) // aligned) * aligned
+    part = rules.bucket_of(weights, world.size)
     zero = {"stage": stage, "reduce_bucket_size": part, "allgather_bucket_size": part}
     if stage == 3:
         zero = {

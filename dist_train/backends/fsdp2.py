@@ -34,9 +34,12 @@ from dist_train.backends.ordered import ordered
 from dist_train.backends.peers import check_peers
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
+from dist_train.backends.probe import NOTHING, Findings
 from dist_train.backends.shards import Shards, mesh_of, real_of
+from dist_train.config.tree import Config
 from dist_train.models.blocks import blocks
 from dist_train.ranks import dist
+from dist_train.ranks.dist import World
 from dist_train.ranks.journal import Journal
 
 
@@ -56,11 +59,16 @@ class FSDP2(Backend):
 
     updates_all = False
 
+    def __init__(self, config: Config, world: World, findings: Findings = NOTHING):
+        super().__init__(config, world, findings)
+        self.mesh = mesh.of(config, world.size)
+        assert self.mesh.tensor == world.tensor, f"got {world}, expected a place in {self.mesh}"
+        # Here, as it reads the numbers of ranks: prepare may be called with tensors without values.
+        self.devices = self._devices()
+
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        self.mesh = mesh.of(self.config, self.world.size)
-        assert self.mesh.tensor == self.world.tensor, f"got {self.world}, expected a place in {self.mesh}"
-        devices = self._devices()
+        devices = self.devices
         if self.mesh.tensor > 1:
             from dist_train.backends.tensor import split  # many modules, which a run without it does not need
 

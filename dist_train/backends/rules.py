@@ -13,6 +13,8 @@ from dist_train.config.values import unknown
 from dist_train.ranks.launcher import Launcher
 
 STAGES = (0, 1, 2, 3)
+# Weights of a model that is small: what DeepSpeed gathers or reduces of it at once takes no memory to speak of.
+SMALL = 1 << 21
 # Measured against single: these compute with a tensor's shape, or write in place what a shard cannot take.
 UNFIT_OPTIMIZERS = {
     "fsdp2": {"Adafactor": "does not take sharded weights", "Rprop": "does not take sharded weights"},
@@ -289,3 +291,11 @@ def _accelerate(config: Config, env: Mapping[str, str]) -> Iterator[str]:
             f"train.device: got {config.train.device}, but accelerate launch was told --cpu; write "
             f"--train.device cpu, or leave --cpu out"
         )
+
+
+def bucket_of(weights: int, ranks: int) -> int:
+    """Elements that DeepSpeed gathers or reduces at once: a small model whole; of a large one a part that is little
+    beside what a rank holds of it. The library's defaults, of up to a billion, are allocated for any model, and keep
+    all layers gathered from forward to backward."""
+    aligned = 2 * ranks  # ZeRO 1 and 2 cut a bucket into the ranks' parts
+    return -(-min(weights, max(SMALL, weights // 32)) // aligned) * aligned

@@ -145,6 +145,30 @@ def joined(
     _meshes.clear()
 
 
+@contextmanager
+def imagined(size: int, local_size: int, tensor: int = 1) -> Iterator[World]:
+    """This process as rank 0 of so many on the CPU, where there are no others: a collective returns at once, and says
+    nothing of values. For what only asks for sizes.
+
+    Args:
+        size: ranks.
+        local_size: on a node.
+        tensor: ranks that split each layer between them; see World.
+    """
+    global _data
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the kind of group as well
+
+    torch_dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    try:
+        if tensor > 1:
+            _data = torch_dist.new_group(list(range(0, size, tensor)))
+        yield World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
+    finally:
+        torch_dist.destroy_process_group()
+        _data = None
+        _hosts.cache_clear()
+
+
 # -- among the ranks that share out samples ----------------------------------------------------------------------------
 # Where layers are split between ranks, these are those with the same place in that; each such group does the same.
 
@@ -330,7 +354,7 @@ def gather_numbers(values: list[float]) -> list[list[float]]:
 @functools.cache
 def _hosts() -> torch_dist.ProcessGroup | None:
     """A group of all ranks for tensors on the CPU; None is the default group, where that one is."""
-    return None if torch_dist.get_backend() == "gloo" else group_of_hosts()
+    return None if torch_dist.get_backend() in ("gloo", "fake") else group_of_hosts()
 
 
 def group_of_hosts(timeout_s: float | None = None) -> torch_dist.ProcessGroup:

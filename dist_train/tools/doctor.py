@@ -17,6 +17,7 @@ from dist_train.config.load import dump, load
 from dist_train.config.tree import Config
 from dist_train.config.values import unknown
 from dist_train.doctor import fit, machine, meeting, pair, versions
+from dist_train.doctor.apart import Apart
 from dist_train.doctor.join import GROUP_S, join
 from dist_train.doctor.report import Line, Report, attempt, ranks, reason, worst
 from dist_train.doctor.subject import Subject
@@ -49,8 +50,9 @@ def run(argv: list[str], launcher: Launcher) -> int:
     config, refused = _load(rest)
     report = Report(launcher.rank, as_json="--json" in argv)
     subject = Subject(config, refused, launcher, sections, int(options["--max-mb"]) << 20, report)
-    with contextlib.redirect_stdout(sys.stderr) if report.as_json else contextlib.nullcontext():
-        (_alone if launcher.name == "none" else _with_others)(subject)
+    aside = contextlib.redirect_stdout(sys.stderr) if report.as_json else contextlib.nullcontext()
+    with aside, _estimator(subject) as needs:  # first of all, as it forks a process without threads, in no group
+        (_alone if launcher.name == "none" else _with_others)(subject, needs)
     return ending.FAILED if worst(report.lines) == "fail" else ending.OK
 
 
@@ -69,7 +71,29 @@ def _load(argv: list[str]) -> tuple[Config, tuple[str, ...]]:
         return without_files, error.lines
 
 
-def _alone(subject: Subject) -> None:
+@contextlib.contextmanager
+def _estimator(subject: Subject) -> Iterator[Apart | None]:
+    """What rank 0 asks what the run needs; None where nobody asks."""
+    if subject.refused or subject.launcher.rank or not {"disk", "config"} & set(subject.sections):
+        yield None
+        return
+    found = Apart(_needs, subject.config, subject.launcher)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def _needs(config: Config, launcher: Launcher) -> Any:
+    import torch
+
+    from dist_train.doctor.traced import of_run
+
+    torch.set_num_threads(1)  # the other ranks have work as well
+    return of_run(config, launcher)
+
+
+def _alone(subject: Subject, needs: Apart | None) -> None:
     def measured(peers: "Peers") -> None:
         for _ in _link(subject, peers):
             pass
@@ -82,7 +106,7 @@ def _alone(subject: Subject) -> None:
         if second is not None:
             own = ("own name", meeting.own_name), ("port", meeting.loopback_port)
             subject.look("network", *own, ("link", _two, subject, second))
-    _run(subject, None, None)
+    _run(subject, None, None, needs)
     subject.report.close()
 
 
@@ -98,7 +122,7 @@ def _two(subject: Subject, second: Any) -> Iterator[Line]:
         yield Line("fail", "rendezvous", f"{where} through gloo: {reason(error)}", mend)
 
 
-def _with_others(subject: Subject) -> None:
+def _with_others(subject: Subject, needs: Apart | None) -> None:
     report, launcher = subject.report, subject.launcher
     report.hold = True  # until the others' lines can be had
     _host(subject)
@@ -107,7 +131,7 @@ def _with_others(subject: Subject) -> None:
     report.hold = False
     if found is None:
         report.show()
-        _run(subject, None, None)
+        _run(subject, None, None, needs)
         report.close()
         subject.speak()
         return
@@ -121,7 +145,7 @@ def _with_others(subject: Subject) -> None:
         with subject.limit("network", "link", 3 * GROUP_S):
             report.add("network", attempt("link", _link, subject, peers))
     report.show()
-    _run(subject, world, peers)
+    _run(subject, world, peers, needs)
     report.close()
     if not report.lost:
         with contextlib.suppress(RuntimeError):  # another rank is gone; what is known is shown
@@ -163,11 +187,10 @@ def _facts(subject: Subject) -> dict[str, str]:
     )
 
 
-def _run(subject: Subject, world: "World | None", peers: "Peers | None") -> None:
+def _run(subject: Subject, world: "World | None", peers: "Peers | None", estimator: Apart | None) -> None:
     """The sections about this run: its disk, its data, its config. Collective."""
     from dist_train.doctor import data as data_checks
     from dist_train.doctor import disk
-    from dist_train.doctor.needs import needs as needs_of
     from dist_train.ranks import dist
     from dist_train.run import assemble
 
@@ -177,7 +200,10 @@ def _run(subject: Subject, world: "World | None", peers: "Peers | None") -> None
         data = _or_error(assemble.read_data, config.data, False)
         device = _or_error(dist.resolve_device, config.train.device, launcher.local_rank)
         failed = next((found for found in (device, data) if isinstance(found, Exception)), None)
-        needs = failed or _or_error(needs_of, config, data, launcher, device)
+        needs = failed or (_or_error(estimator.result) if estimator else None)
+    if peers is not None:  # rank 0 holds the largest share
+        gathered = _or_error(peers.gather, needs)
+        needs = needs if isinstance(needs, Exception) else gathered if isinstance(gathered, Exception) else gathered[0]
     speaks = launcher.local_rank == 0  # for the other ranks of its node
     state_bytes = getattr(needs, "state", None)
     checks = [("free space", disk.space, config, state_bytes), ("write", disk.speed, config)] if speaks else []
@@ -189,8 +215,8 @@ def _run(subject: Subject, world: "World | None", peers: "Peers | None") -> None
         subject.look("config", ("config", _refused, subject.refused))
         return
     subject.look("data", *([("data set", data_checks.check, config, data)] if speaks else []))
-    memory = ("memory", fit.estimate, config, launcher, device, needs)
-    subject.look("config", ("config", fit.valid, config, launcher), memory)
+    memory = [("memory", fit.estimate, config, launcher, device, needs)] if needs is not None else []
+    subject.look("config", ("config", fit.valid, config, launcher), *memory)
 
 
 def _refused(lines: tuple[str, ...]) -> Iterator[Line]:
