@@ -91,16 +91,16 @@ def problems(config: Config, backend: str, launcher: Launcher) -> Iterator[str]:
             f"{path}.tensor: got {tensor} with {local} ranks on a node, expected ranks of one node, which have the "
             f"fastest links, so one of {divisors}"
         )
-    yield from _unordered(config, of(config, ranks), shown)
+    yield from _unordered(config, of(config, ranks), text)
 
 
-def _unordered(config: Config, mesh: Mesh, shown: str) -> Iterator[str]:
+def _unordered(config: Config, mesh: Mesh, text: str) -> Iterator[str]:
     """Where gradients cannot be added up in an order that is the same for any mesh."""
     if config.backend.reduce != "ordered":
         return
-    got = f"backend.reduce: got ordered with backend.mesh {shown}"
+    got = f"backend.reduce: got ordered with backend.mesh {text}"
     if mesh.tensor > 1:
-        instead = _shown({"replicate": mesh.replicate, "shard": mesh.shard * mesh.tensor})
+        instead = shown({"replicate": mesh.replicate, "shard": mesh.shard * mesh.tensor})
         yield (
             f"{got}, but sums within a layer depend on how many ranks split it; write --backend.mesh '{instead}', or "
             f"leave backend.reduce out"
