@@ -1,5 +1,6 @@
 """One checkpoint for all meshes: a run goes on under any backend, on any mesh of ranks, from what another has saved."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -76,5 +77,11 @@ def test_from_anywhere_to_anywhere(source: str, undisturbed: Outcome, tmp_path: 
     for place in PLACES:
         shutil.copytree(tmp_path / "saved", tmp_path / place)
         (end,) = at(place, (tmp_path / place, None))
-        distance, name = far(end, undisturbed)
+        distance, name = far(used(end), used(undisturbed))
         assert distance < TOLERANCE["float32"], (place, name, distance)
+
+
+def used(outcome: Outcome) -> Outcome:
+    """Without averages of what no step uses, which ZeRO does not keep."""
+    state = {name: value for name, value in outcome.state.items() if not name.startswith("ema.unused.")}
+    return dataclasses.replace(outcome, state=state)
