@@ -227,6 +227,8 @@ def _compare(
         raise ConfigError(
             f"{path}: got a model that fails on the first samples as it is split: {why}; {MEND}"
         ) from error
+    finally:
+        log.setLevel(level)
     tolerance = TOLERANCE_SHORT if config.train.precision in SHORT else TOLERANCE
     by_rank = [said for said in dist.gather(_others(whole, found, tolerance)) if said]
     if by_rank:

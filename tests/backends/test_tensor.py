@@ -322,4 +322,7 @@ def test_a_table_that_computes_something_else_is_refused(zygote: Zygote, tmp_pat
     table = '{"layers.3": rows}'
     argv = ["--backend.name", "fsdp2", "--backend.mesh.tensor", "2", "--model.split", table, "--run.dir", str(tmp_path)]
     (ended,) = zygote.run(Run(argv, 2))
-    assert set(ended.codes) == {2} and ended.err[0].startswith("dist_train: model.split: got a model that fails on")
+    told = [
+        err for code, err in zip(ended.codes, ended.err, strict=True) if code == 2
+    ]  # the first; others may be cut off
+    assert told and told[0].startswith("dist_train: model.split: got a model that fails on the first samples")
