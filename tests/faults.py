@@ -965,8 +965,8 @@ def flips_gradient(step: int, always: bool = False) -> None:
     Phases.__call__, _Wrong.due, torch.nn.Linear.forward = goes, due, forward
 
 
-def flips_weight(step: int) -> None:
-    """A bit of a weight changes before a step, counted from 1."""
+def flips_weight(step: int, number: int = 0) -> None:
+    """A bit of a weight of so many changes before a step, counted from 1."""
     goes_over, init, models, done = Phases.__call__, MLP.__init__, [], []
 
     @functools.wraps(init)
@@ -978,7 +978,7 @@ def flips_weight(step: int) -> None:
         goes_over(self, name)
         if name == "data" and self.step == step - 1 and not done:
             done.append(True)
-            _flip(next(models[-1].parameters()))
+            _flip([*models[-1].parameters()][number])
 
     MLP.__init__, Phases.__call__ = made, goes
 

@@ -92,8 +92,8 @@ def look(
     alone = feed.of(first[:1])
     with own_task():
         needs_two = bool(found.buffers or trained) and _needs_two(model, lambda: task.sums(called, alone), probed)
-        again = changed_to if pretended is None else pretended.changed_to
-        others = by_samples(config, model, found.buffers, lambda some: task.sums(called, feed.of(some)), feed, again)
+        changed = changed_to if pretended is None else pretended.changed_to
+        others = by_samples(config, model, found.buffers, lambda some: task.sums(called, feed.of(some)), feed, changed)
     return dataclasses.replace(
         found,
         by_samples=others,
