@@ -138,6 +138,7 @@ VIT_TOKENS = VIT_SPLIT | {
 }
 TEXT = {
     "decoder": ModelConfig(name="decoder", args=DECODER, dropout=0.2),
+    "heads": ModelConfig(name="decoder", args=DECODER | {"kv_heads": 4}, dropout=0.2),
     "untied": ModelConfig(name="decoder", args=DECODER | {"tied": False}, dropout=0.2, frozen=["*.k_proj.weight"]),
     "llama": ModelConfig(name="transformers:LlamaForCausalLM", args={"config": LLAMA}, split=LLAMA_SPLIT),
 }
@@ -149,13 +150,17 @@ PICTURES = {
 }
 
 
-def cell(name: str, sizes: dict[str, int] | None = None, compiled: bool = False) -> Config:
+def cell(
+    name: str, sizes: dict[str, int] | None = None, compiled: bool = False, recompute: str = "none", start: str = "auto"
+) -> Config:  # fmt: skip
     """A run of ragged shares and micro-batches, with dropout.
 
     Args:
         name: of TEXT or PICTURES.
         sizes: backend.mesh; None is one process.
         compiled: compile.mode default.
+        recompute: see backend.recompute.
+        start: see backend.start.
     """
     train = TrainConfig(
         epochs=STEPS, max_steps=STEPS, global_batch_size=14, micro_batch_size=3, device="cpu", eval_every_epochs=None
@@ -166,7 +171,9 @@ def cell(name: str, sizes: dict[str, int] | None = None, compiled: bool = False)
         task=TaskConfig(name="language_modelling" if name in TEXT else "classification"),
         optim=ADAMW,
         train=train,
-        backend=BackendConfig(name="fsdp2", mesh=sizes) if sizes else BackendConfig(name="single"),
+        backend=BackendConfig(name="fsdp2", mesh=sizes, recompute=recompute, start=start)
+        if sizes
+        else BackendConfig(name="single"),
         compile=CompileConfig(mode="default" if compiled else "off"),
         track=TrackConfig(every_steps=1),
     )

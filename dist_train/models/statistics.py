@@ -53,6 +53,8 @@ def exchange(model: nn.Module, group: int | None, ranks: int, compiles: bool) ->
                 module.register_buffer("group_sums", sums, persistent=False)
         elif ranks > 1:
             module.__class__ = _of_all(type(module), compiles)
+        elif type(module) in (nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = _of_one(type(module))
         elif isinstance(module, nn.SyncBatchNorm):  # which refuses the CPU where a group of one rank has started
             module.__class__ = _derived(type(module), _BatchNorm.forward)
     return Statistics(found, [m for m in found.values() if group is not None and m.running_mean is not None])
@@ -119,7 +121,9 @@ def _evaluated(norm: _BatchNorm, x: torch.Tensor) -> torch.Tensor:
     """What torch's own gives in evaluation; SyncBatchNorm's asks for an accelerator."""
     norm._check_input_dim(x)
     of_batch = norm.running_mean is None and norm.running_var is None
-    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
+    remembered = norm.running_mean, norm.running_var
+    found = F.batch_norm(_unambiguous(x), *remembered, norm.weight, norm.bias, of_batch, 0.0, norm.eps)
+    return found.view(x.shape)
 
 
 def _remembers(norm: _BatchNorm) -> bool:
@@ -129,6 +133,28 @@ def _remembers(norm: _BatchNorm) -> bool:
 def _wide(x: torch.Tensor) -> torch.dtype:
     """The type of statistics: no short one."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _unambiguous(x: torch.Tensor) -> torch.Tensor:
+    """A single sample [1, features, height, width] as [1, features, values]; several as they are.
+
+    The memory layout of a single one has two names. torch's backward on CPUs (seen in 2.14) takes that of values and of
+    gradients for the same one where it is not, and gives wrong gradients without a word.
+    """
+    return x.flatten(2) if len(x) == 1 and x.dim() > 3 else x
+
+
+@cache
+def _of_one(kind: type[_BatchNorm]) -> type[_BatchNorm]:
+    """torch's own, which gets a single sample so."""
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        kind._check_input_dim(self, x)
+        return kind.forward(self, _unambiguous(x)).view(x.shape)
+
+    found = _derived(kind, forward)
+    found._check_input_dim = lambda self, x: None  # it is checked before
+    return found
 
 
 # -- of groups ---------------------------------------------------------------------------------------------------------
@@ -152,7 +178,9 @@ def _by_group(self: Any, x: torch.Tensor) -> torch.Tensor:
         kept = [(mean, var) for mean, var in found]
     # What torch remembers with a momentum of 1 is the last batch's mean, and its variance as an unbiased estimate.
     of_all = self.weight, self.bias, True, 1.0, self.eps
-    outputs = [F.batch_norm(part, *each, *of_all) for part, each in zip(parts, kept, strict=True)]
+    outputs = [
+        F.batch_norm(_unambiguous(part), *each, *of_all).view_as(part) for part, each in zip(parts, kept, strict=True)
+    ]
     if remembers and counts():
         self.group_sums.add_(_weighted(found.to(self.group_sums.dtype), x, self.group))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
@@ -245,8 +273,9 @@ class _Normalized(torch.autograd.Function):
         wide, values = gradient.to(mean.dtype), x.to(mean.dtype)
         if x.numel():
             # Sums over this rank's values: of the gradients, and of the gradients times the normalized values.
+            both = _unambiguous(wide), _unambiguous(values)
             _, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-                wide, values, torch.ones_like(mean), None, None, mean, invstd, True, ctx.eps, [False, True, True]
+                *both, torch.ones_like(mean), None, None, mean, invstd, True, ctx.eps, [False, True, True]
             )
         else:
             of_weight, of_bias = torch.zeros_like(mean), torch.zeros_like(mean)
