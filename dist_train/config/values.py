@@ -114,6 +114,8 @@ def _example(hint: Any) -> str:
         return "'[512, 512]'" if args[0] is int else "'[train.seed]'"
     if _is_name_too(hint):
         return "global"
+    if args[1:] == (str,):
+        return "'{up: columns, down: rows}'"
     if is_dict(hint):
         return "'{start_step: 10, steps: 5}'" if args[1:] == (int,) else "'{key: 1}'"
     return samples[hint] if hint in samples else _example(args[0])

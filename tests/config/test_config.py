@@ -646,6 +646,7 @@ OF_TYPE = {
     list[int]: st.lists(st.integers(), max_size=4),
     list[str]: st.lists(TEXT, max_size=3),
     dict[str, Any]: st.dictionaries(TEXT, VALUE, max_size=4),
+    dict[str, str]: st.dictionaries(TEXT, TEXT, max_size=3),
     dict[str, int]: st.dictionaries(TEXT, st.integers(), max_size=3),
     list[dict[str, Any]]: st.lists(st.dictionaries(TEXT, VALUE, max_size=2), max_size=2),
 }
