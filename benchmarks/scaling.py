@@ -3,6 +3,8 @@
 python benchmarks/scaling.py measure [--rounds 3] [--out benchmarks/scaling.json]
 python benchmarks/scaling.py show [--of benchmarks/scaling.json] [--picture docs/images/scaling.png]
 
+`show` also prints and draws what meshes.py predicts of decoders on many GPUs.
+
 `measure` goes through the package's own loop, in one process and as DDP on gloo, and times all-reduces and the feed:
 all of them in turns, in rounds of new processes. Of each figure it keeps the duration that one in twenty falls below,
 as most of the others were waiting for a core that another program had. `show` prints the tables of docs/scaling.md and
@@ -22,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import meshes
 import numpy as np
 
 ROOT = Path(__file__).parent.parent
@@ -361,6 +364,8 @@ def main() -> None:
         measured = json.loads(arguments.of.read_text())
         print(tables(measured, fit(measured)))
         picture(measured, fit(measured), arguments.picture)
+        print(f"\n{meshes.tables()}")
+        meshes.picture(arguments.picture.with_name("meshes.png"))
 
 
 if __name__ == "__main__":
