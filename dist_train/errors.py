@@ -9,6 +9,11 @@ class CorruptionError(RuntimeError):
     """A rank has computed wrongly, or its memory has changed: found by an audit, alike on all ranks."""
 
 
+class OutOfMemoryError(RuntimeError):
+    """The memory of a device or of the machine has not sufficed. The message says what took it, and what would take
+    less; the error that said it first is its cause."""
+
+
 class LaunchError(RuntimeError):
     """What keeps ranks from meeting, in a line of its own: no mistake in the config, and no code to look at."""
 

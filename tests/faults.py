@@ -379,10 +379,22 @@ def _raise() -> None:
     raise RuntimeError("planted")
 
 
+def _device_is_full() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 KiB. GPU 0 has ...")
+
+
+def _memory_is_full() -> None:
+    """This process gets no more than it has, and 24 MiB."""
+    has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (has + (24 << 20), resource.RLIM_INFINITY))
+
+
 ACTS: dict[str, Callable[[], Any]] = {
     "sleep": lambda: time.sleep(60),
     "spin": _spin,
     "raise": _raise,
+    "device_is_full": _device_is_full,
+    "memory_is_full": _memory_is_full,
     "exit 0": lambda: os._exit(0),
     "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),

@@ -24,7 +24,7 @@ from dist_train.loop.units import Units, counted
 from dist_train.models.running import running
 from dist_train.ranks import dist, orphan
 from dist_train.ranks.launcher import Launcher, detect
-from dist_train.run import start
+from dist_train.run import out_of_memory, start
 from dist_train.run.check import check
 from dist_train.run.outcome import Outcome
 from dist_train.run.running import Run
@@ -77,7 +77,8 @@ def session(
                 training = loop._training = Training(loop, every, own_loop=True)
                 try:
                     training.begin()
-                    yield loop
+                    with out_of_memory.explained(loop):
+                        yield loop
                     loop._leave()
                     loop.outcome = training.finish(training.work.meter.finish())
                 except Ended:

@@ -119,7 +119,7 @@ def scaled_dot_product_attention(
         weights = scores.softmax(-1)
     elif attn_mask.dtype == torch.bool:
         added = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill(attn_mask.logical_not(), -torch.inf)
-        weights = torch._safe_softmax(scores + added, -1)  # of a query that may look at nothing: zeros
+        weights = torch.ops.aten._safe_softmax(scores + added, -1)  # of a query that may look at nothing: zeros
     else:
         weights = (scores + attn_mask).softmax(-1)
     return (weights * _kept(weights, weights.shape, dropout_p, 1 / (1 - dropout_p))) @ value

@@ -27,7 +27,7 @@ from dist_train.ranks import dist, watchdog
 from dist_train.ranks.dist import World
 from dist_train.ranks.phases import Phases
 from dist_train.ranks.stop import Requests
-from dist_train.run import assemble, folder, profiling
+from dist_train.run import assemble, folder, out_of_memory, profiling
 from dist_train.run.assemble import Parts
 from dist_train.run.auditing import Alarmed
 from dist_train.run.batch_statistics import notes
@@ -60,7 +60,7 @@ def run(
     Raises:
         ConfigError: what only the run's folder can show, or the ranks' data sets together.
     """
-    with opened(config, world, parts, facts, phases, quits) as one:
+    with opened(config, world, parts, facts, phases, quits) as one, out_of_memory.explained(one):
         training = Training(one, hooks)
         try:
             training.begin()
