@@ -145,6 +145,11 @@ def looking(draws: Draws, samples: torch.Tensor) -> Iterator[None]:
         now.looks = False
 
 
+def drawn(model: nn.Module) -> bool:
+    """Whether the first look has come to a draw that is keyed."""
+    return any(module in FRAMES and FRAMES[module][1] for module in model.modules())
+
+
 def settle(model: nn.Module) -> None:
     """Takes back the frames in which the last forward has drawn nothing."""
     drawn = now.drawn()

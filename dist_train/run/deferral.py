@@ -14,6 +14,7 @@ from dist_train.checkpoint import later, places
 from dist_train.config.tree import Config
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
+from dist_train.models import draws
 from dist_train.models.deferred import record
 from dist_train.models.recording import Unrecordable
 from dist_train.run.look import look
@@ -78,6 +79,8 @@ def looked(
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN]}"
         raise Whole(f"its forward does not run on tensors without values ({why})") from error
+    if config.backend.mesh.get("tensor", 1) != 1 and draws.drawn(model):
+        raise Whole("its split layers draw, and what each rank draws is held against the whole model first")
     left = leftovers(model)
     if left:
         raise Whole(f"its forward keeps tensors ({some(tuple(left))})")

@@ -168,7 +168,9 @@ def changes(work: Work, of: Held, recomputes: bool) -> Iterator[Change]:
         at_once, half = smaller
         yield Change(f"--train.micro_batch_size {half} ({at_once} samples at once now)", of.activations // 2)
     if recomputes and backend.recompute in ("none", "selective"):
-        yield Change("--backend.recompute blocks, which changes no bit and takes about a third longer", of.activations // 2)
+        yield Change(
+            "--backend.recompute blocks, which changes no bit and takes about a third longer", of.activations // 2
+        )
     state = of.weights + of.gradients + of.optimizer
     sharded = name == "fsdp2" or (name == "deepspeed" and backend.zero_stage == 3)
     if sharded:
@@ -176,7 +178,9 @@ def changes(work: Work, of: Held, recomputes: bool) -> Iterator[Change]:
     elif config.optim.name not in UNFIT_OPTIMIZERS["fsdp2"]:
         start = "--backend.name fsdp2" if ranks > 1 else "torchrun --nproc_per_node=2 ... --backend.name fsdp2"
         each = max(2, ranks)
-        yield Change(f"{start}, which shares weights, gradients and optimizer state among {each} ranks", state - state // each)
+        yield Change(
+            f"{start}, which shares weights, gradients and optimizer state among {each} ranks", state - state // each
+        )
     offloads = name == "fsdp2" or (name == "deepspeed" and bool(backend.zero_stage))
     if offloads and not backend.offload and work.world.device.type != "cpu":
         yield Change("--backend.offload true, which keeps the optimizer's state on the CPU", of.optimizer)
