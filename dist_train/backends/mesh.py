@@ -68,16 +68,18 @@ def problems(config: Config, backend: str, launcher: Launcher) -> Iterator[str]:
             f"{path}: got {text}, but backend {backend} does not have it; leave it out, or write --backend.name fsdp2"
         )
         return
-    for name in given:
-        if name not in DIMENSIONS:
-            yield unknown(path, name, DIMENSIONS)
-    bad = {name: size for name, size in given.items() if size != REST and size < 1}
+    others = [name for name in given if name not in DIMENSIONS]
+    for name in others:
+        yield unknown(path, str(name), DIMENSIONS)
+    if others:
+        return
+    bad = {name: size for name, size in given.items() if type(size) is not int or (size != REST and size < 1)}
     for name, size in bad.items():
-        yield f"{path}.{name}: got {size}, expected 1 or more, or -1 for what is left"
+        yield f"{path}.{name}: got {size!r}, expected a whole number of 1 or more, or -1 for what is left"
     rests = [name for name, size in given.items() if size == REST]
     if len(rests) > 1:
         yield f"{path}: got -1 for {' and '.join(rests)}, expected it once at most: it is what the others leave"
-    if bad or len(rests) > 1 or not given.keys() <= set(DIMENSIONS):
+    if bad or len(rests) > 1:
         return
     fixed = math.prod(size for size in given.values() if size != REST)
     if ranks % fixed or (not rests and fixed != ranks):

@@ -2,7 +2,9 @@
 process."""
 
 import itertools
+import json
 import math
+from pathlib import Path
 
 import pytest
 import tensor_cells
@@ -10,7 +12,9 @@ import tensor_cells
 from dist_train.tools.agreement import difference
 
 import parity_cells
+from language_models import LINES
 from workers import run_ranks
+from zygote import Run, Zygote
 
 TOLERANCE = 1e-5
 MESHES = (
@@ -50,3 +54,19 @@ def test_copies_of_shards_are_computed_again():
 @pytest.mark.parametrize("start", ["whole", "sharded"])
 def test_eight_ranks(sizes: dict[str, int], start: str):
     check(sizes, [(*of, start) for of in EVERY], timeout_s=900)
+
+
+def test_a_run_starts_without_a_whole_copy_on_a_mesh(zygote: Zygote, tmp_path: Path):
+    """What the task keeps of the first look, at a model without values, is not used afterwards."""
+    (tmp_path / "corpus.txt").write_text(LINES * 20)
+    told = ["--data.name=text", f"--data.root={tmp_path}", "--data.args={files: corpus.txt, block: 16}"]
+    told += ["--model.name=decoder", "--model.args={layers: 2, width: 16, heads: 4, mlp_width: 24}"]
+    told += ["--task.name=language_modelling", "--train.max_steps=3", "--train.global_batch_size=6"]
+    told += ["--train.device=cpu", "--train.threads=1"]
+    sharded = ["--backend.name=fsdp2", "--backend.mesh={shard: 2, tensor: 2}", "--backend.start=sharded"]
+    found = []
+    for name, more, ranks in (("alone", [], 1), ("mesh", [*sharded, "--backend.recompute=blocks"], 4)):
+        (ended,) = zygote.run(Run([*told, *more, f"--run.dir={tmp_path / name}"], ranks))
+        assert "built whole" not in ended.check().out[0]
+        found.append(json.loads((tmp_path / name / "summary.json").read_text())["eval/loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)

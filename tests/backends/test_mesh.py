@@ -226,7 +226,9 @@ def test_what_is_left(given: dict[str, int], sizes: tuple[int, ...]):
 REFUSED = {
     "backend.mesh: got {shard: 2}, but backend ddp does not have it": ({"shard": 2}, "ddp", 8),
     "backend.mesh: got unknown key 'sharded', expected one of replicate, shard, tensor": ({"sharded": 2}, "fsdp2", 8),
-    "backend.mesh.tensor: got 0, expected 1 or more": ({"tensor": 0}, "fsdp2", 8),
+    "backend.mesh.tensor: got 0, expected a whole number of 1 or more": ({"tensor": 0}, "fsdp2", 8),
+    "backend.mesh.shard: got None, expected a whole number": ({"shard": None}, "fsdp2", 8),
+    "backend.mesh: got unknown key 'shard:2'": ({"shard:2": None, "tensor": 2}, "fsdp2", 8),
     "backend.mesh: got -1 for replicate and shard": ({"replicate": -1, "shard": -1}, "fsdp2", 8),
     "backend.mesh: got {replicate: 3, shard: -1} on 8 ranks": ({"replicate": 3, "shard": -1}, "fsdp2", 8),
     "backend.mesh: got {replicate: 2} on 8 ranks, expected sizes with that product, such as {replicate: 8}": (
