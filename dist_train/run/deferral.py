@@ -1,5 +1,7 @@
 """Which runs start without a whole copy of the model on any rank, and how (backends/start.py)."""
 
+import gc
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ from dist_train.checkpoint import later
 from dist_train.config.tree import Config
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
+from dist_train.errors import ConfigError
+from dist_train.models import draws
 from dist_train.models.deferred import record
 from dist_train.models.recording import Unrecordable
 from dist_train.run.look import look
@@ -79,10 +83,31 @@ def looked(
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN]}"
         raise Whole(f"its forward does not run on tensors without values ({why})") from error
+    finally:
+        draws.forget()
     left = leftovers(model)
     if left:
         raise Whole(f"its forward keeps tensors ({some(tuple(left))})")
     return findings
+
+
+def check_left(start: str) -> None:
+    """Raises ConfigError where somebody has kept a tensor without values, which the run would find there.
+
+    Args:
+        start: backend.start.
+    """
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    if fakes is None:  # nobody has looked
+        return
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing) is fakes.FakeTensor]
+    if left:
+        raise ConfigError(
+            f"backend.start: got {start}, but the model, the task or a library keeps {len(left)} tensors of a first "
+            f"look that is taken without values (one of them {list(left[0].shape)}), and the run would compute with "
+            f"them; write --backend.start whole"
+        )
 
 
 def said(why: str) -> str:
