@@ -9,6 +9,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as torch_dist
 from torch import nn
 
 from dist_train.checkpoint import resume
@@ -83,7 +84,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
             ledger.append(batch)
             yield from from_memory(self, [batch], *more)
 
-    parts = assemble.build(config, world.device)
+    parts = assemble.build(config, world.device, defers=True)
     # The watchdog of a rank that is cut off a little later would take the others for dead.
     unwatched = mock.patch.object(watchdog, "watching", lambda *_: contextlib.nullcontext())
     with mock.patch.object(Checkpoints, "after_step", cut), unwatched, mock.patch.object(Trackers, "say", heard):
@@ -93,6 +94,8 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     dist.gather(None)  # rank 0 has written
     folder, weights = Path(config.run.dir), {}
     if cut_after is None:
+        if world.size > 1:
+            torch_dist.barrier()  # rank 0 has written them
         weights = {n: v.double().numpy() for n, v in torch.load(folder / "weights.pt", weights_only=True).items()}
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     timed = ("_s", "straggler/", "ranks/")

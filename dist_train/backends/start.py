@@ -1,6 +1,6 @@
 """The start of a sharded model without a whole copy of it on any rank: it is on the meta device until it is sharded.
-Then each rank's boxes are filled, from a stream of whole tensors, of which only a few are there at a time, or from files,
-of which only the boxes are read."""
+Then each rank's boxes are filled, from a stream of whole tensors, of which only a few are there at a time, or from
+files, of which only the boxes are read."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass

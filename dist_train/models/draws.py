@@ -159,6 +159,11 @@ def settle(model: nn.Module) -> None:
                 handle.remove()
 
 
+def forget() -> None:
+    """Lets go of the keys of the last forward, which stay until the next one."""
+    now.past = []
+
+
 def _leave(module: nn.Module, args: Any, outputs: Any) -> None:
     if now.frame is not None:
         now.leave()

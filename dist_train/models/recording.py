@@ -132,7 +132,10 @@ class Recorder(TorchDispatchMode):
         raise Unrecordable(why)
 
     def check(self) -> None:
-        """Raises Unrecordable where values that came from elsewhere have changed there."""
+        """Raises Unrecordable where it was refused and the constructor went on, and where values that came from
+        elsewhere have changed there."""
+        if self.why:
+            raise Unrecordable(self.why)
         if not all(torch.equal(kept, brought) for kept, brought in self._brought):
             self.refuse("writes to arrays that are not torch's")
 

@@ -172,9 +172,13 @@ def build(
         try:
             begun = deferral.begun(config, maker(config, data), dtype, device, warm)
             if begun is not None:
-                return seen(*begun)
+                parts = seen(*begun)
+                deferral.check_left(config.backend.start)
+                return parts
         except deferral.Whole as error:
             why = deferral.said(str(error))
+        begun = None
+        deferral.check_left(config.backend.start)
     model, loaded = build_model(config, data, dtype, trained, warm)
     return seen(model.to(device), None, loaded if why is None else (*loaded, why))
 
@@ -202,8 +206,10 @@ def _looked_at(config: Config, parts: Parts, trains: bool, whole: Callable[[], n
     with blamed("task.name", config.task.name, "shown the model", ours=config.task.name in TASKS):
         task.begin(model)
     of = task, parts.feed, data, parts.precision, trains
-    if parts.start is not None:
-        findings = deferral.looked(config, model, *of)
+    if parts.start is not None:  # a task may keep what it was shown
+        shown = make_task(config, data)
+        shown.begin(model)
+        findings = deferral.looked(config, model, shown, *of[1:])
     else:
         with blamed("model.name", config.model.name, "called on the first samples", ours=config.model.name in MODELS):
             findings = look(config, model, *of)

@@ -1,5 +1,7 @@
 """Which runs start without a whole copy of the model on any rank, and how (backends/start.py)."""
 
+import gc
+import sys
 from collections.abc import Callable
 
 import torch
@@ -14,6 +16,7 @@ from dist_train.checkpoint import later, places
 from dist_train.config.tree import Config
 from dist_train.data.feed import Feed
 from dist_train.data.sets import Data
+from dist_train.errors import ConfigError
 from dist_train.models import draws
 from dist_train.models.deferred import record
 from dist_train.models.recording import Unrecordable
@@ -83,12 +86,32 @@ def looked(
     finally:
         vars(task).clear()
         vars(task).update(kept)
+        draws.forget()
     if config.backend.mesh.get("tensor", 1) != 1 and draws.drawn(model):
         raise Whole("its split layers draw, and what each rank draws is held against the whole model first")
     left = leftovers(model)
     if left:
         raise Whole(f"its forward keeps tensors ({some(tuple(left))})")
     return findings
+
+
+def check_left(start: str) -> None:
+    """Raises ConfigError where somebody has kept a tensor without values, which the run would find there.
+
+    Args:
+        start: backend.start.
+    """
+    fakes = sys.modules.get("torch._subclasses.fake_tensor")
+    if fakes is None:  # nobody has looked
+        return
+    gc.collect()
+    left = [thing for thing in gc.get_objects() if type(thing) is fakes.FakeTensor]
+    if left:
+        raise ConfigError(
+            f"backend.start: got {start}, but the model, the task or a library keeps {len(left)} tensors of a first "
+            f"look that is taken without values (one of them {list(left[0].shape)}), and the run would compute with "
+            f"them; write --backend.start whole"
+        )
 
 
 def said(why: str) -> str:
