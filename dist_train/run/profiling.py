@@ -154,7 +154,7 @@ class Recording:
             meter.phases.progressed()
             self.profiler.stop()
             path = self.folder / FOLDER / f"rank{self.world.rank}.json"
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)  # the run's folder may be on rank 0's disk alone
             with whole(path) as beside:
                 self.profiler.export_chrome_trace(str(beside))
             if self.world.is_main:

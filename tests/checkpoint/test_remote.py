@@ -195,6 +195,19 @@ def test_what_two_ranks_saved_goes_on_under_other_backends(store: Store, zygote:
             torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
 
 
+def test_ranks_that_share_no_disk_save_in_a_store(store: Store, zygote: Zygote, references, mounts, tmp_path: Path):
+    """Without the store they are refused; see test_checkpoint_disks.py."""
+    mounts(tmp_path / "probe", "-t", "tmpfs", "none")  # or it skips
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    traced = ("--track.profile", "{start_step: 2, steps: 1}")
+    fault = ("own_folder", str(disk))
+    (ended,) = zygote.run(run(store, DDP, disk / "run", "nodes", *traced, fault=fault, rank=1))
+    ended.check()
+    assert same(weights(disk / "run"), references(DDP).weights) and store.steps("nodes") == [12, 9]
+    assert [path.name for path in (disk / "run" / "profile").glob("rank*")] == ["rank0.json"]
+
+
 def test_the_commands_read_a_store(store: Store, zygote: Zygote, cut: str, references, tmp_path: Path):
     """By the config in the run's folder, or by the URL."""
     folder, best = tmp_path / "run", ("--checkpoint.keep_best", "1", "--train.eval_every_steps", "3")
