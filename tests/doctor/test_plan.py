@@ -95,8 +95,9 @@ def test_what_each_sends_and_which_is_recommended(zygote: Zygote):
     passed = WEIGHTS * 3 // 4
     assert sent["ddp", 1] == sent["ddp", 4] == 2 * passed
     assert sent["deepspeed:3", 1] == 3 * passed and sent["deepspeed:3", 4] == 12 * passed
-    assert 3 * passed <= sent["fsdp2", 1] < 3 * passed + 1000
-    assert sent["fsdp2", 4] - sent["fsdp2", 1] == pytest.approx(3 * 2 * passed, abs=1000)  # gathered again
+    # Rows of zeros make the ranks' parts of the last layer alike.
+    assert 3 * passed <= sent["fsdp2", 1] == pytest.approx(3 * passed, rel=0.01)
+    assert sent["fsdp2", 4] - sent["fsdp2", 1] == pytest.approx(3 * 2 * passed, rel=0.01)  # gathered again
     assert all(to["between"] for one in by.values() for to in one["sent"])
     assert by["ddp", 1]["sending_s"] == pytest.approx(2 * passed / 1e9)
     assert by["ddp", 1]["held"] == {"weights": WEIGHTS, "gradients": WEIGHTS, "optimizer": 2 * WEIGHTS + 6 * 4}
