@@ -111,7 +111,7 @@ def mlp(backend: str = "single", micro_batch_size: int | None = 7, **train: Any)
 
 def normed(backend: str = "single", group: int | None = None, **train: Any) -> Config:
     """Statistics of the whole step; or of groups, with micro-batches of as many."""
-    cell = draw_cells.cell(backend, group, max_steps=STEPS, **train)
+    cell = draw_cells.cell(backend, group, **{"max_steps": STEPS} | train)
     of = {"name": f"{__name__}:Normed", "batch_statistics": None if group is None else {"group": group}}
     return dataclasses.replace(cell, model=ModelConfig(**of))
 
@@ -127,6 +127,12 @@ def drawing(backend: str = "single", micro_batch_size: int | None = 7, **train: 
     cell = draw_cells.cell(backend, micro_batch_size, args={"again": True}, max_steps=STEPS, **train)
     blocks = ["Block", "TransformerEncoderLayer", "looks"]
     return dataclasses.replace(cell, model=dataclasses.replace(cell.model, blocks=blocks))
+
+
+def small(backend: str = "single", **train: Any) -> Config:
+    """What a compiler is soon done with: two steps of the same size."""
+    cell = draw_cells.cell(backend, name="Small", **{"max_steps": 2} | train)
+    return dataclasses.replace(cell, optim=OptimConfig(name="AdamW"))
 
 
 MODELS = {

@@ -1,8 +1,8 @@
-"""backend.recompute: activations that are not kept from forward to backward, but computed again there, to the same bits.
+"""backend.recompute: activations that are not kept for the backward, but computed again there, to the same bits.
 
-torch's own tools do it. What is ours is that nothing but the arithmetic is done twice: draws are made at the places that
-they had (models/draw_places.py), and a buffer that forward changes is for that time what it was, and then again what it
-is now. Norms that exchange statistics among the ranks exchange them again, on all ranks alike.
+torch's own tools do it. What is ours is that nothing but the arithmetic is done twice: draws are made at the places
+that they had (models/draw_places.py), and a buffer that forward changes is what it was then, and after that what it is
+now. Norms that exchange statistics among the ranks exchange them again, on all ranks alike.
 """
 
 import logging
@@ -58,8 +58,8 @@ def check(model: nn.Module, config: Config) -> None:
         return
     kinds = ", ".join(dict.fromkeys(type(m).__name__ for m in model.modules() if m is not model and _gains(m)))
     raise ConfigError(
-        f"backend.recompute: got {asked}, but the model has {'no blocks' if named is None else f'none in {named}'} that "
-        f"keep more than what they are called with, as a single layer of torch.nn does not; name larger ones as "
+        f"backend.recompute: got {asked}, but the model has {'no blocks' if named is None else f'none in {named}'} "
+        f"that keep more than what they are called with, as a single layer of torch.nn does not; name larger ones as "
         f"--model.blocks, by names or classes{f' (it has {kinds})' if kinds else ''}, or write "
         f"--backend.recompute none"
     )
@@ -144,6 +144,7 @@ class Selective:
         self.products = {False: 0, True: 0}  # in forward, and in forward again
 
     def __call__(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        """What torch asks of a policy."""
         self.keeps = operator in KEPT and not _drops(operator, args, kwargs)
         if operator in PRODUCTS:
             self.products[context.is_recompute] += 1

@@ -19,7 +19,7 @@ from dist_train.run.running import Run
 
 # What torch says where an allocation fails that is not its own OutOfMemoryError: on the CPU, and in CUDA's libraries.
 SIGNS = ("DefaultCPUAllocator: can't allocate memory", "out of memory")
-ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
+ASKED = re.compile(r"[Tt]ried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)")
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 STATM = Path("/proc/self/statm")  # of Linux: pages of this process, those that are resident second
 
@@ -150,7 +150,7 @@ def _bytes(shards: Shards, device: torch.device) -> int:
 def asked_for(error: BaseException) -> int:
     """The bytes of the allocation that failed; 0 where the error does not say."""
     told = ASKED.search(str(error))
-    return int(float(told[1]) * {unit.lower(): n for unit, n in UNITS.items()}[told[2].lower()]) if told else 0
+    return int(float(told[1]) * UNITS[told[2]]) if told else 0
 
 
 def changes(work: Work, of: Held, recomputes: bool) -> Iterator[Change]:
@@ -168,19 +168,17 @@ def changes(work: Work, of: Held, recomputes: bool) -> Iterator[Change]:
         at_once, half = smaller
         yield Change(f"--train.micro_batch_size {half} ({at_once} samples at once now)", of.activations // 2)
     if recomputes and backend.recompute in ("none", "selective"):
-        yield Change(
-            "--backend.recompute blocks, which changes no bit and takes about a third longer", of.activations // 2
-        )
+        what = "--backend.recompute blocks, which changes no bit and computes the forward of blocks twice"
+        yield Change(what, of.activations // 2)
     state = of.weights + of.gradients + of.optimizer
     sharded = name == "fsdp2" or (name == "deepspeed" and backend.zero_stage == 3)
     if sharded:
         yield Change(f"more ranks to share weights, gradients and optimizer state among: {2 * ranks}", state // 2)
     elif config.optim.name not in UNFIT_OPTIMIZERS["fsdp2"]:
-        start = "--backend.name fsdp2" if ranks > 1 else "torchrun --nproc_per_node=2 ... --backend.name fsdp2"
-        each = max(2, ranks)
-        yield Change(
-            f"{start}, which shares weights, gradients and optimizer state among {each} ranks", state - state // each
-        )
+        start, each = "--backend.name fsdp2", max(2, ranks)
+        start = start if ranks > 1 else f"torchrun --nproc_per_node=2 ... {start}"
+        shares = f"{start}, which shares weights, gradients and optimizer state among {each} ranks"
+        yield Change(shares, state - state // each)
     offloads = name == "fsdp2" or (name == "deepspeed" and bool(backend.zero_stage))
     if offloads and not backend.offload and work.world.device.type != "cpu":
         yield Change("--backend.offload true, which keeps the optimizer's state on the CPU", of.optimizer)

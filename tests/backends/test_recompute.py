@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from recompute_cells import KINDS, MODELS, STEPS, again, decoder, kept_bytes, normed, run_cells, transformer
+from recompute_cells import KINDS, MODELS, again, decoder, kept_bytes, normed, run_cells, small, transformer
 
 from dist_train.backends import recompute
 from dist_train.config.load import load
@@ -28,7 +28,7 @@ from zygote import Run, Zygote
 
 def same(one: Trajectory, other: Trajectory) -> bool:
     """All bits of losses, gradient norms, weights by name, and buffers."""
-    assert len(one.losses) == len(other.losses) == STEPS
+    assert len(one.losses) == len(other.losses) > 1
     assert one.weights.keys() == other.weights.keys() and one.buffers.keys() == other.buffers.keys()
     for mine, theirs in (one.weights, other.weights), (one.buffers, other.buffers):
         if not all(np.array_equal(mine[name], theirs[name]) for name in mine):
@@ -154,17 +154,17 @@ def test_replay(zygote: Zygote, tmp_path: Path):
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        (["--backend.recompute=some"], "backend.recompute: got 'some', expected none, blocks, selective, or {budget: SHARE"),
-        (["--backend.recompute.budget=2"], "backend.recompute: got {'budget': 2}, expected {budget: SHARE} with a share"),
-        (["--backend.recompute={}"], "backend.recompute: got {}, expected {budget: SHARE}"),
-        (["--backend.recompute.budget=0.5"], "but it is the compiler that keeps to a budget; write --compile.mode default"),
+        (["--backend.recompute=some"], "got 'some', expected none, blocks, selective, or {budget: SHARE}"),
+        (["--backend.recompute.budget=2"], "got {'budget': 2}, expected {budget: SHARE} with a share from 0 to 1"),
+        (["--backend.recompute={}"], "got {}, expected {budget: SHARE}"),
+        (["--backend.recompute.budget=0.5"], "but it is the compiler that keeps to a budget; write --compile.mode"),
         (["--backend.recompute=blocks", "--compile.scope=step"], "got blocks with compile.scope step, whose graph"),
     ],
 )  # fmt: skip
 def test_refused(argv: list[str], line: str):
     with pytest.raises(ConfigError) as refused:
         check(load(argv), Launcher())
-    assert line in str(refused.value)
+    assert str(refused.value).startswith("backend.recompute: ") and line in str(refused.value)
 
 
 def test_a_model_without_blocks_is_refused():
@@ -181,19 +181,19 @@ def test_a_model_without_blocks_is_refused():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # the compiler's own, which it means to hide
 @pytest.mark.parametrize("backend", ["single", *(pytest.param(b, marks=pytest.mark.full) for b in BACKENDS)])
 def test_compiled(backend: str):
-    assert differing(decoder(backend, micro_batch_size=None), mode="default") == []
+    assert differing(small(backend), mode="default") == []
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("backend", ["single", "ddp", "fsdp2", "deepspeed:3"])
 def test_compiled_in_pieces(backend: str):
     """Statistics that are exchanged break a block's graph, whose pieces then are what is computed again."""
-    assert differing(normed(backend), mode="default") == []
+    assert differing(normed(backend, max_steps=2), mode="default") == []
 
 
 @pytest.mark.full
 def test_a_budget():
-    cells = [again(decoder(), kind, "default") for kind in ("none", {"budget": 0.3})]
+    cells = [again(small(), kind, "default") for kind in ("none", {"budget": 0.3})]
     assert kept_bytes(cells[1]) < 0.75 * kept_bytes(cells[0])
     one, other = runs(cells)
     assert difference(one, other).worst < 1e-5
