@@ -156,7 +156,8 @@ class Recorder(TorchDispatchMode):
         own = {"device": META} if _takes(func, "device") and (not tensors or "device" in kwargs) else {}
         own |= {key: value for key, value in (("pin_memory", False), ("generator", None)) if key in kwargs}
         try:
-            found = func(*args, **(kwargs | own))
+            # Torch would import its compiler to fill a tensor on meta, which takes seconds, and changes nothing there.
+            found = args[0] if name in FILLS - {"copy_"} else func(*args, **(kwargs | own))
         except Exception:  # its form depends on values; a mistake of the constructor's own is one again
             if draws:
                 self.refuse("draws numbers whose count depends on values")

@@ -209,6 +209,13 @@ def test_a_model_trains_as_in_one_process_or_is_refused(kind: str, backend: str,
     hold(kind, backend, by_rank, reference(kind, place))
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("kind", [kind for kind in ROWS if "fsdp2" not in ROWS[kind].refused])
+def test_a_model_that_is_started_without_a_whole_copy(kind: str, place: Path):
+    by_rank = outcomes(cell(kind, "fsdp2:sharded"), 2, ROWS[kind].resumed, place / f"sharded-{kind}")
+    hold(kind, "fsdp2", by_rank, reference(kind, place))
+
+
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("ranks", [3, pytest.param(4, marks=pytest.mark.full)])
 def test_uneven_and_empty_shares(ranks: int, backend: str, place: Path):
