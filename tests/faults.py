@@ -31,7 +31,7 @@ import torch.distributed as torch_dist
 
 from dist_train import versions
 from dist_train.backends import BACKENDS, rules
-from dist_train.backends.shards import shards_of
+from dist_train.backends.shards import local_of, shards_of
 from dist_train.checkpoint import save, storage
 from dist_train.config.lookup import load
 from dist_train.data import vision
@@ -557,7 +557,7 @@ taken: list[socket.socket] = []
 def speaks_soon() -> None:
     """Who waits for ranks says so after a moment."""
     rendezvous.SPEAKS_AFTER_S = (0.3, 60.0)
-    dist.joined.__wrapped__.__defaults__ = (1.5,)
+    dist.joined.__wrapped__.__defaults__ = (1.5, 1)
 
 
 # -- what the doctor is to find ----------------------------------------------------------------------------------------
@@ -924,7 +924,7 @@ def other_backend(name: str, path: str) -> None:
 
 def _flip(tensor: torch.Tensor) -> None:
     """One bit of the first number, in the middle of its fraction."""
-    tensor.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
+    local_of(tensor).view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 12)
 
 
 class _Wrong(torch.autograd.Function):
@@ -985,15 +985,14 @@ def flips_weight(step: int) -> None:
 
 def compares_with_itself(step: int | None = None) -> None:
     """An audit that compares each digest with itself; and see `flips_gradient`."""
-    stack = dist.stack
+    stack_all = dist.stack_all
 
     def wrong(tensor: torch.Tensor) -> torch.Tensor:
-        every = stack(tensor)
-        if tensor.dtype == torch.int64:
-            every[:, 2] = every[:, 1].roll(1)
+        every = stack_all(tensor)
+        every[:, 1] = every[:, 0].roll(1)
         return every
 
-    dist.stack = wrong
+    dist.stack_all = wrong
     if step is not None:
         flips_gradient(step)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dist_train.backends import matrices
-from dist_train.backends.matrices import Exchange, Matrix
+from dist_train.backends.matrices import Exchange, Matrix, Part
 from dist_train.config.tree import Config, ModelConfig, OptimConfig
 from dist_train.loop import muon
 
@@ -61,13 +61,14 @@ def scaled(matrix: torch.Tensor) -> torch.Tensor:
     return matrix * matrix.double().norm().to(matrix.dtype)
 
 
-def exchanged(shapes: list[tuple[int, int]], ranges: list[list[tuple[int, int]]], dtype: str) -> list[list[float]]:
-    """In a worker: of matrices of which it has these ranges, by rank, its parts of a function of the whole ones."""
+def exchanged(shapes: list[tuple[int, int]], parts: list[list[tuple[int, ...]]], dtype: str) -> list[list[float]]:
+    """In a worker: of matrices of which it has these parts, by rank, its parts of a function of the whole ones."""
     world, work = this_world(), []
     for i, shape in enumerate(shapes):
         matrix = torch.linspace(-1, 1 + i, shape[0] * shape[1]).to(getattr(torch, dtype))
-        of = Matrix(shape, 0, tuple(ranges[i]))
-        work.append((of, matrix.narrow(0, *ranges[i][world.rank]), scaled))
+        of = Matrix(shape, 0, tuple(Part(*held) for held in parts[i]))
+        mine = of.parts[world.rank].of(matrix.view(shape)).reshape(-1)
+        work.append((of, mine, scaled))
     return [part.tolist() for part in Exchange(world).mapped(work)]
 
 
@@ -100,8 +101,8 @@ class OthersShare(Exchange):
 
     def _returned(self, found: Mapping[int, torch.Tensor], matrices: Any, *rest: Any) -> list[torch.Tensor]:
         def moved(of: Matrix) -> Matrix:
-            alike = len({count for _, count in of.ranges}) == 1
-            return Matrix(of.shape, of.offset, of.ranges[1:] + of.ranges[:1]) if alike else of
+            alike = len({part.count for part in of.parts}) == 1
+            return Matrix(of.shape, of.offset, of.parts[1:] + of.parts[:1]) if alike else of
 
         return super()._returned(found, [moved(of) for of in matrices], *rest)
 

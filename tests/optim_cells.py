@@ -126,16 +126,22 @@ class Outcome:
 def run(cell: Config, folder: Path, cut_after: int | None = None) -> Outcome:
     """In a worker: a run, from its checkpoint if it has one. It saves where it is cut off, or at its end."""
     done = run_once(saving(cell, folder, every_steps=cut_after or STEPS), cut_after)
-    newest, _ = manifest.listed(folder)[0][0]
-    saved = storage.tensors(newest)
-    found = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in saved.items()}
-    storage.read(newest, {name: shards_of(value) for name, value in found.items()})
+    found = saved(folder)
     parts = [
-        {name.removeprefix(of): wide(value) for name, value in found.items() if name.startswith(of)}
+        {name.removeprefix(of): value for name, value in found.items() if name.startswith(of)}
         for of in ("model.", "ema.")
     ]
     evaluations = {line["step"]: line["eval/loss"] for line in done.metrics if "eval/loss" in line}
     return Outcome(*parts, done.weights, evaluations, done.state_lines)
+
+
+def saved(folder: Path) -> dict[str, np.ndarray]:
+    """All that the newest checkpoint of a run holds, by name."""
+    newest, _ = manifest.listed(folder)[0][0]
+    tensors = storage.tensors(newest).items()
+    found = {name: torch.zeros(entry.size, dtype=entry.properties.dtype) for name, entry in tensors}
+    storage.read(newest, {name: shards_of(value) for name, value in found.items()})
+    return {name: wide(value) for name, value in found.items()}
 
 
 def wide(value: torch.Tensor) -> np.ndarray:

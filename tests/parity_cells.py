@@ -1,9 +1,14 @@
 """The configs of the parity matrix, and what the workers run: apart from the tests, so that both can import it."""
 
+import dataclasses
+from functools import cache
+
 import torch
 import torch.distributed as torch_dist
 
+from dist_train.backends import mesh
 from dist_train.config.tree import BackendConfig, Config, DataConfig, ModelConfig, OptimConfig, TrackConfig, TrainConfig
+from dist_train.ranks import dist
 from dist_train.ranks.dist import World
 from dist_train.tools.agreement import Trajectory
 from dist_train.tools.trajectory import trajectory
@@ -60,9 +65,24 @@ def this_world() -> World:
     return World(rank, size, rank, size, torch.device("cpu"), "torchrun")
 
 
+@cache
+def data_group(tensor: int) -> torch_dist.ProcessGroup | None:
+    """In a worker: see dist.data_group."""
+    return dist.data_group(dataclasses.replace(this_world(), tensor=tensor))
+
+
+def world_of(config: Config) -> World:
+    """In a worker: its place on the config's mesh, as a run that joins takes it."""
+    world = this_world()
+    tensor = mesh.of(config, world.size).tensor
+    if torch_dist.is_initialized():
+        dist._data = data_group(tensor)
+    return dataclasses.replace(world, tensor=tensor)
+
+
 def run_cells(cells: list[Config]) -> list[Trajectory]:
     """In a worker: each config's run."""
-    return [trajectory(cell, this_world()) for cell in cells]
+    return [trajectory(cell, world_of(cell)) for cell in cells]
 
 
 def run_single(cell: Config) -> Trajectory:

@@ -16,11 +16,13 @@ from dist_train.checkpoint.save import Checkpoints
 from dist_train.config.tree import CheckpointConfig, Config, RunConfig
 from dist_train.data.feed import Feed
 from dist_train.errors import ConfigError
-from dist_train.ranks import watchdog
+from dist_train.ranks import dist, watchdog
 from dist_train.run import assemble, session
 from dist_train.track.trackers import Trackers
 
-from parity_cells import this_world
+from parity_cells import world_of
+
+HEARD = ("optimizer state", "optim.ema", "audited ")  # how the lines begin that a test sees
 
 
 class CutOff(Exception):
@@ -35,7 +37,7 @@ class Outcome:
         weights: by name, of rank 0; empty if it was cut off.
         ledger: this rank's samples of each step that it began, in order.
         metrics: lines of metrics.jsonl, times left out.
-        state_lines: what was said of state that was not loaded.
+        state_lines: what was said of state that was not loaded, and of audits.
     """
 
     weights: dict[str, np.ndarray]
@@ -64,7 +66,7 @@ def saving(cell: Config, folder: Path, every_steps: int = 5, **checkpoint) -> Co
 
 def run_once(config: Config, cut_after: int | None = None) -> Outcome:
     """In a worker: a run, from its checkpoint if it has one, cut off after a step."""
-    world, ledger, said = this_world(), [], []
+    world, ledger, said = world_of(config), [], []
     after_step, from_memory = Checkpoints.after_step, Feed._from_memory
 
     def cut(self, meter):
@@ -74,7 +76,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
             raise CutOff
 
     def heard(self, text):
-        said.extend(line for line in text.splitlines() if line.startswith(("optimizer state", "optim.ema")))
+        said.extend(line for line in text.splitlines() if line.startswith(HEARD))
 
     def noted(self, batches, *more):
         for batch in batches:
@@ -88,6 +90,7 @@ def run_once(config: Config, cut_after: int | None = None) -> Outcome:
         parts.feed._from_memory = noted.__get__(parts.feed)
         with contextlib.suppress(CutOff):
             session.run(config, world, parts, resume.facts_of(parts.model, parts.data))
+    dist.gather(None)  # rank 0 has written
     folder, weights = Path(config.run.dir), {}
     if cut_after is None:
         weights = {n: v.double().numpy() for n, v in torch.load(folder / "weights.pt", weights_only=True).items()}

@@ -98,7 +98,7 @@ def _greet(listener: Listener) -> tuple[int, Connection]:
     return link.recv(), link
 
 
-WORKERS = {world_size: Workers(world_size) for world_size in (1, 2, 3, 4)}
+WORKERS = {world_size: Workers(world_size) for world_size in (1, 2, 3, 4, 8)}
 
 
 def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120) -> list[Any]:

@@ -4,7 +4,8 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from dist_train.backends.local import See, aside, seen
 from dist_train.backends.ordered import Ordered
 from dist_train.backends.precision import LossScale
 from dist_train.backends.probe import NOTHING, Findings
-from dist_train.backends.shards import Shards, local_of, shards_as, shards_of
+from dist_train.backends.shards import Shards, local_of, mesh_of, shards_as, shards_of
 from dist_train.config.tree import CompileConfig, Config, group_of
 from dist_train.models.statistics import exchange
 from dist_train.ranks.dist import World
@@ -98,9 +99,10 @@ class Backend(ABC):
                 stack.enter_context(each)
             yield
 
-    def copies(self) -> dict[str, torch.Tensor]:
-        """Of weights and buffers, what every rank has a copy of, by the model's own names: between steps, the same."""
-        return dict([*self.bare.named_parameters(), *self.bare.named_buffers()])
+    def copies(self) -> "Sequence[Copies]":
+        """Of weights and buffers, what other ranks have copies of: between steps, the same. As many on every rank."""
+        named = dict([*self.bare.named_parameters(), *self.bare.named_buffers()])
+        return [Copies(tuple(range(self.world.size)), named)]
 
     @abstractmethod
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
@@ -151,6 +153,19 @@ class Backend(ABC):
     @abstractmethod
     def refresh(self) -> None:
         """Has the model compute with what `trained` holds, after that was written to."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What several ranks hold alike.
+
+    Args:
+        ranks: that do, the same for each of them.
+        tensors: by the model's own names.
+    """
+
+    ranks: tuple[int, ...]
+    tensors: Mapping[str, torch.Tensor]
 
 
 def whole_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
@@ -211,11 +226,11 @@ def update(
 
 
 def _alike(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """Those with a gradient; shards and whole ones apart, as torch takes no list of both."""
-    found: dict[type, list[nn.Parameter]] = {}
+    """Those with a gradient, apart by how they are shared out, as torch takes no list of several kinds."""
+    found: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         if parameter.grad is not None:
-            found.setdefault(type(parameter.grad), []).append(parameter)
+            found.setdefault(mesh_of(parameter.grad), []).append(parameter)
     return found.values()
 
 

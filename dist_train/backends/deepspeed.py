@@ -18,6 +18,7 @@ from torch import nn
 from dist_train.backends import fit, rules
 from dist_train.backends.base import (
     Backend,
+    Copies,
     OptimizerFactory,
     Reader,
     SavedTensors,
@@ -35,7 +36,7 @@ from dist_train.backends.base import (
 from dist_train.backends.gradients import Counted, Whole
 from dist_train.backends.initial import Initial, differences, maker
 from dist_train.backends.local import See, aside, coming
-from dist_train.backends.matrices import Held, SeesMatrices, lay_out, rows_of
+from dist_train.backends.matrices import NONE, Held, Part, SeesMatrices, lay_out, rows_of
 from dist_train.backends.pieces import check_pieces
 from dist_train.backends.precision import Precision
 from dist_train.backends.probe import NOTHING, Findings
@@ -148,9 +149,11 @@ class DeepSpeed(Backend):
             self.engine.inside_no_sync_ctxt = False
             self.gradients.seen.clear()
 
-    def copies(self) -> dict[str, torch.Tensor]:
+    def copies(self) -> Sequence[Copies]:
         """See Backend."""
-        return super().copies() if self.stage < 3 else dict(self.bare.named_buffers())
+        if self.stage < 3:
+            return super().copies()
+        return [Copies(tuple(range(self.world.size)), dict(self.bare.named_buffers()))]
 
     def step(self, max_norm: float | None, measure: bool) -> torch.Tensor | None:
         """See Backend."""
@@ -295,7 +298,9 @@ class DeepSpeed(Backend):
                 for parameter in members:
                     part = fragments.get(name_of[parameter])
                     shape = rows_of(parameter.ds_shape if self.stage == 3 else parameter.shape)
-                    found[flat].append(Held(shape, *((part.start, part.offset, part.count) if part else (0, 0, 0))))
+                    found[flat].append(
+                        Held(shape, Part(part.start, part.count), part.offset) if part else Held(shape, NONE)
+                    )
         return found
 
     def _group_of_flats(self) -> list[int]:

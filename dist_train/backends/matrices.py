@@ -1,7 +1,8 @@
 """Optimizers that compute with whole matrices: how these lie on the ranks, and the way to one of them and back.
 
 Each matrix has one rank that computes with it. Where ranks hold parts, these go there, and parts of the result come
-back; where every rank holds all, only the results are exchanged.
+back; where every rank holds all, only the results are exchanged. Of a part that several ranks hold a copy of, one copy
+goes, from a rank that is near, and the result comes back to all.
 """
 
 import math
@@ -20,20 +21,46 @@ from dist_train.ranks.dist import World
 
 
 @dataclass(frozen=True)
+class Part:
+    """Elements of a matrix, in the order of rows: so many that follow each other, again and again a row further on.
+
+    Args:
+        start: the first of them.
+        width: that follow each other.
+        rows: how often; 0 where there are none.
+    """
+
+    start: int
+    width: int
+    rows: int = 1
+
+    @property
+    def count(self) -> int:
+        """Of elements."""
+        return self.width * self.rows
+
+    def of(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A view [rows, width] of a matrix [rows, columns] that is contiguous."""
+        begin = matrix.storage_offset() + self.start
+        return matrix.as_strided((self.rows, self.width), (matrix.shape[1], 1), begin)
+
+
+NONE = Part(0, 0, 0)
+
+
+@dataclass(frozen=True)
 class Held:
     """What a rank's tensor holds of a matrix.
 
     Args:
         shape: rows and columns of the matrix.
-        start: its first element here, in the order of rows.
-        offset: where that lies in the rank's tensor.
-        count: of elements; 0 where the rank has none.
+        part: that is here.
+        offset: where it lies in the rank's tensor.
     """
 
     shape: tuple[int, int]
-    start: int
-    offset: int
-    count: int
+    part: Part
+    offset: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +70,25 @@ class Matrix:
     Args:
         shape: rows and columns.
         offset: where this rank's part begins in the tensor that holds it.
-        ranges: first element and count of every rank's part, in the order of rows.
+        parts: of every rank. Of two of them, either both are the same, or they have no element in common.
     """
 
     shape: tuple[int, int]
     offset: int
-    ranges: tuple[tuple[int, int], ...]
+    parts: tuple[Part, ...]
+
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether every rank holds all of it."""
+        return all(part.count == math.prod(self.shape) for part in self.parts)
+
+    def senders(self, to: int) -> dict[Part, int]:
+        """Its parts, and the rank that each comes from, on its way to a rank: the nearest that has it."""
+        found: dict[Part, int] = {}
+        for rank in sorted(range(len(self.parts)), key=lambda rank: (abs(rank - to), rank)):
+            if self.parts[rank].count:
+                found.setdefault(self.parts[rank], rank)
+        return found
 
 
 Work = tuple[Matrix, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]
@@ -68,8 +108,8 @@ class SeesMatrices(torch.optim.Optimizer, ABC):
         """The matrices of which a tensor that it was given holds something on some rank, and how much of each here."""
         known = self.layout.get(parameter)
         if known is None:
-            return [(Matrix(rows_of(parameter.shape), 0, ((0, parameter.numel()),)), parameter.numel())]
-        return [(matrix, matrix.ranges[self.exchange.rank][1]) for matrix in known]
+            return [(Matrix(rows_of(parameter.shape), 0, (Part(0, parameter.numel()),)), parameter.numel())]
+        return [(matrix, matrix.parts[self.exchange.rank].count) for matrix in known]
 
 
 def lay_out(
@@ -81,7 +121,7 @@ def lay_out(
         optimizer: of this backend.
         world: this rank's place.
         held: by the tensors that the optimizer updates, the matrices in each, the same ones on every rank; None if it
-            was given the parameters themselves, whole or sharded by rows.
+            was given the parameters themselves, whole or sharded.
     """
     if not isinstance(optimizer, SeesMatrices):
         return
@@ -91,8 +131,8 @@ def lay_out(
     every = [of for several in held.values() for of in several]
     if not every:
         return
-    rows = iter(zip(*_ranges(every), strict=True))
-    optimizer.layout = {t: [Matrix(of.shape, of.offset, next(rows)) for of in held[t]] for t in held}
+    parts = iter(zip(*_parts(every), strict=True))
+    optimizer.layout = {t: [Matrix(of.shape, of.offset, next(parts)) for of in held[t]] for t in held}
     optimizer.exchange = Exchange(world) if world.size > 1 else Alone()
 
 
@@ -102,19 +142,27 @@ def rows_of(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _of_parameter(parameter: nn.Parameter) -> Held:
-    local, shape = local_of(parameter), rows_of(parameter.shape)
+    local, (rows, columns) = local_of(parameter), rows_of(parameter.shape)
     if local.shape == parameter.shape:
-        return Held(shape, 0, 0, local.numel())
+        return Held((rows, columns), Part(0, local.numel()))
+    if not local.numel():
+        return Held((rows, columns), NONE)
     (chunk,) = parameter.__create_chunk_list__()  # of a DTensor
-    assert tuple(chunk.sizes[1:]) == tuple(parameter.shape[1:]), f"got {chunk.sizes}, expected whole rows"
-    return Held(shape, chunk.offsets[0] * shape[1] if local.numel() else 0, 0, local.numel())
+    inner = math.prod(parameter.shape[2:])
+    assert tuple(chunk.sizes[2:]) == tuple(parameter.shape[2:]), f"got {chunk.sizes}, expected rows or columns"
+    first = chunk.offsets[1] * inner if len(chunk.offsets) > 1 else 0
+    start, width = chunk.offsets[0] * columns + first, local.numel() // chunk.sizes[0]
+    if width == columns:
+        return Held((rows, columns), Part(start, local.numel()))  # rows that follow each other
+    return Held((rows, columns), Part(start, width, chunk.sizes[0]))
 
 
-def _ranges(every: Sequence[Held]) -> Iterator[list[tuple[int, int]]]:
-    """Each rank's ranges of the matrices. Collective."""
-    mine = [number for of in every for number in (of.start, of.count)]
+def _parts(every: Sequence[Held]) -> Iterator[list[Part]]:
+    """Each rank's parts of the matrices. Collective."""
+    mine = [number for of in every for number in (of.part.start, of.part.width, of.part.rows)]
     for numbers in dist.gather_numbers([float(number) for number in mine]):
-        yield [(int(a), int(b)) for a, b in zip(numbers[::2], numbers[1::2], strict=True)]
+        found = [int(number) for number in numbers]
+        yield [Part(*of) for of in zip(found[::3], found[1::3], found[2::3], strict=True)]
 
 
 class Alone:
@@ -136,6 +184,7 @@ class Exchange:
 
     def __init__(self, world: World):
         self.rank, self.size, self.device = world.rank, world.size, world.device
+        self.routes: dict[tuple[Matrix, int], dict[Part, int]] = {}
 
     def mapped(self, work: Sequence[Work]) -> list[torch.Tensor]:
         """The function of each whole matrix, as this rank's part of the result. Collective.
@@ -149,7 +198,7 @@ class Exchange:
         matrices, parts, functions = zip(*work, strict=True)
         owners = self._owners(matrices)
         mine = [i for i, owner in enumerate(owners) if owner == self.rank]
-        whole = all(of == (0, math.prod(m.shape)) for m in matrices for of in m.ranges)
+        whole = all(matrix.is_everywhere for matrix in matrices)
         if whole and len(work) == 1:
             return Alone().mapped(work)  # nothing to share out
         if whole:
@@ -167,18 +216,28 @@ class Exchange:
             owners[i] = place % self.size
         return owners
 
+    def _route(self, matrix: Matrix, owner: int) -> dict[Part, int]:
+        """The senders of a matrix on its way to its owner, which stay the same."""
+        if (matrix, owner) not in self.routes:
+            self.routes[matrix, owner] = matrix.senders(owner)
+        return self.routes[matrix, owner]
+
     def _gathered(
         self, matrices: Sequence[Matrix], owners: Sequence[int], parts: Sequence[torch.Tensor], mine: Sequence[int]
     ) -> dict[int, torch.Tensor]:
         """Those that this rank computes with, of all ranks' parts."""
-        sent = [[parts[i] for i in range(len(parts)) if owners[i] == rank] for rank in range(self.size)]
-        counts = [[matrices[i].ranges[rank][1] for i in mine] for rank in range(self.size)]
-        received = self._all_to_all(sent, [sum(of) for of in counts], parts[0])
+        senders = [self._route(matrix, owner) for matrix, owner in zip(matrices, owners, strict=True)]
+        sends = [i for i, of in enumerate(senders) if of.get(matrices[i].parts[self.rank]) == self.rank]
+        sent = [[parts[i] for i in sends if owners[i] == rank] for rank in range(self.size)]
+        coming = [
+            [(i, part) for i in mine for part, sender in senders[i].items() if sender == rank]
+            for rank in range(self.size)
+        ]
+        received = self._all_to_all(sent, [sum(part.count for _, part in of) for of in coming], parts[0])
         found = {i: received[0].new_empty(matrices[i].shape) for i in mine}
-        for rank, chunk in enumerate(received):
-            for i, values in zip(mine, chunk.split(counts[rank]), strict=True):
-                start, count = matrices[i].ranges[rank]
-                found[i].view(-1)[start : start + count] = values
+        for several, chunk in zip(coming, received, strict=True):
+            for (i, part), values in zip(several, chunk.split([part.count for _, part in several]), strict=True):
+                part.of(found[i]).copy_(values.view(part.rows, part.width))
         return found
 
     def _returned(
@@ -186,12 +245,15 @@ class Exchange:
         parts: Sequence[torch.Tensor],
     ) -> list[torch.Tensor]:  # fmt: skip
         """Every rank's parts of the results, from the ranks that computed them."""
-        flat = {i: result.reshape(-1) for i, result in found.items()}
-        sent = [[flat[i].narrow(0, *matrices[i].ranges[rank]) for i in flat] for rank in range(self.size)]
+        results_of = {i: result.contiguous() for i, result in found.items()}
+        sent = [
+            [matrices[i].parts[rank].of(result).reshape(-1) for i, result in results_of.items()]
+            for rank in range(self.size)
+        ]
         of_owner = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(self.size)]
         counts = [[len(parts[i]) for i in several] for several in of_owner]
         received = self._all_to_all(sent, [sum(of) for of in counts], parts[0])
-        results = {}
+        results: dict[int, torch.Tensor] = {}
         for several, chunk, sizes in zip(of_owner, received, counts, strict=True):
             results |= dict(zip(several, chunk.split(sizes), strict=True))
         return [results[i].to(parts[i].device) for i in range(len(parts))]

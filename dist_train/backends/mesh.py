@@ -1,8 +1,9 @@
 """The mesh of ranks under fsdp2: groups that each have a copy of the model, ranks that share out a copy, and ranks that
 split each layer. Pure, and before torch is imported."""
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from dist_train.config.tree import Config
@@ -31,6 +32,21 @@ class Mesh:
         rest, tensor = divmod(rank, self.tensor)
         replicate, shard = divmod(rest, self.shard)
         return replicate, shard, tensor
+
+    def alike(self, rank: int, dimensions: Collection[str]) -> tuple[int, ...]:
+        """The ranks that differ from this one in these dimensions alone, itself among them: of what is not split there,
+        they hold the same."""
+        place = self.place(rank)
+        free = (
+            range(n) if name in dimensions else (at,) for name, n, at in zip(DIMENSIONS, self.sizes, place, strict=True)
+        )
+        _, shard, tensor = self.sizes
+        return tuple((r * shard + s) * tensor + t for r, s, t in itertools.product(*free))
+
+    def __str__(self) -> str:
+        """For people: the dimensions of several ranks."""
+        several = [f"{name} {size}" for name, size in zip(DIMENSIONS, self.sizes, strict=True) if size > 1]
+        return " x ".join(several) or f"{DIMENSIONS[1]} 1"
 
 
 def of(config: Config, ranks: int) -> Mesh:
@@ -75,6 +91,22 @@ def problems(config: Config, backend: str, launcher: Launcher) -> Iterator[str]:
             f"{path}.tensor: got {tensor} with {local} ranks on a node, expected ranks of one node, which have the "
             f"fastest links, so one of {divisors}"
         )
+    yield from _unordered(config, of(config, ranks), shown)
+
+
+def _unordered(config: Config, mesh: Mesh, shown: str) -> Iterator[str]:
+    """Where gradients cannot be added up in an order that is the same for any mesh."""
+    if config.backend.reduce != "ordered":
+        return
+    got = f"backend.reduce: got ordered with backend.mesh {shown}"
+    if mesh.tensor > 1:
+        instead = _shown({"replicate": mesh.replicate, "shard": mesh.shard * mesh.tensor})
+        yield (
+            f"{got}, but sums within a layer depend on how many ranks split it; write --backend.mesh '{instead}', or "
+            f"leave backend.reduce out"
+        )
+    elif mesh.shard == 1 and mesh.replicate > 1:
+        yield f"{got}, which shares out no weights, so that torch adds up by itself; write --backend.name ddp"
 
 
 def _fitting(given: dict[str, int], ranks: int) -> Iterator[str]:

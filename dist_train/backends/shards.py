@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -45,6 +46,11 @@ def shards_as(tensor: torch.Tensor, local: torch.Tensor) -> Shards:
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor, or the plain tensor itself, in the same memory."""
     return tensor.detach() if _is_plain(tensor) else tensor.detach().to_local()
+
+
+def mesh_of(tensor: torch.Tensor) -> Any:
+    """The mesh of a DTensor; None of a plain tensor. torch takes no list of tensors that differ in that."""
+    return None if _is_plain(tensor) else tensor.device_mesh
 
 
 def real_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ that takes its first steps alone.
 import sys
 from pathlib import Path
 
+from dist_train.backends import mesh
 from dist_train.bench.references import references
 from dist_train.bench.slices import CONFIG, OURS, SOCKET, WARM_STEPS
 from dist_train.bench.turns import Held, Turns, alone
@@ -25,7 +26,7 @@ def main(folder: Path, name: str, launcher: Launcher) -> None:
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device)
-    with dist.joined(launcher, device) as world:
+    with dist.joined(launcher, device, tensor=mesh.of(config, launcher.world_size).tensor) as world:
         turns = Turns(str(folder / SOCKET), world.rank, device)
         if name != OURS:
             alone(references(config, world, parts, WARM_STEPS)[name], turns)

@@ -106,6 +106,7 @@ class Manifest:
         saved_at: the time by rank 0's clock, for people.
         files: every other file in the folder.
         wandb_id: of the run at W&B.
+        mesh: ranks of each dimension, where backend.mesh was given.
     """
 
     schema: int
@@ -127,6 +128,14 @@ class Manifest:
     saved_at: str
     files: dict[str, File]
     wandb_id: str | None = None
+    mesh: dict[str, int] | None = None
+
+    @property
+    def writer(self) -> str:
+        """Who wrote it, on how many ranks: for people."""
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        several = [f"{name} {size}" for name, size in (self.mesh or {}).items() if size > 1]
+        return f"{self.backend} on {ranks}" + (f" ({' x '.join(several)})" if several else "")
 
     def bytes(self) -> int:
         """Of all files but this one."""
@@ -205,6 +214,7 @@ def _sensible(m: Manifest) -> Manifest:
                 raise TypeError(f"got {name} without {key}")
     positive = {"sequence": m.sequence, "step": m.step, "world_size": m.world_size, "data.train": m.data.train}
     positive |= {"global_batch_size": m.global_batch_size}
+    positive |= {f"mesh.{name}": size for name, size in (m.mesh or {}).items()}
     others = {"epoch": m.epoch, "step_in_epoch": m.step_in_epoch, "data.test": m.data.test}
     others |= {f"progress.{key}": progress[key] for key in (*_COUNTS, *_SECONDS)}
     others |= {f"the size of {name}": file.size for name, file in m.files.items()}

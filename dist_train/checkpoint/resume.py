@@ -35,8 +35,7 @@ class Found:
     def describe(self) -> str:
         """A line for people."""
         m = self.manifest
-        ranks = f"{m.world_size} rank{'s' if m.world_size > 1 else ''}"
-        return f"resumed from {self.folder}: step {m.step}, written by {m.backend} on {ranks}"
+        return f"resumed from {self.folder}: step {m.step}, written by {m.writer}"
 
 
 def facts_of(model: nn.Module, data: Data) -> Facts:
@@ -191,7 +190,8 @@ def load_state(
         for path in saved
         if path.startswith(prefix)
     }
-    if what.world_size == world.size and mine:
+    peers = (what.mesh or {}).get("tensor", 1)  # which drew alike
+    if (what.world_size, peers) == (world.size, world.tensor) and mine:
         read({path: shards_of(value) for path, value in mine.items()})
         randomness.restore({path.removeprefix(prefix): value for path, value in mine.items()}, world.device)
     else:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch.distributed as torch_dist
 
-from dist_train.backends import chosen
+from dist_train.backends import chosen, mesh
 from dist_train.backends.base import Backend
 from dist_train.backends.shards import HostCopy, Shards, shards_of
 from dist_train.checkpoint import manifest, randomness
@@ -212,6 +212,7 @@ class Checkpoints:
         step, scale, stage = meter.result.steps, self.backend.scale, self.config.backend.zero_stage
         backend = chosen(self.config.backend.name, self.world.launcher)
         epoch, within = divmod(step, meter.steps_per_epoch)
+        sizes = mesh.of(self.config, self.world.size).sizes if self.config.backend.mesh else None
         return Manifest(
             schema=manifest.SCHEMA,
             sequence=0,
@@ -232,6 +233,7 @@ class Checkpoints:
             saved_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
             files={},
             wandb_id=self.wandb_id,
+            mesh=dict(zip(mesh.DIMENSIONS, sizes, strict=True)) if sizes else None,
         )
 
     def _write(self, state: dict[str, Shards], what: Manifest) -> None:

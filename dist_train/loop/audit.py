@@ -3,6 +3,7 @@
 At an audited step each rank's share is computed again by the rank after it, from the same weights, and the digests of
 the two gradients are compared: that of the rank's own is taken from the gradient that it trains with, before the ranks
 exchange theirs. Where they differ, the rank after that computes the share a third time, and two of three are right.
+Of ranks that split layers between them, the one after is that with the same part of the layers, of the next data rank.
 """
 
 import platform
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from dist_train.backends.base import Copies
 from dist_train.backends.fit import some
 from dist_train.backends.probe import Findings
 from dist_train.config.tree import Config
@@ -26,7 +28,7 @@ from dist_train.models.running import running
 from dist_train.ranks import dist
 from dist_train.ranks.processor import hardware
 
-NEXT, ARBITER = 1, 2  # how many ranks after the share's own
+NEXT, ARBITER = 1, 2  # how many data ranks after the share's own
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,9 @@ class Audit:
         self.work, self.alarm = work, work.alarm
         self.every = work.config.train.audit_every_steps if work.alarm else None
         if self.every:
-            self.model, self.size = work.precision.called(work.model), work.world.size
+            self.model, self.size = work.precision.called(work.model), work.world.data_size
             self.draws: dict[int, Draws] = {}
+            self.alike: list[list[tuple[int, ...]]] | None = None  # the ranks that have copies of the same
             host, device = platform.node(), work.world.device
             self.places = dist.gather(f"host {host}, {device} ({dist.device_name(device)})")
             check_alike(self.every, dist.gather(hardware(device)))
@@ -74,7 +77,8 @@ class Audit:
 
     def _audited(self, batches: Iterable[Batch], units: Units, done: int) -> Iterator[Batch]:
         backend = self.work.backend
-        own, tape, copies, before = Sheet(), Tape(), Sheet(self._copies()), backend.buffers.copies()
+        own, tape, before = Sheet(), Tape(), backend.buffers.copies()
+        copies = [(of.ranks, Sheet(of.tensors)) for of in self._copies()]
         with backend.local(own.see), taped(tape):
             yield from map(_placed_anew, batches)
         self.work.meter.phases("audit")
@@ -83,35 +87,56 @@ class Audit:
         assert self.alarm is not None
         self.alarm(done + 1, self._compare(step, copies, own))
 
-    def _copies(self) -> dict[str, torch.Tensor]:
-        """What is the same on all ranks, by name: the averages of weights among it, of which nothing else tells."""
-        copies, averages = self.work.backend.copies(), self.work.average.state()
-        if self.work.backend.updates_all:
-            copies |= {path: part for path, shards in averages.items() for _, part in shards.boxes}
-        return copies
+    def _copies(self) -> list[Copies]:
+        """What several ranks hold copies of: the averages of weights among it, of which nothing else tells."""
+        work, found = self.work, list(self.work.backend.copies())
+        if work.backend.updates_all:
+            averages = {path: part for path, shards in work.average.state().items() for _, part in shards.boxes}
+            found.append(Copies(tuple(range(work.world.size)), averages))
+        return found
 
-    def _compare(self, step: Taken, copies: Sheet, own: Sheet) -> list[Finding]:
+    def _compare(self, step: Taken, copies: list[tuple[tuple[int, ...], Sheet]], own: Sheet) -> list[Finding]:
         """Compares the ranks' copies and shares. Collective."""
         other, device = self._again(NEXT, step), self.work.world.device
-        totals = dist.stack(torch.stack([sheet.total(device) for sheet in (copies, own, other)])).tolist()
-        kept, firsts, seconds = zip(*totals, strict=True)
-        if len(set(kept)) > 1:  # gradients differ then, for that
-            return of_copies(self.places, kept, dist.gather(copies.rows()))
-        bad = [rank for rank in range(self.size) if firsts[rank] != seconds[(rank + NEXT) % self.size]]
+        sheets = [own, other, *(sheet for _, sheet in copies)]
+        firsts, seconds, *kept = zip(
+            *dist.stack_all(torch.stack([sheet.total(device) for sheet in sheets])).tolist(), strict=True
+        )
+        if self.alike is None:  # it stays as it is
+            every = dist.gather([ranks for ranks, _ in copies])
+            self.alike = [list(dict.fromkeys(groups)) for groups in zip(*every, strict=True)]
+        differing = [
+            (i, ranks)
+            for i, (totals, groups) in enumerate(zip(kept, self.alike, strict=True))
+            for ranks in groups
+            if len({totals[rank] for rank in ranks}) > 1
+        ]
+        if differing:  # gradients differ then, for that
+            rows = dist.gather([sheet.rows() for _, sheet in copies])
+            return [
+                of
+                for i, ranks in differing
+                for of in of_copies(self.places, {rank: (kept[i][rank], rows[rank][i]) for rank in ranks})
+            ]
+        bad = [rank for rank in range(self.work.world.size) if firsts[rank] != seconds[self._after(rank, NEXT)]]
         if not bad:
             return []
         rows = dist.gather((own.rows(), other.rows(), self._again(ARBITER, step).rows()))
         shares = {}
         for rank in bad:
-            by = rank, (rank + NEXT) % self.size, (rank + ARBITER) % self.size
+            by = rank, self._after(rank, NEXT), self._after(rank, ARBITER)
             shares[by] = tuple(rows[each][i] for i, each in enumerate(by))
         return of_shares(self.places, shares)
 
+    def _after(self, rank: int, count: int) -> int:
+        """The rank so many data ranks after another, with the same part of each layer."""
+        return (rank + count * self.work.world.tensor) % self.work.world.size
+
     def _again(self, after: int, step: Taken) -> Sheet:
-        """Computes the share of the rank so many before this one, and leaves no trace of it. Collective, as all ranks
-        compute one, and the layers of some backends are gathered."""
+        """Computes the share of the data rank so many before this one, and leaves no trace of it. Collective, as all
+        ranks compute one, and the layers of some backends are gathered."""
         work, backend = self.work, self.work.backend
-        rank = (work.world.rank - after) % self.size
+        rank = (work.world.data_rank - after) % self.size
         epoch, within = divmod(step.done, work.plan.steps_per_epoch)
         plan, sheet, tape = replace(work.plan, rank=rank), Sheet(), Tape(step.received)
         last, now = plan.micro_batches(within), 0

@@ -5,23 +5,25 @@ from collections.abc import Mapping
 
 import torch
 
-from dist_train.backends.shards import real_of
+from dist_train.backends.shards import local_of, real_of
 
 WORD = 8  # bytes
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digest(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor's bits, taken as words of 64 bits, modulo 2**64: int64, a scalar on its device.
+    """The sum of a tensor's bits, taken as words of 64 bits, modulo 2**64: int64, a scalar on its device. Of a DTensor,
+    that of this rank's part.
 
     Another bit anywhere makes another sum. It tells nothing of the order of the words, and a sum of floats would lose
     what is small beside the rest. torch adds words as fast as it reads them; narrower integers, which it widens first,
     ten times slower.
     """
+    tensor = local_of(tensor)
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce()
         return digest(tensor.indices()) * 3 + digest(tensor.values())
-    flat = real_of(tensor.detach()).contiguous().reshape(-1)
+    flat = real_of(tensor).contiguous().reshape(-1)
     flat = flat.view(torch.uint8) if flat.dtype == torch.bool else flat
     size = flat.element_size()
     if flat.storage_offset() * size % WORD:

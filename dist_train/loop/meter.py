@@ -232,9 +232,11 @@ class Meter:
             raise ConfigError(line or f"step {self.result.steps}: the layers of the ranks differ; {journal.mend}")
         if journal:
             journal.recent.clear()
-        total = sum(sum(row[: len(sums)]) for row in rows)
+        peers = len(rows) // self.plan.world_size
+        by_step = [row[: len(sums)] for row in rows[::peers]]
+        total = sum(map(sum, by_step))
         if not math.isfinite(total):
-            total = self._not_finite(np.array(rows)[:, : len(sums)], first, losses)
+            total = self._not_finite(np.array(by_step), first, losses, peers)
         self.interval_loss += total
         units = _total([units for _, units in self.taken.values()])
         self.interval_units += units
@@ -253,13 +255,14 @@ class Meter:
             f"leaves such steps out"
         )
 
-    def _not_finite(self, by_step: np.ndarray, first: int, losses: list[float]) -> float:
+    def _not_finite(self, by_step: np.ndarray, first: int, losses: list[float], peers: int) -> float:
         """Some steps' losses are not finite: ends the run, or leaves them out of the mean as they were of training.
 
         Args:
-            by_step: [ranks, steps] sums of losses.
+            by_step: [data ranks, steps] sums of losses.
             first: of these steps, from 0.
             losses: of this rank's micro-batches.
+            peers: ranks of each data rank, which have the same losses.
 
         Returns:
             The sum of the other steps' losses.
@@ -273,14 +276,15 @@ class Meter:
             return float(by_step[:, finite].sum())
         ranks = np.flatnonzero(~np.isfinite(by_step[:, steps[0] - first])).tolist()
         if self.plan.rank not in ranks:
-            raise OtherRankError(f"the loss of step {steps[0] + 1} is not finite on rank {ranks[0]}")
+            raise OtherRankError(f"the loss of step {steps[0] + 1} is not finite on rank {ranks[0] * peers}")
         its = [loss for loss, step in zip(losses, self.of_step, strict=True) if step == steps[0]]
         micro = next(i for i, loss in enumerate(its) if not math.isfinite(loss))
         epoch, within = divmod(steps[0], self.plan.steps_per_epoch)
         samples = next(itertools.islice(self.plan.indices(epoch, within), micro, None)).tolist()
+        rank = self.plan.rank * peers
         raise NonFiniteError(
-            f"the loss of step {steps[0] + 1} is not finite on rank {self.plan.rank}, in micro-batch {micro} with the "
-            f"samples {samples}. The newest checkpoint is from before it. A lower optim.lr or a train.grad_clip may "
+            f"the loss of step {steps[0] + 1} is not finite on rank {rank}, in micro-batch {micro} with the samples "
+            f"{samples}. The newest checkpoint is from before it. A lower optim.lr or a train.grad_clip may "
             f"help; --train.nonfinite skip leaves such steps out"
         )
 

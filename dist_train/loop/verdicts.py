@@ -31,22 +31,21 @@ class Alarm(Protocol):
         """What the audit of a step has found, or nothing. Collective."""
 
 
-def of_copies(places: Places, totals: Sequence[int], rows: Sequence[Rows]) -> list[Finding]:
-    """Of ranks whose copies of the weights are not all the same: those whose copy is not that of most.
+def of_copies(places: Places, copies: Mapping[int, tuple[int, Rows]]) -> list[Finding]:
+    """Of ranks whose copies of the same weights are not all the same: those whose copy is not that of most.
 
     Args:
         places: of all ranks.
-        totals: a digest of all weights, by rank.
-        rows: digests of each.
+        copies: of the ranks that have copies, a digest of all and those of each.
     """
-    most, count = Counter(totals).most_common(1)[0]
+    totals, rows = ({rank: of[i] for rank, of in copies.items()} for i in (0, 1))
+    most, count = Counter(totals.values()).most_common(1)[0]
     if 2 * count <= len(totals):
-        ranks = tuple(range(len(totals)))
-        return [
-            Finding(ranks, f"the weights of {_named(places, ranks)} differ, and no copy is that of most: {_in(*rows)}")
-        ]
-    good, found = rows[totals.index(most)], []
-    for rank in [rank for rank, total in enumerate(totals) if total != most]:
+        ranks = tuple(totals)
+        line = f"the weights of {_named(places, ranks)} differ, and no copy is that of most: {_in(*rows.values())}"
+        return [Finding(ranks, line)]
+    good, found = next(rows[rank] for rank, total in totals.items() if total == most), []
+    for rank in [rank for rank, total in totals.items() if total != most]:
         line = f"the weights of {_named(places, (rank,))} differ from those of most ranks: {_in(rows[rank], good)}"
         found.append(Finding((rank,), line))
     return found

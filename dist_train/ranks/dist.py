@@ -4,11 +4,11 @@ import functools
 import os
 import platform
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from dist_train.columns import columns
 from dist_train.errors import ConfigError
 from dist_train.ranks import rendezvous
 from dist_train.ranks.launcher import Launcher
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 GROUP_TIMEOUT_S = 600
 PATIENCE_DAYS = 365
@@ -109,7 +112,8 @@ def joined(
         timeout_s: that joining may take, and a collective.
         tensor: ranks that split each layer between them; see World.
     """
-    global _data
+    global _data, _timeout
+    _timeout = timedelta(seconds=timeout_s)
     place = launcher.rank, launcher.world_size, launcher.local_rank, launcher.local_world_size
     world = World(*place, device, launcher.name, launcher.master_addr, tensor)
     if launcher.name == "none":
@@ -123,17 +127,23 @@ def joined(
             store=store,
             rank=launcher.rank,
             world_size=launcher.world_size,
-            timeout=timedelta(seconds=timeout_s),
+            timeout=_timeout,
             device_id=device if device.type == "cuda" else None,
         )
-        if tensor > 1:
-            peers = [list(range(first, world.size, tensor)) for first in range(tensor)]
-            _data, _ = torch_dist.new_subgroups_by_enumeration(peers)
+        _data = data_group(world)
     yield world
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    _forget()
+
+
+def _forget() -> None:
+    """What was made of the group that was left."""
+    global _data
     _data = None
-    _hosts.cache_clear()
+    for made in (_hosts, mesh):
+        made.cache_clear()
+    _meshes.clear()
 
 
 @contextmanager
@@ -150,20 +160,27 @@ def imagined(size: int, local_size: int, tensor: int = 1) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the kind of group as well
 
     torch_dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    world = World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
     try:
-        if tensor > 1:
-            _data = torch_dist.new_group(list(range(0, size, tensor)))
-        yield World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
+        _data = data_group(world)
+        yield world
     finally:
         torch_dist.destroy_process_group()
-        _data = None
-        _hosts.cache_clear()
+        _forget()
 
 
 # -- among the ranks that share out samples ----------------------------------------------------------------------------
 # Where layers are split between ranks, these are those with the same place in that; each such group does the same.
 
 _data: torch_dist.ProcessGroup | None = None  # None: all ranks
+
+
+def data_group(world: World) -> torch_dist.ProcessGroup | None:
+    """A group of the ranks with this one's place in the tensor dimension; None where that has one rank. Collective."""
+    if world.tensor == 1:
+        return None
+    peers = [list(range(first, world.size, world.tensor)) for first in range(world.tensor)]
+    return torch_dist.new_subgroups_by_enumeration(peers)[0]
 
 
 def sum_(tensor: torch.Tensor) -> torch.Tensor:
@@ -175,10 +192,14 @@ def sum_(tensor: torch.Tensor) -> torch.Tensor:
 
 def stack(tensor: torch.Tensor) -> torch.Tensor:
     """The tensors of all data ranks, [data ranks, ...] in their order, on every rank. Collective."""
+    return _stacked(tensor, _data)
+
+
+def _stacked(tensor: torch.Tensor, group: torch_dist.ProcessGroup | None) -> torch.Tensor:
     if not torch_dist.is_initialized():
         return tensor[None]
-    every = tensor.new_empty(torch_dist.get_world_size(_data), *tensor.shape)
-    torch_dist.all_gather(list(every), tensor, group=_data)
+    every = tensor.new_empty(torch_dist.get_world_size(group), *tensor.shape)
+    torch_dist.all_gather(list(every), tensor, group=group)
     return every
 
 
@@ -254,19 +275,70 @@ def from_last(tensor: torch.Tensor) -> torch.Tensor:
 # -- among all ranks ---------------------------------------------------------------------------------------------------
 
 
+_timeout = timedelta(seconds=GROUP_TIMEOUT_S)  # of collectives, now
+
+
+@functools.cache
+def mesh(device: str, sizes: tuple[int, ...], names: tuple[str, ...]) -> "DeviceMesh":
+    """All ranks in several dimensions, the last of which are ranks that follow each other. Made once for a run: each
+    dimension has groups of its own. Collective.
+
+    Args:
+        device: its type.
+        sizes: ranks of each dimension.
+        names: of the dimensions.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # many modules, which a run without one does not need
+
+    with _quiet_gloo():
+        found = init_device_mesh(device, sizes, mesh_dim_names=names)
+    for group in found.get_all_groups():
+        _set_timeout(group)
+    _meshes.append(found)
+    return found
+
+
+_meshes: list["DeviceMesh"] = []
+
+
+def _set_timeout(group: torch_dist.ProcessGroup | None) -> None:
+    set_timeout = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout  # torch 2.8
+    set_timeout(_timeout, group)
+
+
 @contextmanager
 def patient() -> Iterator[None]:
     """Where a watchdog judges what takes too long, collectives do not: their time passes also while a process is
-    suspended."""
+    suspended. Holds for the groups of meshes too, also those that are made meanwhile."""
     if not torch_dist.is_initialized():
         yield
         return
-    set_timeout = getattr(torch_dist, "set_timeout", None) or torch_dist.distributed_c10d._set_pg_timeout  # torch 2.8
-    set_timeout(timedelta(days=PATIENCE_DAYS), None)
+    _set_timeouts(timedelta(days=PATIENCE_DAYS))
     try:
         yield
     finally:
-        set_timeout(timedelta(seconds=GROUP_TIMEOUT_S), None)
+        _set_timeouts(timedelta(seconds=GROUP_TIMEOUT_S))
+
+
+def _set_timeouts(timeout: timedelta) -> None:
+    global _timeout
+    _timeout = timeout
+    of_meshes = [group for one in _meshes for group in one.get_all_groups()]
+    for group in dict.fromkeys([None, *([] if _data is None else [_data]), *of_meshes]):
+        _set_timeout(group)
+
+
+def sum_over_all(tensor: torch.Tensor) -> torch.Tensor:
+    """The sum of `tensor` over all ranks, those that split layers between them too, in place, on every rank.
+    Collective."""
+    if torch_dist.is_initialized():
+        torch_dist.all_reduce(tensor)
+    return tensor
+
+
+def stack_all(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensors of all ranks, [ranks, ...] in order of rank, on every rank. Collective."""
+    return _stacked(tensor, None)
 
 
 def gather_numbers(values: list[float]) -> list[list[float]]:
@@ -337,10 +409,16 @@ def on_main(function: Callable[[], Any]) -> Any:
     return answer[0]
 
 
-def rank_table(world: World) -> str:
-    """Rank, host, process and device of every rank, a line each. Collective."""
-    row = (world.rank, platform.node(), world.local_rank, os.getpid(), f"{world.device} ({device_name(world.device)})")
-    head = ("rank", "host", "local rank", "process", "device")
+def rank_table(world: World, place: Mapping[str, int] | None = None) -> str:
+    """Rank, host, process and device of every rank, a line each. Collective.
+
+    Args:
+        world: this rank's place.
+        place: of this rank in a mesh, by dimension.
+    """
+    device, found = f"{world.device} ({device_name(world.device)})", place or {}
+    row = (world.rank, *found.values(), platform.node(), world.local_rank, os.getpid(), device)
+    head = ("rank", *found, "host", "local rank", "process", "device")
     return columns([head, *[tuple(map(str, r)) for r in gather(row)]])
 
 

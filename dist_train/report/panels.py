@@ -506,7 +506,8 @@ def _story(event: Event, before: Event | None) -> str:
     if "by" in facts:
         parts.append(f"by {facts['by']}")
     if "backend" in facts:
-        parts.append(f"{facts['backend']} on {facts.get('world_size', '?')} ranks")
+        laid = f" ({facts['mesh']})" if "mesh" in facts else ""
+        parts.append(f"{facts['backend']} on {facts.get('world_size', '?')} ranks{laid}")
     if "host" in facts:
         parts.append(f"host {facts['host']}")
     if event.at is not None:

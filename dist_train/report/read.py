@@ -386,7 +386,7 @@ def _environment(run: Run) -> dict[str, str]:
     facts: dict[str, Any] = {}
     versions: Any = run.summary.get("versions")
     for event in run.events:
-        facts |= {key: event.facts[key] for key in ("backend", "world_size") if key in event.facts}
+        facts |= {key: event.facts[key] for key in ("backend", "world_size", "mesh") if key in event.facts}
     if "backend" not in run.summary and (found := newest(run.folder)):
         facts = {"backend": found.backend, "world_size": found.world_size} | facts
         versions = found.versions

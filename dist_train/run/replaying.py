@@ -245,7 +245,7 @@ def _measured(backend: Backend) -> list[torch.Tensor | None]:
 
 def _step(number: int, task: Watched, norm: float | None, layers: Mapping[str, float]) -> Step:
     """A step over all ranks. Collective."""
-    gathered = dist.gather((task.parts, task.unknown))
+    gathered = dist.gather_data((task.parts, task.unknown))
     parts = [part for of_rank, _ in gathered for part in of_rank]
     units = math.fsum(units for _, units, _ in parts)
     loss = math.fsum(total for total, _, _ in parts) / max(1.0, units) if _finite(parts) else math.nan

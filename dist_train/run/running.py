@@ -33,7 +33,7 @@ class Run:
 
     Args:
         config: the whole of it.
-        world: this rank's place: rank, size, device, is_main.
+        world: this rank's place: rank, size, data_rank and data_size (those that share out samples), device, is_main.
         parts: what it is made of.
         facts: what its checkpoints must fit.
         folder: of the run.

@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from dist_train import backends
+from dist_train.backends import mesh
 from dist_train.backends.base import Backend
 from dist_train.backends.shards import Shards
 from dist_train.checkpoint import resume, weights
@@ -213,7 +214,9 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     """What the loop works with, on the backend, at the step where it starts; and FLOPs of a step, if they are asked
     for. Collective."""
     config, world, parts, trackers, found = run.config, run.world, run.parts, run.trackers, run.found
-    trackers.say("\n".join([dist.rank_table(world), *parts.loaded, *parts.findings.notes]))
+    laid = mesh.of(config, world.size) if config.backend.mesh else None
+    place = dict(zip(mesh.DIMENSIONS, laid.place(world.rank), strict=True)) if laid else None
+    trackers.say("\n".join([dist.rank_table(world, place), *parts.loaded, *parts.findings.notes]))
     for error in run.damaged:
         trackers.say(f"passed over a damaged checkpoint: {error}")
     if found:
@@ -236,7 +239,8 @@ def prepare(run: Run) -> tuple[Work, int | str | None]:
     if found:
         progress, beside = resume.load_state(found, backend, world, config.train.seed, average)
         trackers.say("\n".join([found.describe(), *beside]))
-    trackers.log(_begin(run.course, progress, trackers.backend, world) | _measured(parts, run.course), None)
+    began = _begin(run.course, progress, trackers.backend, world) | ({"mesh": str(laid)} if laid else {})
+    trackers.log(began | _measured(parts, run.course), None)
     examiners = {name: parts.task.examiner(parts.data, feed, world) for name, feed in parts.test_feeds.items()}
     watched = {name: examiner for name, examiner in list(examiners.items())[:1] if examiner is not None}
     evaluation = parts.evaluation(config, world, watched)

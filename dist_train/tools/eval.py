@@ -6,6 +6,7 @@ takes it.
 
 import json
 
+from dist_train.backends import mesh
 from dist_train.ranks.launcher import Launcher
 from dist_train.run.check import check
 from dist_train.tools.finished import alone, finished
@@ -26,7 +27,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
     device = dist.resolve_device(config.train.device, launcher.local_rank)
     dist.set_threads(config.train.threads, launcher.local_world_size)
     parts = assemble.build(config, device, trained=folder)
-    with dist.joined(launcher, device) as world:
+    with dist.joined(launcher, device, tensor=mesh.of(config, launcher.world_size).tensor) as world:
         agree(parts.data, parts.feeds, world)
         backend = backends.create(config, world, parts.findings)
         model, _ = backend.prepare(parts.model, optim.factory(config.optim))

@@ -90,7 +90,7 @@ def _print_one(folder: Path, what: Manifest) -> None:
     facts = {
         "step": what.step,
         "epochs": _epochs(what),
-        "written by": f"{what.backend} on {what.world_size} ranks, {what.saved_at}",
+        "written by": f"{what.writer}, {what.saved_at}",
         "model": f"{config['model']['name']}, {sum(math.prod(t.shape) for t in what.model.values()):,} elements",
         "optimizer": config["optim"]["name"],
         "data": f"{config['data']['name']}, {what.data.train:,} samples to train on, {what.data.fingerprint[:12]}",

@@ -28,7 +28,7 @@ BACKENDS = ("ddp", "fsdp2", "accelerate", "deepspeed:0", "deepspeed:1", "deepspe
 KEPT = {
     "single": ("reduce",),
     "ddp": ("reduce",),
-    "fsdp2": ("offload", "reduce"),
+    "fsdp2": ("offload", "reduce", "mesh"),
     "deepspeed": ("offload", "config"),
 }
 # Default, and an example.

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train.backends import mesh
 from dist_train.columns import columns
 from dist_train.config.load import load
 from dist_train.config.tree import Config
@@ -77,7 +78,7 @@ def run(argv: list[str], launcher: Launcher) -> int:
         raise ConfigError(f"--step: got {first}, expected at most {total}, which the run has")
     last = min(total, first + count - 1)
     facts = resume.facts_of(parts.model, parts.data)
-    with dist.joined(launcher, device) as world:
+    with dist.joined(launcher, device, tensor=mesh.of(config, launcher.world_size).tensor) as world:
         agree(parts.data, parts.feeds, world)
         found = _checkpoint(config, folder, first, world)
         differences = resume.differences(found, config, facts) if found else []

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from dist_train import backends
+from dist_train.backends import mesh
 from dist_train.config.load import load
 from dist_train.config.paths import written
 from dist_train.config.tree import Config, group_of
@@ -142,7 +143,7 @@ def main(folder: Path, launcher: Launcher) -> None:
     dist.set_threads(config.train.threads, launcher.local_world_size)
     exact = folder / "float64.yaml"
     wide = load(["--config", written(str(exact))]) if exact.exists() else None
-    with dist.joined(launcher, device) as world:
+    with dist.joined(launcher, device, tensor=mesh.of(config, launcher.world_size).tensor) as world:
         run = trajectory(config, world)
         if launcher.name == "none":
             _refer(config, wide, world, run, folder)

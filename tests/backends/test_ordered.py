@@ -45,14 +45,14 @@ def trained(zygote: Zygote, folder: Path, *argv: str, backend: str = "single", r
     [
         (MLP, [("ddp", 2), ("ddp", 3), ("fsdp2", 3), ("fsdp2", 4)]),
         (CONV, [("fsdp2", 2), ("ddp", 4)]),
-        (UNEVEN, [("ddp", 3), ("fsdp2", 2)]),
+        (UNEVEN, [("ddp", 3), ("fsdp2", 2), ("fsdp2", 4, "--backend.mesh", "{replicate: 2, shard: 2}")]),
     ],
     ids=["mlp", "conv", "uneven"],
 )
-def test_the_same_bits_everywhere(model: tuple[str, ...], cells: list[tuple[str, int]], zygote: Zygote, tmp_path: Path):
+def test_the_same_bits_everywhere(model: tuple[str, ...], cells: list[tuple], zygote: Zygote, tmp_path: Path):
     one = trained(zygote, tmp_path / "one", *ORDERED, *model)
-    for backend, ranks in cells:
-        other = trained(zygote, tmp_path / f"{backend}{ranks}", *ORDERED, *model, backend=backend, ranks=ranks)
+    for backend, ranks, *argv in cells:
+        other = trained(zygote, tmp_path / f"{backend}{ranks}", *ORDERED, *model, *argv, backend=backend, ranks=ranks)
         assert bits(other) == bits(one) and len(bits(one)) == 12
         assert same(weights(other), weights(one))
 
@@ -114,9 +114,19 @@ def test_slices_are_dealt_by_turns(world: int, before: int):
         at += plans[0].micro_batches(step)
 
 
+SHARD = "backend.reduce: got ordered with backend.mesh {replicate: 2}, which shares out no weights"
+TENSOR = "backend.reduce: got ordered with backend.mesh {tensor: 2, shard: -1}, but sums within a layer depend on how"
+
+
 @pytest.mark.parametrize(
     ("argv", "ranks", "line"),
     [
+        (["--backend.name", "fsdp2", "--backend.mesh", "{tensor: 2, shard: -1}"], 4, TENSOR),
+        (
+            ["--backend.name", "fsdp2", "--backend.mesh", "{replicate: 2}"],
+            2,
+            "backend.reduce: got ordered with backend",
+        ),
         (["--backend.name", "deepspeed"], 2, "backend.reduce: got ordered with backend deepspeed, whose engine sums"),
         (["--backend.name", "accelerate"], 2, "backend.reduce: got ordered with backend accelerate, whose Distr"),
         (["--train.micro_batch_size", "null"], 1, "backend.reduce: got ordered without train.micro_batch_size"),

@@ -259,5 +259,9 @@ def test_who_is_wrong():
     both = {(1, 2, 0): [bad, right, right], (0, 1, 2): [right, worse, right]}
     assert [finding.ranks for finding in of_shares(places, both)] == [(1,)]
     copies = [right, bad, right, right, worse]
-    assert [finding.ranks for finding in of_copies(places, [0, 1, 0, 0, 2], copies)] == [(1,), (4,)]
-    assert [finding.ranks for finding in of_copies(places[:2], [0, 1], copies[:2])] == [(0, 1)]
+    told = dict(enumerate(zip([0, 1, 0, 0, 2], copies, strict=True)))
+    assert [finding.ranks for finding in of_copies(places, told)] == [
+        (1,),
+        (4,),
+    ]
+    assert [finding.ranks for finding in of_copies(places, {3: (0, copies[0]), 4: (1, bad)})] == [(3, 4)]

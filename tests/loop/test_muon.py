@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from dist_train.backends.matrices import Part
 from dist_train.config.tree import OptimConfig
 from dist_train.errors import ConfigError
 from dist_train.loop.hidden import others_of
@@ -220,22 +221,25 @@ def test_the_same_in_float64(reference, tmp_path: Path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_parts_of_any_length_make_the_whole_and_come_back(dtype: str):
-    """Cut within rows, of ranks that have none, whole on one rank."""
-    shapes = [(3, 5), (7, 2), (1, 4), (2, 6), (5, 5)]
-    ranges = [
+    """Cut within rows, of ranks that have none, whole on one rank, by columns, of which two ranks have a copy."""
+    shapes = [(3, 5), (7, 2), (1, 4), (2, 6), (5, 5), (4, 5), (3, 6), (3, 4)]
+    parts_of = [
         [(0, 4), (4, 8), (12, 3)],
         [(0, 14), (14, 0), (14, 0)],
         [(0, 0), (0, 3), (3, 1)],
         [(0, 5), (5, 0), (5, 7)],
         [(0, 10), (10, 10), (20, 5)],
+        [(0, 2, 4), (2, 2, 4), (4, 1, 4)],
+        [(0, 2, 3), (2, 4, 3), (0, 2, 3)],
+        [(4, 8), (0, 4), (4, 8)],
     ]
     everywhere = [[(0, rows * columns)] * 3 for rows, columns in shapes]
-    for held in (ranges, everywhere):
+    for held in (parts_of, everywhere):
         found = run_ranks(exchanged, 3, shapes, held, dtype)
         for i, (rows, columns) in enumerate(shapes):
             whole = torch.linspace(-1, 1 + i, rows * columns).to(getattr(torch, dtype))
             for rank, parts in enumerate(found):
-                assert parts[i] == scaled(whole).narrow(0, *held[i][rank]).tolist()
+                assert parts[i] == Part(*held[i][rank]).of(scaled(whole).view(rows, columns)).flatten().tolist()
 
 
 @pytest.mark.parametrize(("backend", "dtype"), [("ddp", "float32"), ("fsdp2", "float64")])
