@@ -65,16 +65,17 @@ class FSDP2(Backend):
         assert self.mesh.tensor == world.tensor, f"got {world}, expected a place in {self.mesh}"
         # Here, as it reads the numbers of ranks: prepare may be called with tensors without values.
         self.devices = self._devices()
+        self.over = self.devices["replicate", "shard"] if self.mesh.replicate > 1 else self.devices["shard"]
+        self.between = self.devices["tensor"] if self.mesh.tensor > 1 else None
 
     def prepare(self, model: nn.Module, optimizer_fn: OptimizerFactory) -> tuple[nn.Module, torch.optim.Optimizer]:
         """See Backend."""
-        devices = self.devices
-        if self.mesh.tensor > 1:
+        devices, over = self.devices, self.over
+        if self.between is not None:
             from dist_train.backends.tensor import split  # many modules, which a run without it does not need
 
-            split(model, devices["tensor"], self.config, self.findings)
+            split(model, self.between, self.config, self.findings)
         self.take(model)
-        over = devices["replicate", "shard"] if self.mesh.replicate > 1 else devices["shard"]
         offload = OffloadPolicy()
         if self.config.backend.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")  # pinned for copies to the device

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -16,9 +17,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 
 from dist_train import backends
-from dist_train.backends import mesh
+from dist_train.backends import matrices, mesh
 from dist_train.backends.base import Backend, OptimizerFactory
-from dist_train.backends.matrices import lay_out
+from dist_train.backends.matrices import Matrix, Part, rows_of
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import local_of
 from dist_train.config.tree import CompileConfig, Config, group_of
@@ -29,10 +30,11 @@ from dist_train.data.sets import Columns, Data, Samples
 from dist_train.doctor.estimate import MICRO_BATCH, Estimate
 from dist_train.doctor.ledger import Ledger
 from dist_train.doctor.stand_in import BUCKETED, TRACED_AS_SINGLE, Buckets, zero
-from dist_train.doctor.traffic import Route, Sent, route
+from dist_train.doctor.traffic import Route, Sent, passed_on, route
 from dist_train.loop import optim
 from dist_train.loop.average import Average
 from dist_train.loop.evaluate import Called, in_eval
+from dist_train.loop.muon import Muon
 from dist_train.loop.units import loss_sum
 from dist_train.models import draws
 from dist_train.models.running import running
@@ -144,6 +146,7 @@ class Trace:
         self.ledger, self.held = Ledger(), {"weights": 0, "gradients": 0, "optimizer": 0}
         self.steps, self.evaluated = 0, 0
         self.sent: list[tuple[int, Sent]] = []  # of a step, how often
+        self.exchanged = 0  # bytes of matrices, by an optimizer that computes with them
 
     def build(self) -> None:
         """Makes the model, and has the backend prepare it."""
@@ -154,10 +157,12 @@ class Trace:
         if cfg.train.draws == "keyed":
             draws.frame(model, cfg.model.blocks, parts=not self.task.evaluates)
         ledger.enter("prepare")
-        self.model, self.optimizer = self.backend.prepare(model, _stepping(optim.factory(cfg.optim, model)))
+        with patch.object(matrices, "SeesMatrices", ()):  # which would ask all ranks what they hold of each
+            self.model, self.optimizer = self.backend.prepare(model, _stepping(optim.factory(cfg.optim, model)))
+        if isinstance(self.optimizer, Muon):
+            self.exchanged = _by_itself(self.optimizer)
         if self.bucketed:
             self.buckets = Buckets(self.backend.parameters)
-            lay_out(self.optimizer, self.world)
         self.average = Average(cfg.optim, self.backend)
         self.average.begin(0)
         self.draws = draws.Draws(cfg.train.seed, 0, self.model, cfg.train.draws, CPU)
@@ -189,6 +194,8 @@ class Trace:
         ledger.enter("update")
         backend.step(self.config.train.grad_clip, measure=True)
         self.sent += [(1, sent) for sent in ledger.sent]
+        ranks = tuple(range(self.world.size))
+        self.sent.append((1, Sent("all_gather", passed_on("all_gather", self.exchanged, len(ranks)), ranks)))
         self.steps += 1
         self.average.after_step(self.steps)
         self._tell("optimizer", self._state())
@@ -240,6 +247,20 @@ class Trace:
         own = [local_of(tensor) for tensor in tensors]
         self.held[kind] = max(self.held[kind], sum(tensor.nbytes for tensor in own))
         self.ledger.tell(kind, own)
+
+
+def _by_itself(optimizer: Muon) -> int:
+    """Has it compute with what this rank holds of each matrix, as it is: it exchanges nothing that way. What it would
+    exchange, in bytes of the whole: the results of matrices that every rank holds; and of those that ranks hold parts
+    of, the parts as well."""
+    exchanged = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if optimizer.sees(group) else ():
+            local = local_of(parameter)
+            optimizer.layout[parameter] = [Matrix(rows_of(local.shape), 0, (Part(0, local.numel()),))]
+            whole = parameter.numel() * parameter.itemsize
+            exchanged += whole if local.shape == parameter.shape else 2 * whole
+    return exchanged
 
 
 def _stepping(build: OptimizerFactory) -> OptimizerFactory:

@@ -36,13 +36,11 @@ class Sent:
         kind: of COLLECTIVES.
         bytes: that a rank sends, on average, in a ring.
         ranks: that take part.
-        payload: bytes of the whole tensor that is summed, gathered or shared out.
     """
 
     kind: str
     bytes: int
     ranks: tuple[int, ...]
-    payload: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def sent_by(func: Any, args: tuple, out: Any) -> tuple[Sent, list[torch.Tensor]]
         filled, read = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)], given
     payload = sum(t.nbytes for t in (filled if kind in ("all_gather", "gather") else read))
     ranks = tuple(torch_dist.get_process_group_ranks(group))
-    return Sent(kind, passed_on(kind, payload, len(ranks)), ranks, payload), filled
+    return Sent(kind, passed_on(kind, payload, len(ranks)), ranks), filled
 
 
 def passed_on(kind: str, payload: int, ranks: int) -> int:

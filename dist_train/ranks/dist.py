@@ -139,6 +139,12 @@ def joined(
     yield world
     torch_dist.barrier()
     torch_dist.destroy_process_group()
+    _forget()
+
+
+def _forget() -> None:
+    """What was made of the group that was left."""
+    global _data
     _data = None
     for made in (_hosts, mesh):
         made.cache_clear()
@@ -159,14 +165,13 @@ def imagined(size: int, local_size: int, tensor: int = 1) -> Iterator[World]:
     from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the kind of group as well
 
     torch_dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    world = World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
     try:
-        if tensor > 1:
-            _data = torch_dist.new_group(list(range(0, size, tensor)))
-        yield World(0, size, 0, local_size, torch.device("cpu"), "torchrun", tensor=tensor)
+        _data = data_group(world)
+        yield world
     finally:
         torch_dist.destroy_process_group()
-        _data = None
-        _hosts.cache_clear()
+        _forget()
 
 
 # -- among the ranks that share out samples ----------------------------------------------------------------------------
