@@ -62,10 +62,10 @@ def problems(config: Config, backend: str, launcher: Launcher) -> Iterator[str]:
     given, ranks, local = config.backend.mesh, launcher.world_size, launcher.local_world_size
     if not given:
         return
-    path, shown = "backend.mesh", _shown(given)
+    path, text = "backend.mesh", shown(given)
     if backend != "fsdp2":
         yield (
-            f"{path}: got {shown}, but backend {backend} does not have it; leave it out, or write --backend.name fsdp2"
+            f"{path}: got {text}, but backend {backend} does not have it; leave it out, or write --backend.name fsdp2"
         )
         return
     others = [name for name in given if name not in DIMENSIONS]
@@ -84,7 +84,7 @@ def problems(config: Config, backend: str, launcher: Launcher) -> Iterator[str]:
     fixed = math.prod(size for size in given.values() if size != REST)
     if ranks % fixed or (not rests and fixed != ranks):
         fits = "; ".join(_fitting(given, ranks))
-        yield f"{path}: got {shown} on {ranks} ranks, expected sizes with that product, such as {fits}"
+        yield f"{path}: got {text} on {ranks} ranks, expected sizes with that product, such as {fits}"
         return
     tensor = of(config, ranks).tensor
     if local % tensor:
@@ -118,10 +118,11 @@ def _fitting(given: dict[str, int], ranks: int) -> Iterator[str]:
         rest = math.prod(size for other, size in given.items() if other != name and size != REST)
         if ranks % rest == 0 and REST not in given.values():
             found = True
-            yield _shown(given | {name: ranks // rest})
+            yield shown(given | {name: ranks // rest})
     if not found:
-        yield _shown({"shard": ranks})
+        yield shown({"shard": ranks})
 
 
-def _shown(given: dict[str, int]) -> str:
+def shown(given: Mapping[str, int]) -> str:
+    """A mesh as a config has it."""
     return "{" + ", ".join(f"{name}: {size}" for name, size in given.items()) + "}"

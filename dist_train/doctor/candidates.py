@@ -1,6 +1,6 @@
 """What a run could be laid out as: backends, meshes and micro-batch sizes; what each needs, and which is the best."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import yaml
@@ -95,7 +95,7 @@ def listed(config: Config, texts: str, sizes: Sequence[int], ranks: int, of_node
             if backend.name == ZERO:
                 options += f" --backend.zero_stage {backend.zero_stage or 0}"
             if backend.mesh:
-                options += f" --backend.mesh '{_shown(backend.mesh)}'"
+                options += f" --backend.mesh '{mesh.shown(backend.mesh)}'"
             options += f" --train.micro_batch_size {size}" if size is not None else ""
             found.append(Candidate(made, name_of(backend), options))
     return found
@@ -105,7 +105,7 @@ def name_of(backend: BackendConfig) -> str:
     """Of a layout, for people."""
     if backend.name == ZERO:
         return f"{ZERO}:{backend.zero_stage or 0}"
-    return f"{backend.name} {_shown(backend.mesh)}" if backend.mesh else backend.name
+    return f"{backend.name} {mesh.shown(backend.mesh)}" if backend.mesh else backend.name
 
 
 def _given(config: Config, texts: str) -> Iterator[BackendConfig]:
@@ -148,7 +148,3 @@ def _usual(config: Config, ranks: int, of_node: int) -> Iterator[BackendConfig]:
     for i, backend in enumerate(found):
         if backend not in found[:i]:
             yield backend
-
-
-def _shown(sizes: Mapping[str, int]) -> str:
-    return "{" + ", ".join(f"{name}: {size}" for name, size in sizes.items()) + "}"
