@@ -3,7 +3,7 @@ split each layer. Pure, and before torch is imported."""
 
 import itertools
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from dist_train.config.tree import Config
