@@ -131,6 +131,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if _is_sharded(types):
             return NotImplemented  # which computes with the parts, and comes here with those
+        if _by_mask(func, args):
+            return args[0]
         out = func(*args, **(kwargs or {}))
         if self.paused:
             return out
@@ -189,3 +191,11 @@ def _place(value: Any) -> int | None:
 
 def _is_sharded(types: Any) -> bool:
     return any(issubclass(kind, DTensor) for kind in types)
+
+
+def _by_mask(func: Any, args: tuple) -> bool:
+    """Whether it writes in place where a mask is true, as for rows of an embedding that are another rank's: how many
+    there are depends on values, so that torch's fake tensors refuse it, and it makes nothing that stays."""
+    if func is not torch.ops.aten.index_put_.default:
+        return False
+    return any(index is not None and index.dtype == torch.bool for index in args[1])

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import DeviceMesh
 
 from dist_train import backends
 from dist_train.backends import matrices, mesh
@@ -64,13 +65,32 @@ def traced(config: Config, data: Data, ranks: int, of_node: int) -> Estimate:
     shape, name = mesh.of(config, ranks), config.backend.name
     with _quiet(), dist.imagined(ranks, of_node, shape.tensor) as world:
         trace = Trace(_traceable(config), data, world, name in BUCKETED)  # makes groups of ranks, which have numbers
-        with FakeTensorMode(allow_non_fake_inputs=True), trace.ledger, _default_dtype(dtype):
+        with FakeTensorMode(allow_non_fake_inputs=True), trace.ledger, _default_dtype(dtype), _split_layers():
             trace.build()
             trace.step(1)
             trace.step(min(PIECES, trace.micro_batches))
             trace.evaluate()
             found = trace.estimate(shape if name == "fsdp2" else None)
     return zero(found, config, ranks, of_node) if name == "deepspeed" else found
+
+
+@contextmanager
+def _split_layers() -> Iterator[None]:
+    """Where layers are split: a mesh that fully_shard makes of two others has numbers as well, and no gradients are
+    compared, which have no values."""
+    joined = getattr(DeviceMesh, "_concatenate", None)
+    if joined is None:  # torch 2.8
+        yield
+        return
+
+    def real(meshes: list[DeviceMesh]) -> DeviceMesh:
+        with unset_fake_temporarily():
+            return joined(meshes)
+
+    from dist_train.backends import fsdp2
+
+    with patch.object(DeviceMesh, "_concatenate", staticmethod(real)), patch.object(fsdp2, "check_peers"):
+        yield
 
 
 def of_run(config: Config, launcher: Launcher) -> Estimate:
