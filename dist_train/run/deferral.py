@@ -75,7 +75,6 @@ def looked(
 ) -> Findings:  # fmt: skip
     """See look.look, for a model whose parameters are on the meta device. Raises Whole where that needs values, also
     where it would raise for another reason: then a look at the whole model says it better."""
-    kept = dict(vars(task))  # what it keeps of this look would have no values
     try:
         with pretended(model, precision.device) as as_if:
             findings = look(config, model, task, feed, data, precision, trains, as_if)
@@ -84,8 +83,6 @@ def looked(
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:SHOWN]}"
         raise Whole(f"its forward does not run on tensors without values ({why})") from error
     finally:
-        vars(task).clear()
-        vars(task).update(kept)
         draws.forget()
     if config.backend.mesh.get("tensor", 1) != 1 and draws.drawn(model):
         raise Whole("its split layers draw, and what each rank draws is held against the whole model first")
