@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,6 +21,9 @@ from dist_train.doctor.traffic import Sent, sent_by
 
 # What a storage is for, by the phase that has made it and that it outlives.
 KEPT = {"forward": "activations", "data": "activations", "backward": "gradients"}
+# The phase in which a tensor without a value is said to be 1: backends and optimizers ask what does not change a size,
+# such as the number of the step. A model that asks computes something else by the answer, so that is an error.
+ASKS = "update"
 KINDS = ("weights", "gradients", "optimizer", "gathered", "activations", "temporary")
 
 
@@ -131,9 +135,13 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if _is_sharded(types):
             return NotImplemented  # which computes with the parts, and comes here with those
-        if _by_mask(func, args):
-            return args[0]
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._local_scalar_dense.default and types and self.phase == ASKS:
+            return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
+        if not types and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, kwargs))):
+            with unset_fake_temporarily():  # what has values keeps them, such as the numbers of ranks in a mesh
+                out = func(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         if self.paused:
             return out
         given = None
@@ -191,11 +199,3 @@ def _place(value: Any) -> int | None:
 
 def _is_sharded(types: Any) -> bool:
     return any(issubclass(kind, DTensor) for kind in types)
-
-
-def _by_mask(func: Any, args: tuple) -> bool:
-    """Whether it writes in place where a mask is true, as for rows of an embedding that are another rank's: how many
-    there are depends on values, so that torch's fake tensors refuse it, and it makes nothing that stays."""
-    if func is not torch.ops.aten.index_put_.default:
-        return False
-    return any(index is not None and index.dtype == torch.bool for index in args[1])

@@ -8,18 +8,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
-from torch.distributed.device_mesh import DeviceMesh
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dist_train import backends
 from dist_train.backends import matrices, mesh
-from dist_train.backends.base import Backend, OptimizerFactory
+from dist_train.backends.base import Backend
 from dist_train.backends.matrices import Matrix, Part, rows_of
 from dist_train.backends.precision import Precision
 from dist_train.backends.shards import local_of
@@ -29,7 +27,7 @@ from dist_train.data.feed import Feed
 from dist_train.data.order import evaluated_at_once, largest_piece, pieces
 from dist_train.data.sets import Columns, Data, Samples
 from dist_train.doctor.estimate import MICRO_BATCH, Estimate
-from dist_train.doctor.ledger import Ledger
+from dist_train.doctor.ledger import ASKS, Ledger
 from dist_train.doctor.stand_in import BUCKETED, TRACED_AS_SINGLE, Buckets, zero
 from dist_train.doctor.traffic import Route, Sent, passed_on, route
 from dist_train.loop import optim
@@ -65,32 +63,13 @@ def traced(config: Config, data: Data, ranks: int, of_node: int) -> Estimate:
     shape, name = mesh.of(config, ranks), config.backend.name
     with _quiet(), dist.imagined(ranks, of_node, shape.tensor) as world:
         trace = Trace(_traceable(config), data, world, name in BUCKETED)  # makes groups of ranks, which have numbers
-        with FakeTensorMode(allow_non_fake_inputs=True), trace.ledger, _default_dtype(dtype), _split_layers():
+        with FakeTensorMode(allow_non_fake_inputs=True), trace.ledger, _default_dtype(dtype):
             trace.build()
             trace.step(1)
             trace.step(min(PIECES, trace.micro_batches))
             trace.evaluate()
             found = trace.estimate(shape if name == "fsdp2" else None)
     return zero(found, config, ranks, of_node) if name == "deepspeed" else found
-
-
-@contextmanager
-def _split_layers() -> Iterator[None]:
-    """Where layers are split: a mesh that fully_shard makes of two others has numbers as well, and no gradients are
-    compared, which have no values."""
-    joined = getattr(DeviceMesh, "_concatenate", None)
-    if joined is None:  # torch 2.8
-        yield
-        return
-
-    def real(meshes: list[DeviceMesh]) -> DeviceMesh:
-        with unset_fake_temporarily():
-            return joined(meshes)
-
-    from dist_train.backends import fsdp2
-
-    with patch.object(DeviceMesh, "_concatenate", staticmethod(real)), patch.object(fsdp2, "check_peers"):
-        yield
 
 
 def of_run(config: Config, launcher: Launcher) -> Estimate:
@@ -101,13 +80,9 @@ def of_run(config: Config, launcher: Launcher) -> Estimate:
 
 
 def _traceable(config: Config) -> Config:
-    """Of a run that takes as much memory, but compiles nothing and asks for no values."""
-    train, backend = replace(config.train, nonfinite="stop"), config.backend
-    if train.precision == "float16":  # has a loss scale, which asks whether gradients are finite
-        train = replace(train, precision="bfloat16")
-    if backend.name in TRACED_AS_SINGLE:
-        backend = replace(backend, name="single")
-    return replace(config, train=train, compile=CompileConfig(), backend=backend)
+    """Of a run that takes as much memory, compiles nothing, and is of a backend that takes tensors without values."""
+    name = "single" if config.backend.name in TRACED_AS_SINGLE else config.backend.name
+    return replace(config, compile=CompileConfig(), backend=replace(config.backend, name=name))
 
 
 @contextmanager
@@ -178,7 +153,7 @@ class Trace:
             draws.frame(model, cfg.model.blocks, parts=not self.task.evaluates)
         ledger.enter("prepare")
         with patch.object(matrices, "SeesMatrices", ()):  # which would ask all ranks what they hold of each
-            self.model, self.optimizer = self.backend.prepare(model, _stepping(optim.factory(cfg.optim, model)))
+            self.model, self.optimizer = self.backend.prepare(model, optim.factory(cfg.optim, model))
         if isinstance(self.optimizer, Muon):
             self.exchanged = _by_itself(self.optimizer)
         if self.bucketed:
@@ -211,7 +186,7 @@ class Trace:
             if not last:
                 self.sent, ledger.sent = [(self.micro_batches - 1, sent) for sent in ledger.sent], []
         self._tell("gradients", (p.grad for p in backend.parameters if p.grad is not None))
-        ledger.enter("update")
+        ledger.enter(ASKS)
         backend.step(self.config.train.grad_clip, measure=True)
         self.sent += [(1, sent) for sent in ledger.sent]
         ranks = tuple(range(self.world.size))
@@ -281,38 +256,3 @@ def _by_itself(optimizer: Muon) -> int:
             whole = parameter.numel() * parameter.itemsize
             exchanged += whole if local.shape == parameter.shape else 2 * whole
     return exchanged
-
-
-def _stepping(build: OptimizerFactory) -> OptimizerFactory:
-    """Optimizers that step without values, too: one that reads its own numbers steps on zeros, a parameter at a time,
-    and keeps the sizes of what it then has."""
-
-    def made(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        named = list(named)
-        optimizer = build(named)
-        own, names = optimizer.step, {p: name for name, p in named}
-
-        def step() -> Any:
-            try:
-                return own()
-            except DataDependentOutputException:
-                for parameter in [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]:
-                    optimizer.state[parameter] = _on_zeros(build, names[parameter], local_of(parameter))
-
-        optimizer.step = step  # type: ignore[method-assign]
-        return optimizer
-
-    return made
-
-
-def _on_zeros(build: OptimizerFactory, name: str, like_it: torch.Tensor) -> dict[str, Any]:
-    with unset_fake_temporarily():
-        real = nn.Parameter(torch.zeros(like_it.shape, dtype=like_it.dtype))
-        real.grad = torch.zeros_like(real)
-        optimizer = build([(name, real)])
-        optimizer.step()
-        state = dict(optimizer.state[real])
-    return {
-        key: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
-        for key, value in state.items()
-    }
