@@ -29,7 +29,7 @@ SETTINGS: Mapping[str, tuple[int, list[str]]] = {
     "single": (1, ["--backend.name=single"]),
     "ddp": (2, ["--backend.name=ddp"]),
     "fsdp2": (2, ["--backend.name=fsdp2"]),
-    "fsdp2 on 4": (4, ["--backend.name=fsdp2"]),
+    "fsdp2, 2 copies": (4, ["--backend.name=fsdp2", "--backend.mesh={replicate: 2, shard: 2}"]),
     "ddp, accumulated": (2, ["--backend.name=ddp", "--train.micro_batch_size=2"]),
 }
 
