@@ -206,6 +206,7 @@ def test_fashion_mnist_is_on_its_way(data_root: str):
     assert accuracy(file, 0, "--data.root", data_root, "--train.max_steps", "469") > 82
 
 
+@pytest.mark.full
 def test_the_record_is_on_its_way(data_root: str):
     """One of its eight epochs, while the learning rate still rises."""
     options = ("--train.max_steps", "59", "--compile.mode", "off", "--data.root", data_root)
