@@ -14,7 +14,7 @@ from functools import partial
 import torch
 import torch.distributed as torch_dist
 
-from dist_train.backends.matrices import Alone, Exchange, Matrix, Work
+from dist_train.backends.matrices import Alone, Exchange, Matrix, Part, Work
 from dist_train.loop.muon import orthogonalised
 from dist_train.ranks import dist, launcher
 from dist_train.ranks.dist import World
@@ -75,12 +75,13 @@ def _work(world: World, shape: tuple[int, int], held: str) -> Work:
         starts = [min(rank * each, rows * columns) for rank in range(world.size + 1)]
         ranges = [(start, past - start) for start, past in zip(starts, starts[1:], strict=False)]
     whole = torch.randn(rows * columns, generator=torch.Generator().manual_seed(rows))
-    return Matrix(shape, 0, tuple(ranges)), whole.narrow(0, *ranges[world.rank]).clone(), FUNCTION
+    parts = tuple(Part(*of) for of in ranges)
+    return Matrix(shape, 0, parts), whole.narrow(0, *ranges[world.rank]).clone(), FUNCTION
 
 
 def _gathered_by_all(world: World, work: list[Work]) -> list[torch.Tensor]:
     """Every matrix is gathered on every rank, in one collective, and each rank keeps its share of the result."""
-    counts = [[matrix.ranges[rank][1] for matrix, _, _ in work] for rank in range(world.size)]
+    counts = [[matrix.parts[rank].count for matrix, _, _ in work] for rank in range(world.size)]
     longest = max(sum(of) for of in counts)
     mine = torch.zeros(longest)
     torch.cat([part for _, part, _ in work], out=mine[: sum(counts[world.rank])])
@@ -90,7 +91,7 @@ def _gathered_by_all(world: World, work: list[Work]) -> list[torch.Tensor]:
     found = []
     for i, (matrix, _, function) in enumerate(work):
         whole = torch.cat([of_rank[i] for of_rank in parts]).view(matrix.shape)
-        found.append(function(whole).reshape(-1).narrow(0, *matrix.ranges[world.rank]))
+        found.append(matrix.parts[world.rank].of(function(whole)).reshape(-1))
     return found
 
 

@@ -109,6 +109,8 @@ def run_ranks(fn: Callable, world_size: int, *args: Any, timeout_s: float = 120)
 def _work(address: str, folder: str, world_size: int, rank: int) -> None:
     import torch.distributed as torch_dist
 
+    from dist_train.ranks import dist
+
     stack = (Path(folder) / f"stack{rank}").open("w")
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     link = Client(address, family="AF_UNIX")
@@ -123,7 +125,9 @@ def _work(address: str, folder: str, world_size: int, rank: int) -> None:
         try:
             answer = getattr(importlib.import_module(module), name)(*args)
             torch_dist.barrier()
+            dist._data = None  # the next test may have other meshes
         except BaseException:
+            dist._data = None
             link.send((False, traceback.format_exc()))
         else:
             link.send((True, answer))

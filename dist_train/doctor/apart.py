@@ -1,40 +1,30 @@
 """Work in a process of its own: a group of ranks that are not there, and what tracing a model leaves, stay in it."""
 
+import multiprocessing
 import os
 import pickle
-import signal
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from dist_train.errors import ConfigError
 
 
 class Apart:
-    """A process that is forked now, and calls a function when its result is asked for. It writes nothing.
-
-    To be made before this process has started threads, such as torch's of a backward.
+    """A new process, which calls a function when its result is asked for. It writes nothing. It is no copy of this one:
+    what threads of libraries held would be held in it for ever.
 
     Args:
-        function: gives something that can be pickled.
-        arguments: of it.
+        function: of a module; gives something that can be pickled.
+        arguments: of it, which can be pickled.
     """
 
     def __init__(self, function: Callable[..., Any], *arguments: Any):
-        self.link, there = Pipe()
-        self.pid = os.fork()
-        if not self.pid:
-            try:
-                self.link.close()
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, 1)
-                os.dup2(null, 2)
-                there.recv()
-                there.send_bytes(_answer(function, arguments))
-            finally:
-                os._exit(0)
+        context = multiprocessing.get_context("spawn")
+        self.link, there = context.Pipe()
+        self.process = context.Process(target=_work, args=(there, function, arguments), daemon=True)
+        self.process.start()
         there.close()
 
     def result(self) -> Any:
@@ -51,12 +41,9 @@ class Apart:
 
     def close(self) -> None:
         """Ends the process, whatever it does."""
-        if self.pid:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
-            self.link.close()
-            self.pid = 0
+        self.process.kill()
+        self.process.join()
+        self.link.close()
 
 
 class Failed(RuntimeError):
@@ -73,6 +60,15 @@ class Failed(RuntimeError):
 
     def __reduce__(self) -> tuple:
         return Failed, (self.what, self.text)
+
+
+def _work(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    there.recv()
+    there.send_bytes(_answer(function, arguments))
+    os._exit(0)
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:

@@ -3,6 +3,8 @@
 import gc
 import sys
 from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -25,6 +27,8 @@ from dist_train.tasks.base import Task
 
 SHOWN = 200  # characters of an error
 AUTO = 100_000_000  # weights, from which on `auto` is worth the seconds that torch's fake tensors take to import
+
+LOOKS: WeakSet[Any] = WeakSet()  # the modes of torch's fake tensors in which models were looked at
 
 
 class Whole(Exception):
@@ -77,6 +81,7 @@ def looked(
     where it would raise for another reason: then a look at the whole model says it better."""
     try:
         with pretended(model, precision.device) as as_if:
+            LOOKS.add(as_if.mode)
             findings = look(config, model, task, feed, data, precision, trains, as_if)
             del as_if
     except Exception as error:
@@ -102,7 +107,8 @@ def check_left(start: str) -> None:
     if fakes is None:  # nobody has looked
         return
     gc.collect()
-    left = [thing for thing in gc.get_objects() if type(thing) is fakes.FakeTensor]
+    left = [thing for thing in gc.get_objects() if type(thing) is fakes.FakeTensor and thing.fake_mode in LOOKS]
+    LOOKS.clear()
     if left:
         raise ConfigError(
             f"backend.start: got {start}, but the model, the task or a library keeps {len(left)} tensors of a first "

@@ -76,16 +76,10 @@ def _tried(config: Config, every: list[Candidate], ranks: int, of_node: int) -> 
         starter = "none" if one.config.backend.name == "single" else "torchrun"
         check(one.config, Launcher(starter, 0, ranks, 0, of_node), writes=False)
 
-    import torch
-
-    from dist_train.doctor.traced import traced
-    from dist_train.run import assemble
-
-    torch.set_num_threads(1)  # whose others would not be there after a fork
-    data, found = assemble.read_data(config.data, config.data.download), []
+    found = []
     for one in every:
         try:
-            found.append((one, Apart(traced, one.config, data, ranks, of_node).result()))
+            found.append((one, Apart(_estimate, one.config, ranks, of_node).result()))
         except Failed as error:
             raise ConfigError(
                 f"model.name: got {config.model.name}, which does not run on tensors without values under {one.name} "
@@ -93,6 +87,13 @@ def _tried(config: Config, every: list[Candidate], ranks: int, of_node: int) -> 
                 f"what it needs"
             ) from error
     return found
+
+
+def _estimate(config: Config, ranks: int, of_node: int) -> Estimate:
+    from dist_train.doctor.traced import traced
+    from dist_train.run import assemble
+
+    return traced(config, assemble.read_data(config.data, config.data.download), ranks, of_node)
 
 
 def _memory(config: Config, given: float | None, of_node: int) -> tuple[int, bool]:

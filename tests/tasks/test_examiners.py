@@ -51,7 +51,7 @@ def leave(cell: Config, folder: Path, limits: dict[str, int], planted: str = "")
         evaluation = parts.evaluation(cell, world, {} if watch is None else {"": watch})
         evaluation.run(model, last=True)
         if planted == "gather":
-            stack.enter_context(patch.object(dist, "gather", lambda value: [value]))
+            stack.enter_context(patch.object(dist, "gather_data", lambda value: [value]))
         if watch is not None:
             watch.write(folder)
     return [

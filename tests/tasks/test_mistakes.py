@@ -48,7 +48,7 @@ def write(cell: Config, folder: Path, planted: str = "", equal: bool = False) ->
     model, _ = backends.create(cell, world).prepare(parts.model, optim.factory(cell.optim))
     watch = parts.task.examiner(parts.data, parts.feeds["test"], world)
     result = parts.evaluation(cell, world, {"": watch}).run(model, last=True)
-    plants = {"": {}, "sum": {"sum_": lambda tensor: tensor}, "gather": {"gather": lambda value: [value]}}
+    plants = {"": {}, "sum": {"sum_": lambda tensor: tensor}, "gather": {"gather_data": lambda value: [value]}}
     with patch.multiple(dist, **plants[planted]) if planted else patch.dict({}):
         watch.write(folder)
     return result["eval/accuracy"]
