@@ -27,10 +27,10 @@ def _urls(config: Config) -> Iterator[str]:
     """What is wrong with them as they are written: nothing else can be asked of the place then."""
     cfg = config.checkpoint
     of_keys = {places.KEY: cfg.dir, "checkpoint.resume": cfg.resume, "model.init_from": config.model.init_from}
+    if cfg.dir == "":
+        yield f"{places.KEY}: got '', expected a folder, or a URL such as s3://bucket/path"
     for key, text in of_keys.items():
-        if text == "":
-            yield f"{key}: got {text!r}, expected a folder, or a URL such as s3://bucket/path"
-        elif text is not None and urls.is_url(text) and (found := urls.problem(text)):
+        if text is not None and urls.is_url(text) and (found := urls.problem(text)):
             yield f"{key}: got {text}, {found}"
 
 
