@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -23,7 +24,8 @@ class Apart:
     def __init__(self, function: Callable[..., Any], *arguments: Any):
         context = multiprocessing.get_context("spawn")
         self.link, there = context.Pipe()
-        self.process = context.Process(target=_work, args=(there, function, arguments), daemon=True)
+        path = [place or os.getcwd() for place in sys.path]  # where the user's own code is found
+        self.process = context.Process(target=_work, args=(there, path, function, arguments), daemon=True)
         self.process.start()
         there.close()
 
@@ -62,10 +64,11 @@ class Failed(RuntimeError):
         return Failed, (self.what, self.text)
 
 
-def _work(there: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _work(there: Connection, path: list[str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    sys.path[:] = path
     there.recv()
     there.send_bytes(_answer(function, arguments))
     os._exit(0)
