@@ -91,7 +91,7 @@ def _gathered_by_all(world: World, work: list[Work]) -> list[torch.Tensor]:
     found = []
     for i, (matrix, _, function) in enumerate(work):
         whole = torch.cat([of_rank[i] for of_rank in parts]).view(matrix.shape)
-        found.append(matrix.parts[world.rank].of(function(whole)).reshape(-1))
+        found.append(matrix.parts[world.rank].of(function(whole).contiguous()).reshape(-1))
     return found
 
 

@@ -308,7 +308,7 @@ def test_a_file_that_is_not_weights_is_one_line(name: str, damage: Callable, sai
     ("argv", "said"),
     [
         (["--model.init_from=nope.pt"], "model.init_from: got 'nope.pt', which is not there; expected the folder"),
-        (["--model.init_from="], "model.init_from: got '', expected a folder, or a URL"),
+        (["--model.init_from="], "model.init_from: got '', which is not there"),
         (
             ["--model.init_from=empty"],
             "model.init_from: got empty, a folder without weights.pt and without checkpoints; expected",
