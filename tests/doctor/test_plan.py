@@ -77,7 +77,7 @@ WEIGHTS = 4 * (64 * 256 + 256 + 256 * 256 + 256 + 256 * 10 + 10)
 
 
 def planned(zygote: Zygote, *argv: str) -> Ended:
-    (ended,) = zygote.run(Run(["plan", *MLP, *argv]))
+    (ended,) = zygote.run(Run(["plan", *MLP, *argv], timeout_s=150.0))
     return ended
 
 
